@@ -1,0 +1,147 @@
+# The project's commands; `make` lists them.
+#
+# They use the active conda environment if there is one (a base environment only if TensorFlow is
+# in it), else .venv, which `make setup` builds from a lock file with uv, or without it with pip.
+#
+#   make setup EXTRA=gpu              choose the lock file: cpu or gpu
+#   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test notebooks lab lint lock clean active-conda
+
+# Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# An existing .venv stays what it is; a new one gets CUDA where there is a GPU that TensorFlow can use.
+ifndef EXTRA
+EXTRA := $(patsubst .venv/.stamp-%,%,$(firstword $(wildcard .venv/.stamp-*)))
+endif
+ifeq ($(EXTRA),)
+EXTRA := $(shell [ "`uname -sm`" = "Linux x86_64" ] && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
+ifeq ($(filter cpu gpu,$(EXTRA)),)
+$(error EXTRA must be cpu or gpu, not '$(EXTRA)')
+endif
+LOCK := $(if $(filter gpu,$(EXTRA)),requirements-gpu.lock,requirements.lock)
+
+HAS_TENSORFLOW := import importlib.util as u, sys; sys.exit(u.find_spec("tensorflow") is None)
+CONDA_ACTIVE := $(shell [ -n "$$CONDA_PREFIX" ] && [ -x "$$CONDA_PREFIX/bin/python" ] && \
+	{ [ "$$CONDA_DEFAULT_ENV" != base ] || "$$CONDA_PREFIX/bin/python" -c '$(HAS_TENSORFLOW)'; } && \
+	echo yes)
+ifeq ($(CONDA_ACTIVE),yes)
+PY := "$$CONDA_PREFIX/bin/python"
+ENVIRONMENT := active-conda
+else
+PY := .venv/bin/python
+ENVIRONMENT := .venv/.stamp-$(EXTRA)
+endif
+
+# Sets $$py to the first interpreter that is new enough and really runs (a pyenv shim may exist for
+# a version that is not active, and fail).
+FIND_PYTHON = found=; py=; \
+	for name in "$(PYTHON)" python3.13 python3.12 python3.11 python3 python; do \
+	  version=`"$$name" -c 'import platform; print(platform.python_version())' 2>/dev/null` || continue; \
+	  case $$version in \
+	    3.11.*|3.12.*|3.13.*) py=$$name; break;; \
+	    *) found="$$found $$name ($$version)";; \
+	  esac; \
+	done; \
+	if [ -z "$$py" ]; then \
+	  echo "setup: this project needs Python 3.11, 3.12 or 3.13. Found:$${found:- no Python at all}." >&2; \
+	  echo "setup: install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+	  exit 1; \
+	fi
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+# `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
+setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment
+	@$(PY) -I -c 'import importlib.util as u, os, sys; spec = u.find_spec("lib"); \
+	  sys.exit(not spec or os.path.realpath(spec.origin or "") != os.path.realpath("lib/__init__.py"))' || \
+	$(PY) -m pip install --quiet --no-deps --editable . || { \
+	  echo "setup: installing this project itself failed, see above. Is a package index reachable?" >&2; \
+  echo "setup: 'make clean' removes .venv, and the next make builds it anew." >&2; \
+	  exit 1; }
+
+active-conda:
+	@$(PY) -c '$(HAS_TENSORFLOW)' || { \
+	  echo "setup: the active conda environment ($$CONDA_PREFIX) has no TensorFlow. Activate the one" >&2; \
+	  echo "setup: of environment.yml, or run 'conda deactivate' to let make build .venv." >&2; \
+	  exit 1; }
+
+# Always built from scratch: the packages of the two lock files must never mix. The stamp comes last,
+# so a set-up that failed or was interrupted starts anew.
+.venv/.stamp-$(EXTRA): $(LOCK)
+	@$(FIND_PYTHON); \
+	echo "setup: building .venv with Python $$version from $(LOCK): about 2.5 GB (with CUDA more), some minutes"; \
+	rm -rf .venv; \
+	if command -v uv >/dev/null 2>&1; then \
+	  py=`"$$py" -c 'import sys; print(sys.executable)'`; \
+	  uv venv --quiet --seed --python "$$py" .venv && \
+	  uv pip install --quiet --compile-bytecode --python .venv/bin/python --requirement $(LOCK); \
+	else \
+	  "$$py" -c 'import ensurepip' && "$$py" -m venv .venv || { \
+	    echo "setup: $$py (Python $$version) cannot build virtual environments: it lacks venv or ensurepip." >&2; \
+	    echo "setup: on Debian and Ubuntu: apt install python$${version%.*}-venv" >&2; \
+	    exit 1; }; \
+	  .venv/bin/python -m pip install --quiet --requirement $(LOCK); \
+	fi || { \
+	  echo "setup: installing $(LOCK) failed, see above. Is a package index reachable?" >&2; \
+	  exit 1; }
+	@touch $@
+
+demo: setup ## Run notebooks 01-04 on generated data (profile demo) into runs/
+	$(PY) -m lib.pipeline
+
+# 04 evaluates the model that 02 trained: the order matters. 01 and 04 must reproduce their saved
+# outputs; training (02, 03) must run, but its numbers may differ from machine to machine.
+NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
+	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
+test: setup ## Check style, run the tests, run every notebook against its saved outputs
+	@echo "== 1/5 style"
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@echo "== 2/5 tests"
+	$(PY) -m pytest tests --numprocesses=auto --dist=loadgroup
+	@echo "== 3/5 notebook 01, compared with its saved outputs"
+	$(NBVAL) --nbval notebooks/01*.ipynb
+	@echo "== 4/5 notebooks 02 and 03, run"
+	$(NBVAL) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
+	@echo "== 5/5 notebook 04, compared with its saved outputs"
+	$(NBVAL) --nbval notebooks/04*.ipynb
+
+# As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
+# sees it, would find the saved outputs wanting.
+notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
+	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True \
+	  notebooks/0*.ipynb
+	$(PY) -m ruff format notebooks
+	mkdir -p notebooks/images
+	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png
+
+lab: setup ## Open the notebooks in JupyterLab
+	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+
+lint: setup ## Check style, and bring code and notebooks into the common format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Keeps what is locked where it still fits; delete the lock files first to move to new versions.
+COMPILE := pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock" pyproject.toml --extra test
+lock: ## Resolve pyproject.toml into both lock files (with uv, fetched if absent)
+	@if command -v uv >/dev/null 2>&1; then uv=uv; else \
+	  $(FIND_PYTHON); tmp=`mktemp -d` && trap 'rm -rf "$$tmp"' EXIT && \
+	  "$$py" -m venv "$$tmp" && "$$tmp/bin/python" -m pip install --quiet uv && uv=$$tmp/bin/uv || exit 1; \
+	fi; \
+	"$$uv" $(COMPILE) --extra cpu --output-file requirements.lock && \
+	"$$uv" $(COMPILE) --extra gpu --constraint requirements.lock --output-file requirements-gpu.lock
+
+clean: ## Remove .venv and caches (never runs/, Dataset/ or Test_set/)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find lib notebooks tests benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	  -prune -exec rm -rf {} +

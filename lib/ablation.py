@@ -1,0 +1,55 @@
+"""Compares poolings on equal terms: the same trained trunk, the same triplets, the same seeds.
+
+The trunk's feature maps are computed once; each arm of the comparison trains its own head (pooling,
+projection) on them, which takes seconds.
+
+    maps = feature_maps(tower, triplets)                  # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
+    head = train_head(maps, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+
+from lib.model import TowerSettings, build_head, build_siamese
+from lib.training import TrainingSettings, compile_siamese
+
+
+def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory."""
+    batch = photos.reshape(-1, *photos.shape[-3:])
+    maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
+    return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
+
+
+def train_head(
+    maps: np.ndarray,
+    settings: TowerSettings,
+    training: TrainingSettings,
+    batch_size: int,
+    seed: int,
+) -> keras.Model:
+    """Train a head on the feature maps of triplets.
+
+    Args:
+        maps: float (n, 3, h, w, c): of anchor, positive and negative.
+        settings: which pooling; what concerns the trunk is not used.
+        training: loss, learning rate and length.
+        batch_size: triplets in a batch.
+        seed: of the head's first weights and of the order of the triplets.
+
+    Returns:
+        the head: float (n, h, w, c) -> float32 (n, embedding_size).
+    """
+    keras.utils.set_random_seed(seed)
+    head = build_head(maps.shape[2:], settings)
+    siamese = build_siamese(head)
+    compile_siamese(siamese, training)
+    order = np.random.default_rng(seed)
+    needed = training.epochs * training.steps_per_epoch * batch_size
+    passes = -(-needed // len(maps))
+    rows = np.concatenate([order.permutation(len(maps)) for _ in range(passes)])[:needed]
+    for batch in rows.reshape(-1, batch_size):
+        siamese.train_on_batch(maps[batch].astype(np.float32), np.zeros(batch_size, np.float32))
+    return head

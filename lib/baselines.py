@@ -1,0 +1,40 @@
+"""Descriptors without learning, as a bar: what do colours or bare pixels find?
+
+descriptors = colour_histogram(photos)        # uint8 (n, h, w, 3) -> float32 (n, 512)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def colour_histogram(photos: np.ndarray, bins: int = 8) -> np.ndarray:
+    """Joint RGB histogram of each photo, compared by the Bhattacharyya coefficient.
+
+    Args:
+        photos: uint8 (n, h, w, 3).
+        bins: per channel.
+
+    Returns:
+        float32 (n, bins**3) of unit norm: the square roots of the shares, whose inner product is
+        the Bhattacharyya coefficient of two histograms.
+    """
+    level = photos.astype(np.int64) * bins // 256
+    cell = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
+    counts = np.stack([np.bincount(photo.ravel(), minlength=bins**3) for photo in cell])
+    return np.sqrt(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def raw_pixels(photos: np.ndarray) -> np.ndarray:
+    """The pixels themselves, less each photo's mean: the inner product is their correlation.
+
+    Args:
+        photos: uint8 (n, h, w, 3).
+
+    Returns:
+        float32 (n, h * w * 3) of unit norm (zeros for a photo of one colour).
+    """
+    pixels = photos.reshape(len(photos), -1).astype(np.float32)
+    pixels -= pixels.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(pixels, axis=1, keepdims=True)
+    return np.divide(pixels, norms, out=np.zeros_like(pixels), where=norms > 0)

@@ -1,0 +1,254 @@
+"""The network: one tower that embeds a photo, and the Siamese model that trains it on triplets.
+
+    photo uint8 RGB -> the backbone's own preprocessing -> ResNet50 -> GeM -> projection -> L2 norm
+
+    tower = build_tower(TowerSettings(image_size=64))
+    embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
+    siamese = build_siamese(tower)                # (n, 3, 64, 64, 3) -> (n, 3, 128)
+
+Preprocessing is a part of the tower, so training, evaluation and search can't differ in it. The
+module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch backends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from lib.pooling import make_pooling
+from lib.storage import replacing
+
+# The end of each of ResNet50's stages: name of the layer, pixels of the photo per place of the map.
+STAGES = {
+    3: ("conv3_block4_out", 8),
+    4: ("conv4_block6_out", 16),
+    5: ("conv5_block3_out", 32),
+}
+
+
+class WeightsUnavailableError(OSError):
+    """Pre-trained weights could not be had; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """What a tower is made of.
+
+    Attributes:
+        image_size: side of the square input photo in pixels.
+        embedding_size: dimension of the embedding.
+        pooling: "gem", "average" or "max".
+        gem_p: GeM's exponent to start from.
+        gem_p_trainable: whether GeM's exponent is learned.
+        last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
+            one place per 32 x 32 pixels. A photo of 64 pixels leaves pooling 2 x 2 places there,
+            and 8 x 8 after stage 3.
+        weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
+            random weights.
+    """
+
+    image_size: int = 128
+    embedding_size: int = 128
+    pooling: str = "gem"
+    gem_p: float = 3.0
+    gem_p_trainable: bool = True
+    last_stage: int = 5
+    weights: str = "imagenet"
+
+    def __post_init__(self):
+        if self.last_stage not in STAGES:
+            raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
+        smallest = STAGES[self.last_stage][1]
+        if self.image_size < smallest:
+            raise ValueError(f"image_size must be at least {smallest}, got {self.image_size}")
+
+
+@keras.saving.register_keras_serializable(package="image_retrieval")
+class ResNetPreprocessing(keras.layers.Layer):
+    """RGB pixels from 0 to 255 -> what ResNet50's ImageNet weights expect.
+
+    That is Keras' own ``preprocess_input``: BGR order, ImageNet's mean colour subtracted, no
+    division. Input uint8 or float (n, h, w, 3), output float32 of the same shape.
+    """
+
+    def call(self, photos):
+        return keras.applications.resnet.preprocess_input(ops.cast(photos, "float32"))
+
+    def compute_output_spec(self, photos):
+        return keras.KerasTensor(photos.shape, dtype="float32")
+
+
+@keras.saving.register_keras_serializable(package="image_retrieval")
+class TripletsToBatch(keras.layers.Layer):
+    """(n, 3, ...) -> (3n, ...): the photos of all triplets as one batch for the one tower."""
+
+    def call(self, triplets):
+        return ops.reshape(triplets, (-1, *triplets.shape[2:]))
+
+    def compute_output_spec(self, triplets):
+        return keras.KerasTensor((None, *triplets.shape[2:]), dtype=triplets.dtype)
+
+
+@keras.saving.register_keras_serializable(package="image_retrieval")
+class BatchToTriplets(keras.layers.Layer):
+    """(3n, d) -> (n, 3, d): undoes :class:`TripletsToBatch` for the embeddings."""
+
+    def call(self, embeddings):
+        return ops.reshape(embeddings, (-1, 3, embeddings.shape[-1]))
+
+    def compute_output_spec(self, embeddings):
+        return keras.KerasTensor((None, 3, embeddings.shape[-1]), dtype=embeddings.dtype)
+
+
+def build_tower(settings: TowerSettings) -> keras.Model:
+    """Build the network that embeds a photo: a trunk (preprocessing, ResNet50) and a head.
+
+    Input uint8 RGB (n, image_size, image_size, 3); output float32 (n, embedding_size) of unit L2
+    norm. ``tower.get_layer("trunk")`` gives the feature maps, ``tower.get_layer("head")`` makes
+    embeddings of them.
+
+    Raises:
+        WeightsUnavailableError: the weights asked for can't be fetched or read.
+    """
+    photos = keras.Input(
+        (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
+    )
+    maps = _build_backbone(settings)(ResNetPreprocessing(name="preprocessing")(photos))
+    trunk = keras.Model(photos, maps, name="trunk")
+    head = build_head(trunk.output_shape[1:], settings)
+    return keras.Model(photos, head(trunk(photos)), name="tower")
+
+
+def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
+    """Build what makes embeddings of feature maps: pooling, projection, L2 normalization.
+
+    Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size).
+    """
+    maps = keras.Input(map_shape, name="feature_maps")
+    x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
+    # ReLU maps are all positive: uncentred, every two embeddings point the same way. The batch
+    # normalization takes their common mean away, so that the space is used from the first step;
+    # without a shift and scale of its own it can't put one back.
+    x = keras.layers.Dense(settings.embedding_size, use_bias=False, name="projection")(x)
+    x = keras.layers.BatchNormalization(momentum=0.9, center=False, scale=False, name="centring")(x)
+    x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
+    return keras.Model(maps, x, name="head")
+
+
+def _build_backbone(settings: TowerSettings) -> keras.Model:
+    resnet = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(settings.image_size, settings.image_size, 3)
+    )
+    if settings.weights == "imagenet":
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds of silence; a network that swallows everything hangs
+        try:
+            resnet = keras.applications.ResNet50(
+                include_top=False, weights="imagenet", input_shape=resnet.input_shape[1:]
+            )
+        except Exception as error:  # urllib's, the socket's or Keras' own: all mean the same here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise WeightsUnavailableError(
+                f"the ImageNet weights of ResNet50 could not be fetched ({reason}); with a network "
+                "Keras downloads them once, or set weights to the path of a weights file"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    elif settings.weights:
+        try:
+            resnet.load_weights(settings.weights)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise WeightsUnavailableError(
+                f"{settings.weights} holds no weights of Keras' ResNet50 without top ({reason})"
+            ) from None
+    else:
+        _prepare_random_weights(resnet)
+    end, _ = STAGES[settings.last_stage]
+    return keras.Model(resnet.input, resnet.get_layer(end).output, name="resnet50")
+
+
+def _prepare_random_weights(resnet: keras.Model) -> None:
+    """Make ResNet50 trainable from random weights in minutes."""
+    for layer in resnet.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            # Keras' 0.99 needs several hundred steps before the moving averages are of any use.
+            layer.momentum = 0.9
+            if layer.name.endswith("_3_bn"):
+                # Each residual branch starts at zero, its block as the identity: the signal passes
+                # the untrained network unharmed (Goyal et al., "Accurate, Large Minibatch SGD",
+                # 2017, section 5.1).
+                layer.gamma.assign(np.zeros(layer.gamma.shape))
+
+
+def build_siamese(tower: keras.Model) -> keras.Model:
+    """Share ``tower`` (or a head, over feature maps) between the three photos of a triplet.
+
+    They pass through it as one batch of 3n, which is both the definition of shared weights and the
+    fast way. Input uint8 (n, 3, h, w, 3), output float32 (n, 3, d), in the order anchor, positive,
+    negative: one output, so that a loss sees the whole triplet.
+    """
+    photo = tower.inputs[0]
+    triplets = keras.Input((3, *photo.shape[1:]), dtype=photo.dtype, name="triplets")
+    embeddings = tower(TripletsToBatch(name="triplets_to_batch")(triplets))
+    outputs = BatchToTriplets(name="batch_to_triplets")(embeddings)
+    return keras.Model(triplets, outputs, name="siamese")
+
+
+def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Embed photos: uint8 (n, h, w, 3) RGB at the tower's size -> float32 (n, d) of unit norm."""
+    if len(photos) == 0:
+        return np.empty((0, tower.output_shape[-1]), dtype=np.float32)
+    return np.asarray(tower.predict(photos, batch_size=batch_size, verbose=0), dtype=np.float32)
+
+
+def gem_exponent(tower: keras.Model) -> float:
+    """The exponent p of a tower's or head's GeM layer; NaN if it pools in another way."""
+    head = tower if tower.name == "head" else tower.get_layer("head")
+    p = getattr(head.get_layer("pooling"), "p", None)
+    return float("nan") if p is None else float(ops.convert_to_numpy(p))
+
+
+def fingerprint(tower: keras.Model) -> str:
+    """SHA-256 over a model's structure and weights, 64 hexadecimal digits.
+
+    Embeddings of two models can't be compared; an index keeps the fingerprint of the model that
+    made it.
+    """
+    structure = [(type(layer).__name__, layer.name) for layer in tower.layers]
+    digest = hashlib.sha256(json.dumps([tower.input_shape, structure]).encode())
+    for weight in tower.weights:
+        digest.update(np.ascontiguousarray(ops.convert_to_numpy(weight)).tobytes())
+    return digest.hexdigest()
+
+
+def save_tower(tower: keras.Model, path: Path) -> None:
+    """Save a tower as one ``.keras`` file, atomically."""
+    with replacing(path) as part:
+        tower.save(part)
+
+
+def load_tower(path: Path) -> keras.Model:
+    """Load a tower that :func:`save_tower` wrote, without running any code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a tower of this project.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no trained model at {path}: run notebook 02_triplet_training first, or set run_dir "
+            "to a run that has one"
+        )
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # zipfile's, h5py's, json's or Keras' own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a saved tower of this project: {reason}") from error

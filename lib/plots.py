@@ -1,0 +1,259 @@
+"""The figures of the notebooks. Each function draws, shows, optionally saves, and returns nothing.
+
+set_style()
+plot_retrieval_grid(photos, titles, frames, save=run / "figures" / "grid.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from lib.metrics import Interval
+from lib.storage import replacing
+
+RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
+
+
+def set_style() -> None:
+    """One look for all figures, small enough for a notebook in a repository."""
+    sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
+    plt.rcParams.update(
+        {"figure.dpi": 80, "savefig.dpi": 120, "figure.constrained_layout.use": True}
+    )
+
+
+def _finish(save: Path | None) -> None:
+    if save is not None:
+        with replacing(save) as part:
+            plt.savefig(part, format=save.suffix[1:])
+    plt.show()
+    plt.close()
+
+
+def plot_photo_grid(
+    photos: Sequence[np.ndarray],
+    columns: int,
+    *,
+    titles: Sequence[str] | None = None,
+    frames: Sequence[str | None] | None = None,
+    row_labels: Sequence[str] | None = None,
+    size: float = 1.3,
+    save: Path | None = None,
+) -> None:
+    """A sheet of photos, row by row.
+
+    Args:
+        photos: n pictures, uint8 (h, w, 3) or float (h, w) maps.
+        columns: photos in a row.
+        titles: a text over each photo.
+        frames: the colour of a frame round each photo, or None for no frame.
+        row_labels: a text at the left of each row.
+        size: side of a photo in inches.
+        save: a file to write the figure to.
+    """
+    rows = -(-len(photos) // columns)
+    height = size * (1.22 if titles is not None else 1.0)
+    _, axes = plt.subplots(rows, columns, figsize=(size * columns, height * rows), squeeze=False)
+    for i, axis in enumerate(axes.flat):
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        frame = frames[i] if frames is not None and i < len(photos) else None
+        for spine in axis.spines.values():
+            spine.set(visible=frame is not None, color=frame, linewidth=4)
+        if i >= len(photos):
+            continue
+        axis.imshow(photos[i], cmap="magma", interpolation="nearest")
+        if titles is not None:
+            axis.set_title(titles[i], fontsize=9)
+        if row_labels is not None and i % columns == 0:
+            axis.set_ylabel(row_labels[i // columns], fontsize=9)
+    _finish(save)
+
+
+def plot_retrieval_grid(
+    photos: np.ndarray,
+    query: int,
+    retrieved: Sequence[int],
+    similarities: Sequence[float],
+    positives: np.ndarray | None,
+    *,
+    columns: int = 6,
+    save: Path | None = None,
+) -> None:
+    """The query and what was found for it, with similarities; green frames are right, red wrong.
+
+    Args:
+        photos: uint8 (n, h, w, 3), all photos.
+        query: index of the query.
+        retrieved: indices of the photos found, the best first.
+        similarities: cosine of each of them to the query.
+        positives: bool (n,), which photos show the query's landmark; None if not known (grey).
+        columns: photos in a row.
+        save: a file to write the figure to.
+    """
+
+    def frame(photo: int) -> str:
+        if positives is None:
+            return UNKNOWN
+        return RIGHT if positives[photo] else WRONG
+
+    titles = ["query", *(f"{r}: {s:.2f}" for r, s in enumerate(similarities, start=1))]
+    plot_photo_grid(
+        [photos[query], *(photos[i] for i in retrieved)],
+        columns,
+        titles=titles,
+        frames=[QUERY, *(frame(i) for i in retrieved)],
+        save=save,
+    )
+
+
+def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> None:
+    """Loss, what it does to the distances, and what it is worth on landmarks not trained on.
+
+    Args:
+        history: from :func:`lib.training.train`, a row an epoch.
+        save: a file to write the figure to.
+    """
+    panels = {
+        "training loss": ["loss"],
+        "squared distances": ["positive_distance", "negative_distance"],
+        "signs of life": ["active_share", "embedding_spread"],
+        "validation": ["val_map", "val_accuracy"],
+    }
+    _, axes = plt.subplots(1, len(panels), figsize=(14, 3.2))
+    for axis, (title, columns) in zip(axes, panels.items(), strict=True):
+        for column in columns:
+            axis.plot(history.index, history[column], marker="o", label=column)
+        axis.set(title=title, xlabel="epoch")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(columns) > 1:
+            axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_distance_histograms(
+    distances: Mapping[str, tuple[np.ndarray, np.ndarray]], *, save: Path | None = None
+) -> None:
+    """Distances to positives and to negatives, a panel for each entry.
+
+    Args:
+        distances: title -> (squared distances to positives, to negatives).
+        save: a file to write the figure to.
+    """
+    _, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 3.2), squeeze=False)
+    bins = np.linspace(0, 4, 41)
+    for axis, (title, (positive, negative)) in zip(axes.flat, distances.items(), strict=True):
+        axis.hist(positive, bins, alpha=0.65, density=True, color=RIGHT, label="same landmark")
+        axis.hist(negative, bins, alpha=0.65, density=True, color=WRONG, label="other landmark")
+        axis.set(title=title, xlabel="squared distance", ylabel="density", xlim=(0, 4))
+        axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_histograms(
+    values: Mapping[str, np.ndarray], *, xlabel: str, save: Path | None = None
+) -> None:
+    """Distributions over one axis.
+
+    Args:
+        values: name -> float (n,).
+        xlabel: what is measured.
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(6.5, 3.2))
+    bins = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=40)
+    for name, sample in values.items():
+        axis.hist(sample, bins, alpha=0.6, label=name)
+    axis.set(xlabel=xlabel, ylabel="count")
+    if len(values) > 1:
+        axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_intervals(
+    values: Mapping[str, Interval], *, xlabel: str, save: Path | None = None
+) -> None:
+    """A bar with its confidence interval for each entry.
+
+    Args:
+        values: name -> mean and interval.
+        xlabel: what is measured.
+        save: a file to write the figure to.
+    """
+    names = list(values)
+    means = np.array([v.value for v in values.values()])
+    low, high = (np.array([getattr(v, end) for v in values.values()]) for end in ("low", "high"))
+    _, axis = plt.subplots(figsize=(7, 0.5 * len(names) + 1))
+    axis.barh(names, means, color=sns.color_palette()[: len(names)], height=0.6)
+    errors = np.clip([means - low, high - means], 0, None)
+    axis.errorbar(means, names, xerr=errors, fmt="none", ecolor="black", capsize=4)
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel, xlim=(0, None))
+    _finish(save)
+
+
+def plot_loss_surface(margin: float, temperature: float, *, save: Path | None = None) -> None:
+    """The margin loss and its soft form against the distance of the negative.
+
+    Args:
+        margin: of the margin loss.
+        temperature: of the soft loss.
+        save: a file to write the figure to.
+    """
+    negative = np.linspace(0, 2.5, 200)
+    _, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
+    for positive in (0.4, 1.0):
+        excess = positive - negative
+        label = f"positive at {positive}"
+        axes[0].plot(negative, np.maximum(excess + margin, 0), label=label)
+        axes[1].plot(negative, np.logaddexp(0, excess / (2 * temperature)), label=label)
+    axes[0].set(title=f"margin {margin}", ylabel="loss of one triplet")
+    axes[1].set(title=f"soft, temperature {temperature}")
+    for axis in axes:
+        axis.set(xlabel="squared distance of the negative")
+        axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_projection(
+    points: Mapping[str, np.ndarray], labels: np.ndarray, *, save: Path | None = None
+) -> None:
+    """Embeddings in the plane, coloured by landmark.
+
+    Args:
+        points: title -> float (n, 2), a panel each.
+        labels: (n,), the landmark of each photo.
+        save: a file to write the figure to.
+    """
+    _, number = np.unique(labels, return_inverse=True)
+    rows = -(-len(points) // 2)
+    _, axes = plt.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
+    for axis, (title, xy) in zip(axes.flat, points.items(), strict=False):
+        axis.scatter(*xy.T, c=number, cmap="tab20", s=36, edgecolor="white", linewidth=0.5)
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.grid(False)
+    _finish(save)
+
+
+def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None = None) -> None:
+    """Recall against the number of photos looked at.
+
+    Args:
+        curves: name -> recall at rank 1, 2, ...
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(6, 3.4))
+    for name, recall in curves.items():
+        axis.plot(np.arange(1, len(recall) + 1), recall, label=name)
+    axis.set(
+        xlabel="photos looked at", ylabel="share of positives found", ylim=(0, 1), xscale="log"
+    )
+    axis.legend(fontsize=9)
+    _finish(save)

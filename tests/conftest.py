@@ -1,0 +1,39 @@
+"""What several tests share: small shards of a small demo world, made once."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.demo_data import DemoSettings, make_demo_data
+
+SMALL_WORLD = DemoSettings(seed=3, landmarks=60, unseen_landmarks=6, unseen_views=3, distractors=20)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> Path:
+    """A folder with Dataset/demo_world and Test_set/demo_world; not to be changed."""
+    root = tmp_path_factory.mktemp("world")
+    assert make_demo_data(root, SMALL_WORLD)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(small_world) -> list[Path]:
+    """The paths of the small world's shards."""
+    return sorted((small_world / "Dataset" / "demo_world").glob("train*.tfrec"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Divide by the length along the last axis."""
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -1,0 +1,266 @@
+"""The environment files agree with each other, with the running environment and with the imports.
+
+pyproject.toml is the source; requirements.lock, requirements-gpu.lock and environment.yml follow
+it. Whoever changes one of them without the others finds out here.
+"""
+
+import ast
+import json
+import os
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+LOCKS = {"cpu": "requirements.lock", "gpu": "requirements-gpu.lock"}
+PYTHONS = ("3.11", "3.12", "3.13")
+PLATFORMS = {
+    "cpu": [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("win32", "AMD64")],
+    "gpu": [("linux", "x86_64")],
+}
+# TensorFlow's family and Faiss break when a conda and a pip build meet: they come from pip alone.
+PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax"}
+# Conda's name where it is not PyPI's.
+CONDA_NAMES = {"matplotlib-base": "matplotlib"}
+
+
+def requirements(lines):
+    return [Requirement(line) for line in lines]
+
+
+def name(requirement):
+    return canonicalize_name(requirement.name)
+
+
+def declared(*extras):
+    """The requirements of pyproject.toml: the core and the named extras."""
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    return requirements(lines)
+
+
+def locked(extra):
+    lines = (ROOT / LOCKS[extra]).read_text(encoding="utf-8").splitlines()
+    return requirements(line for line in lines if line and not line.startswith("#"))
+
+
+def pin(requirement):
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==", f"{requirement} is not pinned"
+    return Version(specifier.version)
+
+
+def applicable(reqs, environment):
+    return [r for r in reqs if r.marker is None or r.marker.evaluate(environment)]
+
+
+def pins(extra, environment):
+    """What a lock file installs in an environment, each package at most once."""
+    result = {}
+    for requirement in applicable(locked(extra), environment):
+        assert name(requirement) not in result, f"{name(requirement)} is locked twice"
+        result[name(requirement)] = pin(requirement)
+    return result
+
+
+def environments(extra):
+    for python in PYTHONS:
+        for sys_platform, machine in PLATFORMS[extra]:
+            yield default_environment() | {
+                "python_version": python,
+                "python_full_version": f"{python}.9",
+                "sys_platform": sys_platform,
+                "platform_machine": machine,
+                "os_name": "nt" if sys_platform == "win32" else "posix",
+            }
+
+
+def conda_lines():
+    """environment.yml as (conda specs, requirements of the pip block)."""
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    blocks = [entry for entry in entries if not isinstance(entry, str)]
+    assert len(blocks) == 1 and list(blocks[0]) == ["pip"], "exactly one pip block"
+    specs = {}
+    for entry in entries:
+        if isinstance(entry, str):
+            package, specifier = re.fullmatch(r"([a-z0-9-]+)(.*)", entry).groups()
+            specs[CONDA_NAMES.get(package, package)] = specifier
+    return specs, blocks[0]["pip"]
+
+
+# ---- pyproject.toml and the lock files
+
+
+@pytest.mark.parametrize("extra", LOCKS)
+def test_lock_satisfies_every_declared_dependency(extra):
+    for environment in environments(extra):
+        versions = pins(extra, environment)
+        for requirement in applicable(declared(extra, "test"), environment):
+            assert versions[name(requirement)] in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize("extra", LOCKS)
+def test_exactly_one_tensorflow_and_no_torch(extra):
+    for environment in environments(extra):
+        versions = pins(extra, environment)
+        assert len({"tensorflow", "tensorflow-cpu"} & set(versions)) == 1
+        assert not {"torch", "torchvision"} & set(versions)
+
+
+@pytest.mark.parametrize("lock", LOCKS.values())
+def test_lock_names_no_machine_and_no_index(lock):
+    for line in (ROOT / lock).read_text(encoding="utf-8").splitlines():
+        assert not re.search(r"://|file:|--|@|(^|\s)/|[A-Za-z]:\\", line), line
+
+
+def test_every_declared_dependency_is_bounded_and_says_where_it_is_used():
+    everything = declared(*PROJECT["optional-dependencies"])
+    assert all(requirement.specifier for requirement in everything)
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = re.findall(r'(?m)^    "[a-z0-9-]+(?:\[[a-z-]+\])?[~=<>].*$', text)
+    assert len(lines) == len(everything)
+    for line in lines:
+        assert re.search(r'", # \S', line), f"no comment: {line}"
+
+
+# ---- environment.yml
+
+
+def test_environment_yml_lists_the_same_packages_with_the_same_versions():
+    specs, pip_lines = conda_lines()
+    found = {
+        package: SpecifierSet(spec)
+        for package, spec in specs.items()
+        if package not in ("python", "pip")
+    }
+    assert pip_lines[-1] == "-e ."
+    pip_requirements = requirements(pip_lines[:-1])
+    expected = declared("cpu", "test")
+    assert {str(r) for r in pip_requirements} == {str(r) for r in expected if name(r) in PIP_ONLY}
+    assert found == {name(r): r.specifier for r in expected if name(r) not in PIP_ONLY}
+
+
+def test_environment_yml_admits_the_locked_versions():
+    specs, pip_lines = conda_lines()
+    python = specs["python"].lstrip("=")
+    assert python in PYTHONS
+    for environment in environments("cpu"):
+        if environment["python_version"] == python:
+            versions = pins("cpu", environment)
+            for package in set(specs) - {"python", "pip"}:
+                assert versions[package] in SpecifierSet(specs[package]), package
+            for requirement in applicable(requirements(pip_lines[:-1]), environment):
+                assert versions[name(requirement)] in requirement.specifier, requirement
+
+
+def test_environment_yml_uses_conda_forge_alone_and_comments_every_line():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    assert content["name"] == PROJECT["name"]
+    assert content["channels"] == ["conda-forge", "nodefaults"]
+    packages = text.split("dependencies:")[1].splitlines()
+    lines = [
+        ln.strip() for ln in packages if ln.strip().startswith("- ") and ln.strip() != "- pip:"
+    ]
+    assert len(lines) == sum(map(len, conda_lines()))
+    for line in lines:
+        assert re.search(r"\S  # \S", line), f"no comment: {line}"
+
+
+# ---- Python versions
+
+
+def test_python_versions_agree():
+    supported = SpecifierSet(PROJECT["requires-python"])
+    minors = [f"3.{minor}" for minor in range(20) if f"3.{minor}.0" in supported]
+    assert tuple(minors) == PYTHONS
+    classifiers = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if " :: 3." in c]
+    assert tuple(classifiers) == PYTHONS
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + PYTHONS[0].replace(".", "")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "|".join(f"{python}.*" for python in PYTHONS) + ")" in makefile
+    assert f"--python-version {PYTHONS[0]} " in makefile
+
+
+# ---- the running environment
+
+
+@pytest.mark.skipif(
+    bool(os.environ.get("CONDA_PREFIX")) and sys.prefix == os.environ.get("CONDA_PREFIX"),
+    reason="conda resolves its own versions within environment.yml's bounds, not the lock's",
+)
+def test_installed_versions_are_the_locked_ones():
+    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    extra = "gpu" if "nvidia-cudnn-cu12" in installed else "cpu"
+    expected = pins(extra, default_environment())
+    assert {package: installed.get(package) for package in expected} == expected
+    assert len({"tensorflow", "tensorflow-cpu"} & set(installed)) == 1
+
+
+# ---- imports
+
+
+def sources():
+    """Every Python source of the project as (path from the root, syntax tree)."""
+    for folder in ("lib", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        code = [re.sub(r"(?m)^\s*[%!].*$", "pass", cell) for cell in code]  # IPython's own syntax
+        yield path.relative_to(ROOT).as_posix(), ast.parse("\n".join(code))
+
+
+def imported(tree):
+    """Top-level names of the modules that a syntax tree imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if function in ("import_module", "__import__"):
+                yield str(node.args[0].value).split(".")[0]
+
+
+LOCAL_MODULES = {"lib", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
+IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
+
+
+def importers(module):
+    return {path for path, modules in IMPORTS.items() if module in modules}
+
+
+def test_faiss_is_imported_in_one_place():
+    # Where its threads are limited on macOS, whose OpenMP does not bear a second copy.
+    assert importers("faiss") == {"lib/index.py"}
+
+
+def test_tensorflow_is_imported_only_where_records_are_read():
+    # Everything else goes through Keras, and so runs on its other backends as well.
+    places = {path for path in importers("tensorflow") if not path.startswith("tests/")}
+    assert places <= {"lib/records.py", "lib/dataset.py"}
+
+
+def test_every_imported_package_is_declared():
+    direct = {name(r) for r in declared("cpu", "test")} | {"tensorflow", PROJECT["name"]}
+    packages = metadata.packages_distributions()
+    for path, modules in IMPORTS.items():
+        for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
+            owners = {canonicalize_name(owner) for owner in packages.get(module, [])}
+            assert owners & direct, f"{path} imports {module}, which pyproject.toml does not list"

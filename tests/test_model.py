@@ -1,0 +1,199 @@
+"""The tower: preprocessing, norm, one tower for three photos, saving, and other backends."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from lib.losses import TripletLoss
+from lib.model import (
+    TowerSettings,
+    WeightsUnavailableError,
+    build_siamese,
+    build_tower,
+    embed,
+    fingerprint,
+    gem_exponent,
+    load_tower,
+    save_tower,
+)
+
+SMALL = TowerSettings(image_size=32, embedding_size=16, last_stage=3, weights="")
+
+
+@pytest.fixture(scope="module")
+def tower() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return build_tower(SMALL)
+
+
+@pytest.fixture
+def photos(rng) -> np.ndarray:
+    return rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+
+
+def test_embeddings_are_float32_of_unit_norm(tower, photos):
+    embeddings = embed(tower, photos)
+    assert embeddings.shape == (6, 16) and embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert embed(tower, photos[:0]).shape == (0, 16)
+
+
+def test_preprocessing_is_resnets_own_on_rgb(tower):
+    colour = np.array([250, 100, 10], dtype=np.uint8)
+    layer = tower.get_layer("trunk").get_layer("preprocessing")
+    output = ops.convert_to_numpy(layer(np.tile(colour, (1, 2, 2, 1))))
+    # "caffe" mode: BGR, ImageNet's mean colour subtracted, no division by 255.
+    np.testing.assert_allclose(output[0, 0, 0], [10 - 103.939, 100 - 116.779, 250 - 123.68], 1e-5)
+
+
+def test_channel_order_matters(tower, photos):
+    assert not np.allclose(embed(tower, photos), embed(tower, photos[..., ::-1]), atol=1e-3)
+
+
+def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
+    siamese = build_siamese(tower)
+    triplets = photos.reshape(2, 3, 32, 32, 3)
+    stacked = ops.convert_to_numpy(siamese(triplets))
+    assert stacked.shape == (2, 3, 16)
+    np.testing.assert_allclose(stacked.reshape(6, 16), embed(tower, photos), atol=1e-5)
+    assert len(siamese.trainable_weights) == len(tower.trainable_weights)
+    assert siamese.count_params() == tower.count_params()
+
+
+@pytest.mark.parametrize(("stage", "channels"), [(3, 512), (4, 1024), (5, 2048)])
+def test_stages_of_resnet50(stage, channels):
+    settings = TowerSettings(image_size=32, embedding_size=8, last_stage=stage, weights="")
+    tower = build_tower(settings)
+    side = {3: 4, 4: 2, 5: 1}[stage]
+    assert tower.get_layer("trunk").output_shape == (None, side, side, channels)
+    if stage == 5:  # the whole backbone: as many weights as Keras' own
+        backbone = tower.get_layer("trunk").get_layer("resnet50")
+        whole = keras.applications.ResNet50(include_top=False, weights=None)
+        assert backbone.count_params() == whole.count_params() == 23_587_712
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="last_stage"):
+        TowerSettings(last_stage=1)
+    with pytest.raises(ValueError, match="image_size must be at least 32"):
+        TowerSettings(image_size=16, last_stage=5)
+
+
+def test_training_moves_backbone_and_p(photos):
+    keras.utils.set_random_seed(1)
+    tower = build_tower(SMALL)
+    siamese = build_siamese(tower)
+    siamese.compile(keras.optimizers.Adam(1e-3), loss=TripletLoss(mining="soft"))
+    before = [w.numpy().copy() for w in tower.trainable_weights]
+    assert gem_exponent(tower) == 3.0
+    triplets = photos.reshape(2, 3, 32, 32, 3)
+    losses = [siamese.train_on_batch(triplets, np.zeros(2)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert gem_exponent(tower) != 3.0
+    moved = [
+        not np.array_equal(a, b.numpy())
+        for a, b in zip(before, tower.trainable_weights, strict=True)
+    ]
+    assert np.mean(moved) > 0.95
+
+
+def test_fingerprint_tells_models_apart(tower):
+    keras.utils.set_random_seed(2)
+    other = build_tower(SMALL)
+    assert fingerprint(tower) == fingerprint(tower) != fingerprint(other)
+    other.set_weights(tower.get_weights())
+    assert fingerprint(other) == fingerprint(tower)
+
+
+def test_files_that_are_no_tower_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run notebook 02_triplet_training first"):
+        load_tower(tmp_path / "model.keras")
+    (tmp_path / "model.keras").write_text("not a model")
+    with pytest.raises(ValueError, match=r"model\.keras is not a saved tower"):
+        load_tower(tmp_path / "model.keras")
+
+
+def test_weights_from_a_file_give_the_backbone_they_were_saved_from(tmp_path):
+    shape = (32, 32, 3)
+    resnet = keras.applications.ResNet50(include_top=False, weights=None, input_shape=shape)
+    path = tmp_path / "resnet50.weights.h5"
+    resnet.save_weights(path)
+    settings = TowerSettings(32, 8, last_stage=3, weights=str(path))
+    backbone = build_tower(settings).get_layer("trunk").get_layer("resnet50")
+    end = keras.Model(resnet.input, resnet.get_layer("conv3_block4_out").output)
+    for a, b in zip(backbone.get_weights(), end.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_that_can_not_be_had_are_one_clear_line(tmp_path, monkeypatch):
+    path = tmp_path / "broken.weights.h5"
+    for content in (None, b"not weights"):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(WeightsUnavailableError, match=r"broken\.weights\.h5") as caught:
+            build_tower(TowerSettings(32, 8, last_stage=3, weights=str(path)))
+        assert "\n" not in str(caught.value)
+
+    real = keras.applications.ResNet50
+
+    def unreachable(*args, weights=None, **kwargs):
+        if weights == "imagenet":
+            raise Exception("URL fetch failure on https://...: None -- Name or service not known")
+        return real(*args, weights=weights, **kwargs)
+
+    monkeypatch.setattr(keras.applications, "ResNet50", unreachable)
+    with pytest.raises(WeightsUnavailableError, match=r"ImageNet weights .* not be fetched") as e:
+        build_tower(TowerSettings(32, 8, last_stage=3, weights="imagenet"))
+    assert "\n" not in str(e.value)
+
+
+FRESH_PROCESS = """
+import os, sys
+from pathlib import Path
+os.environ["KERAS_BACKEND"], folder = sys.argv[1], Path(sys.argv[2])
+import keras, numpy as np
+from keras import ops
+from lib.losses import TripletLoss, active_share_within, embedding_spread
+from lib.model import build_siamese, embed, fingerprint, load_tower
+assert keras.backend.backend() == sys.argv[1]
+photos = np.load(folder / "photos.npy")
+tower = load_tower(folder / "model.keras")
+np.save(folder / "embeddings.npy", embed(tower, photos))
+print(fingerprint(tower))
+siamese = build_siamese(tower)
+siamese.compile(
+    keras.optimizers.SGD(0.01),
+    loss=TripletLoss(mining="soft"),
+    metrics=[active_share_within(0.3), embedding_spread],
+)
+triplets = photos.reshape(2, 3, 32, 32, 3)
+print(*siamese.train_on_batch(triplets, np.zeros(2)))
+embeddings = siamese(triplets)
+for mining in ("stored", "semi-hard", "soft"):
+    print(float(ops.convert_to_numpy(TripletLoss(mining=mining)(np.zeros(2), embeddings))))
+assert "tensorflow" not in sys.modules or sys.argv[1] == "tensorflow"
+"""
+
+
+def test_a_saved_tower_embeds_and_trains_alike_in_fresh_tensorflow_and_jax(tower, photos, tmp_path):
+    save_tower(tower, tmp_path / "model.keras")
+    np.save(tmp_path / "photos.npy", photos)
+    numbers = {}
+    for backend in ("tensorflow", "jax"):
+        process = subprocess.run(
+            [sys.executable, "-c", FRESH_PROCESS, backend, tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr[-2000:]
+        found = np.load(tmp_path / "embeddings.npy")
+        np.testing.assert_allclose(found, embed(tower, photos), atol=1e-4)
+        *_, loaded, step, stored, semi_hard, soft = process.stdout.splitlines()
+        assert loaded == fingerprint(tower)
+        numbers[backend] = np.array([*step.split(), stored, semi_hard, soft], dtype=float)
+    np.testing.assert_allclose(numbers["tensorflow"], numbers["jax"], rtol=5e-3)
