@@ -117,7 +117,7 @@ test: setup ## Check style, run the tests, run every notebook against its saved 
 # sees it, would find the saved outputs wanting.
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
 	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True \
 	  notebooks/0*.ipynb
 	$(PY) -m ruff format notebooks
 	mkdir -p notebooks/images

@@ -17,6 +17,7 @@ import pandas as pd
 import papermill
 import yaml
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
@@ -98,7 +99,10 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
 
 def write_page(notebook: Path) -> Path:
     """Write an executed notebook as an HTML page beside it."""
-    page, _ = HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
+    # A progress bar is one line on the page, not one for each step.
+    exporter = HTMLExporter()
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)
+    page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     with replacing(notebook.with_suffix(".html")) as part:
         part.write_text(page, encoding="utf-8")
     return notebook.with_suffix(".html")

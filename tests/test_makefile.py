@@ -48,7 +48,17 @@ def test_help_lists_the_commands(tmp_path):
     result = make(tmp_path, python3=REAL)
     assert result.returncode == 0, result.stderr
     commands = [line.split()[1] for line in result.stdout.splitlines()]
-    assert commands == "help setup demo test notebooks lab lint lock clean".split()
+    assert commands == [
+        "help",
+        "setup",
+        "demo",
+        "test",
+        "notebooks",
+        "lab",
+        "lint",
+        "lock",
+        "clean",
+    ]
 
 
 def test_setup_names_the_pythons_that_are_too_old(tmp_path):
