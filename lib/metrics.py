@@ -72,19 +72,14 @@ def precision_at(hits: np.ndarray, k: int) -> np.ndarray:
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
     """Share of a query's positives found among the first k ranks.
 
-    Metric-learning papers call "recall@k" what is named :func:`success_at` here.
+    Metric-learning papers often call something else "recall@k": the share of queries with at least
+    one hit among the first k ranks.
 
     Returns:
         float64 (q,) from 0 to 1; NaN for a query without positives.
     """
     hits, n_positives = _positives(hits, n_positives)
     return _divide(hits[:, :k].sum(axis=1), n_positives)
-
-
-def success_at(hits: np.ndarray, k: int) -> np.ndarray:
-    """1.0 where at least one of the first k ranks is a hit, else 0.0; float64 (q,)."""
-    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
-    return hits[:, :k].any(axis=1).astype(np.float64)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

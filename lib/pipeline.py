@@ -109,25 +109,23 @@ def write_page(notebook: Path) -> Path:
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html``: the run's figures in numbers, its pictures, and links to its pages."""
-    sections = []
-    if (run / "metrics.json").is_file():
-        table = pd.json_normalize(read_json(run / "metrics.json"), sep=" / ").T.reset_index()
-        table.columns = ["metric", "value"]
-        table["value"] = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in table["value"]]
-        sections.append("<h2>Metrics</h2>" + table.to_html(index=False, border=0))
+    """Write ``report.html``: links to the run's pages, its figures, and its metrics."""
     links = [
         f'<li><a href="{name}.html">{name}</a></li>'
         for name in NOTEBOOKS
         if (run / f"{name}.html").is_file()
     ]
-    sections.insert(0, "<h2>Notebooks</h2><ul>" + "".join(links) + "</ul>")
     figures = [
         f'<figure><img src="figures/{path.name}"><figcaption>{path.stem}</figcaption></figure>'
         for path in sorted((run / "figures").glob("*.png"))
     ]
-    sections.append("<h2>Figures</h2>" + "".join(figures))
-    page = _PAGE.format(title=f"Image retrieval: run {run.name}", body="".join(sections))
+    body = f"<h2>Notebooks</h2><ul>{''.join(links)}</ul><h2>Figures</h2>{''.join(figures)}"
+    if (run / "metrics.json").is_file():
+        table = pd.json_normalize(read_json(run / "metrics.json"), sep=" / ").T.reset_index()
+        table.columns = ["metric", "value"]
+        table["value"] = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in table["value"]]
+        body += "<h2>Metrics</h2>" + table.to_html(index=False, border=0)
+    page = _PAGE.format(title=f"Image retrieval: run {run.name}", body=body)
     with replacing(run / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     return run / "report.html"

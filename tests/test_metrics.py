@@ -14,7 +14,6 @@ from lib.metrics import (
     pair_hits,
     precision_at,
     recall_at,
-    success_at,
 )
 
 some_hits = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
@@ -49,7 +48,6 @@ def test_precision_and_recall_by_hand():
     np.testing.assert_allclose(precision_at(hits, 8), [2 / 8, 1 / 8])
     np.testing.assert_allclose(recall_at(hits, 2), [1 / 2, 0])
     np.testing.assert_allclose(recall_at(hits, 4), [1, 1])
-    np.testing.assert_allclose(success_at(hits, 3), [1, 0])
 
 
 def test_more_hits_than_positives_is_an_error():

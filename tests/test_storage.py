@@ -6,7 +6,6 @@ from datetime import datetime
 import pytest
 
 from lib.storage import (
-    file_digest,
     new_run,
     project_root,
     read_json,
@@ -65,9 +64,3 @@ def test_runs_of_the_same_second_are_different_and_latest_is_the_newest(tmp_path
     assert (first.name, second.name) == ("2026-05-04_03-02-01", "2026-05-04_03-02-01-2")
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert not (tmp_path / "latest").readlink().is_absolute()  # the folder may be moved
-
-
-def test_file_digest_is_sha256(tmp_path):
-    path = tmp_path / "empty"
-    path.touch()
-    assert file_digest(path).startswith("e3b0c44298fc1c14")
