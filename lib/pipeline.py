@@ -8,6 +8,7 @@ the executed notebooks, an HTML page of each, ``metrics.json``, figures, model a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -148,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", default="", help="folder for the results; default: a new one")
     options = parser.parse_args(arguments)
 
+    # TensorFlow is chatty, and the kernels write into this terminal.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     root, start = project_root(), time.monotonic()
     notebooks = root / "notebooks"
     known = set().union(*(notebook_parameters(notebooks / f"{n}.ipynb") for n in NOTEBOOKS))
