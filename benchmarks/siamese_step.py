@@ -23,9 +23,9 @@ import numpy as np
 
 from lib.dataset import DatasetHandler, DataSettings
 from lib.demo_data import make_demo_data
+from lib.landmarks import open_catalogue
 from lib.losses import TripletLoss
 from lib.model import TowerSettings, build_siamese, build_tower
-from lib.records import find_shards
 from lib.storage import project_root
 
 IMAGE_SIZE, BATCH, STEPS, ROUNDS = 32, 32, 12, 5
@@ -39,19 +39,18 @@ def three_passes(tower: keras.Model) -> keras.Model:
     )
 
 
-def seconds_per_step(model: keras.Model, batch: np.ndarray) -> float:
+def seconds_per_step(model: keras.Model, batch: tuple[np.ndarray, np.ndarray]) -> float:
     """Mean time of a training step, the first (which compiles) not counted."""
-    targets = np.zeros(len(batch), np.float32)
-    model.train_on_batch(batch, targets)
+    model.train_on_batch(*batch)
     start = time.perf_counter()
     for _ in range(STEPS):
-        model.train_on_batch(batch, targets)
+        model.train_on_batch(*batch)
     return (time.perf_counter() - start) / STEPS
 
 
 def seconds_per_batch(handler: DatasetHandler, epoch: int) -> float:
     """Mean time to serve a training batch, the first (which fills the buffers) not counted."""
-    batches = iter(handler.training_batches(epoch, 10 * STEPS))
+    batches = iter(handler.training_batches(epoch, 10 * STEPS).as_tf_data())
     next(batches)
     start = time.perf_counter()
     served = sum(1 for _ in batches)
@@ -62,9 +61,9 @@ def main() -> None:
     """Measure and print."""
     root = project_root()
     make_demo_data(root)
-    shards = find_shards(root / "Dataset" / "demo_world", range(12))
-    handler = DatasetHandler(shards, DataSettings(image_size=IMAGE_SIZE, batch_size=BATCH))
-    batch = next(iter(handler.training_batches(0, 1)))[0].numpy()
+    catalogue = open_catalogue(root / "Dataset" / "demo_world")
+    handler = DatasetHandler(catalogue, DataSettings(image_size=IMAGE_SIZE, batch_size=BATCH))
+    batch = handler.training_batches(0, 1)[0]
     settings = TowerSettings(image_size=IMAGE_SIZE, last_stage=3, weights="")
     models = {
         "one": build_siamese(build_tower(settings)),

@@ -4,7 +4,7 @@ The trunk's feature maps are computed once; each arm of the comparison trains it
 projection) on them, which takes seconds.
 
     maps = feature_maps(tower, triplets)                  # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
-    head = train_head(maps, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
+    head = train_head(maps, groups, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
 
 def train_head(
     maps: np.ndarray,
+    groups: np.ndarray,
     settings: TowerSettings,
     training: TrainingSettings,
     batch_size: int,
@@ -34,6 +35,7 @@ def train_head(
 
     Args:
         maps: float (n, 3, h, w, c): of anchor, positive and negative.
+        groups: int (n, 3): photos of different groups show different landmarks.
         settings: which pooling; what concerns the trunk is not used.
         training: loss, learning rate and length.
         batch_size: triplets in a batch.
@@ -51,5 +53,5 @@ def train_head(
     passes = -(-needed // len(maps))
     rows = np.concatenate([order.permutation(len(maps)) for _ in range(passes)])[:needed]
     for batch in rows.reshape(-1, batch_size):
-        siamese.train_on_batch(maps[batch].astype(np.float32), np.zeros(batch_size, np.float32))
+        siamese.train_on_batch(maps[batch].astype(np.float32), groups[batch])
     return head

@@ -1,103 +1,72 @@
-"""DatasetHandler: triplets from TFRecord shards to batches of pixels, through tf.data.
+"""DatasetHandler: pictures from TFRecord shards to batches of pixels, as fast as they decode.
 
-    handler = DatasetHandler(find_shards(Path("Dataset"), range(12)), DataSettings(image_size=128))
-    for triplets, _ in handler.training_batches(epoch=0, steps=100):
-        ...                                       # uint8 (batch, 3, 128, 128, 3), RGB
-    print(handler.tally)                          # what was read, and what was left out
+    catalogue = open_catalogue(Path("Dataset"))
+    part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
+    handler = DatasetHandler(catalogue, DataSettings(image_size=128), part == "train")
+    for photos, groups in handler.training_batches(epoch=0, steps=100):
+        ...                        # uint8 (batch, 3, 128, 128, 3) RGB, int32 (batch, 3)
 
-Axis 1 is anchor, positive, negative. Pixels stay uint8 RGB from 0 to 255: the backbone's own
-preprocessing is a part of the network.
+Pixels stay uint8 RGB from 0 to 255: the backbone's own preprocessing is a part of the network.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from lib.records import FEATURES, Triplet, count_records, read_triplets
+from lib.decoding import Augmentation, Variation, decode_batch, draw_variations
+from lib.landmarks import Catalogue
+from lib.sampling import SamplingError, landmark_batches, triplet_batches, usable_triplets
 
-if keras.backend.backend() != "tensorflow":
-    tf.config.set_visible_devices([], "GPU")  # the network is another framework's, so is the GPU
-
-_RECORDS_AT_ONCE = 256  # parsed together: one call for many records
-
-# The number of threads is set here rather than tuned by TensorFlow: its tuner works in a thread
-# that the end of an epoch waits for, which took up to 20 seconds each time.
 _THREADS = os.cpu_count() or 1
-_NO_TUNING = tf.data.Options()
-_NO_TUNING.autotune.enabled = False
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How triplets become batches.
+    """How pictures become batches.
 
     Attributes:
         image_size: side in pixels that the photos are resized to.
-        batch_size: triplets in a batch (three times as many photos).
-        shuffle_buffer: records held to draw the next one from. Records of one landmark stand side
-            by side in a shard and should not meet in a batch, so it should be large.
-        augment: whether training photos are varied at random.
+        batch_size: triplets in a batch, three photos each; or landmarks.
+        pictures_per_landmark: 0 for batches of stored triplets; k >= 2 for P x K batches, of
+            ``batch_size`` landmarks with k pictures of each.
+        augmentation: how training photos are varied at random; None leaves them as they are.
         seed: of order and augmentation.
     """
 
     image_size: int = 128
     batch_size: int = 64
-    shuffle_buffer: int = 4096
-    augment: bool = True
+    pictures_per_landmark: int = 0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What happened to the records of a pass so far.
-
-    Attributes:
-        read: records read.
-        degenerate: left out because their positive is the anchor itself.
-        undecodable: left out because a picture is missing or does not decode.
-    """
-
-    read: int = 0
-    degenerate: int = 0
-    undecodable: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.read} records read, {self.degenerate} left out because positive = anchor, "
-            f"{self.undecodable} because a picture does not decode"
-        )
-
-
 class DatasetHandler:
-    """Serves the triplets of some shards.
-
-    Every record is used but the degenerate (positive = anchor: whatever the network does, their
-    distance is 0) and those with a picture that does not decode; ``tally`` counts both.
+    """Serves the pictures of some landmarks.
 
     Args:
-        shards: the files, as :func:`lib.records.find_shards` lists them.
+        catalogue: of the shards.
         settings: see :class:`DataSettings`.
+        chosen: bool, for each picture whether it may be used, from
+            :func:`lib.landmarks.split_landmarks`; None: all.
 
-    Raises:
-        RecordError: a shard is no TFRecord, is cut off or damaged, or its first record lacks a
-            picture.
+    Attributes:
+        triplets: int64 (n, 3), the usable stored triplets, as pictures of the catalogue.
     """
 
-    def __init__(self, shards: Sequence[Path], settings: DataSettings):
-        self.shards = [Path(shard) for shard in shards]
-        self.settings = settings
-        self.records = sum(count_records(shard) for shard in self.shards)
-        self.tally = Tally()
+    def __init__(
+        self, catalogue: Catalogue, settings: DataSettings, chosen: np.ndarray | None = None
+    ):
+        self.catalogue, self.settings = catalogue, settings
+        self.chosen = np.ones(len(catalogue.pictures), bool) if chosen is None else chosen
+        self.triplets = usable_triplets(catalogue, self.chosen)
+        self._group = catalogue.pictures["group"].to_numpy(np.int32)
 
-    def training_batches(self, epoch: int, steps: int) -> tf.data.Dataset:
+    def training_batches(self, epoch: int, steps: int) -> Batches:
         """The batches of one epoch, shuffled and augmented.
 
         Order and augmentation follow from (seed, epoch) alone, so an interrupted training can go on
@@ -105,154 +74,126 @@ class DatasetHandler:
 
         Args:
             epoch: number of the epoch.
-            steps: how many batches; past the last record they go on from the first in a new order.
+            steps: how many batches; past the last triplet they go on from the first in a new order.
 
-        Returns:
-            a dataset of pairs: uint8 (batch_size, 3, s, s, 3), and the targets that Keras wants to
-            see, zeros (batch_size,) (a triplet's one label is the order of its photos). Shorter
-            than ``steps``, or empty, if more than three of four records had to be left out.
+        Raises:
+            SamplingError: too few usable pictures.
         """
         settings = self.settings
-        seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-        order = np.random.default_rng(seed).permutation(len(self.shards))
-        names = [str(self.shards[i]) for i in order]
-        needed = steps * settings.batch_size
-        # Enough passes even if three of four records are left out, but not without end.
-        passes = 2 + 4 * needed // max(self.records, 1)
-        targets = tf.zeros(settings.batch_size)
-        batches = (
-            tf.data.TFRecordDataset(names, num_parallel_reads=min(len(names), 16))
-            .shuffle(settings.shuffle_buffer, seed=seed)
-            .repeat(passes)
-            .enumerate()
-            .batch(_RECORDS_AT_ONCE)
-            .scan(np.int64(0), _parse)
-            .unbatch()
-            .filter(lambda number, degenerate, pictures: pictures[0] != pictures[1])
-            .map(self._decode_numbered, num_parallel_calls=_THREADS)
-            .ignore_errors()
-            .batch(settings.batch_size, drop_remainder=True)
-            .enumerate()
-            .map(self._count)
-            .take(steps)
-        )
-        if settings.augment:
-            # One call at a time: the layers draw from one random state, in a fixed order.
-            batches = batches.map(make_augmentation(seed))
-        batches = batches.map(lambda triplets: (triplets, targets)).prefetch(4)
-        return batches.with_options(_NO_TUNING)
-
-    def _decode_numbered(self, number, degenerate, pictures):
-        return number, degenerate, decode_triplet(pictures, self.settings.image_size)
-
-    def _count(self, batch, numbered):
-        """Note the tally. The last triplet of a batch tells how many records came before it."""
-        numbers, degenerate, triplets = numbered
-
-        def note(batch: np.ndarray, number: np.ndarray, degenerate: np.ndarray) -> np.int32:
-            used, read = (int(batch) + 1) * self.settings.batch_size, int(number) + 1
-            self.tally = Tally(read, int(degenerate), read - int(degenerate) - used)
-            return np.int32(0)
-
-        noted = tf.numpy_function(note, [batch, numbers[-1], degenerate[-1]], tf.int32)
-        with tf.control_dependencies([noted]):
-            return tf.identity(triplets)
+        rng = np.random.default_rng([settings.seed, epoch])
+        plan_of = (self.catalogue, self.chosen, steps, settings.batch_size)
+        if settings.pictures_per_landmark:
+            plan = landmark_batches(*plan_of, settings.pictures_per_landmark, rng)
+        else:
+            plan = triplet_batches(*plan_of, rng)
+        return Batches(self, plan, epoch)
 
     def validation_triplets(self, limit: int) -> np.ndarray:
-        """The first usable triplets, one of a landmark, as they are stored: no augmentation.
+        """A triplet of each chosen landmark, for measuring.
 
-        The shards hold up to two records a landmark, side by side. So records that are at least two
-        places apart show different landmarks, and each anchor has one positive among those of all.
+        Anchor and positive are the first stored ones that differ. The negative is the anchor of
+        another chosen landmark: the stored one may well be a training photo.
 
         Args:
             limit: at most this many.
 
         Returns:
-            uint8 (n, 3, s, s, 3).
+            int64 (n, 3), pictures; each anchor has one positive among those of all.
+
+        Raises:
+            SamplingError: there are not two landmarks with two pictures.
         """
-        chosen, last_chosen, tally = [], -2, Tally()
-        for position, triplet in enumerate(self.stored_triplets()):
-            tally = replace(tally, read=position + 1)
-            if triplet.is_degenerate:
-                tally = replace(tally, degenerate=tally.degenerate + 1)
-                continue
-            try:
-                pixels = decode_triplet(tf.constant(triplet), self.settings.image_size)
-            except tf.errors.InvalidArgumentError:
-                tally = replace(tally, undecodable=tally.undecodable + 1)
-                continue
-            if position - last_chosen >= 2:
-                chosen.append(pixels)
-                last_chosen = position
-            if len(chosen) == limit:
-                break
-        self.tally = tally
-        size = self.settings.image_size
-        return np.asarray(chosen, dtype=np.uint8).reshape(-1, 3, size, size, 3)
+        stored = self.catalogue.triplets[["anchor", "positive"]].to_numpy()
+        pairs = stored[~self.catalogue.degenerate & self.chosen[stored].all(axis=1)]
+        group = self.catalogue.pictures["group"].to_numpy()[pairs[:, 0]]
+        _, first = np.unique(group, return_index=True)
+        if len(first) < 2:
+            raise SamplingError(
+                f"{len(first)} of the chosen landmarks have two pictures: choose a larger share"
+            )
+        anchor, positive = pairs[np.sort(first)[:limit]].T
+        return np.stack([anchor, positive, np.roll(anchor, 1)], axis=1)
 
-    def stored_triplets(self) -> Iterator[Triplet]:
-        """All triplets as raw bytes, in the order of the shards, nothing left out."""
-        return chain.from_iterable(read_triplets(shard) for shard in self.shards)
+    def photos(self, pictures: np.ndarray, image_size: int = 0) -> np.ndarray:
+        """Pictures as they are stored.
+
+        Args:
+            pictures: int (...), rows of the catalogue's pictures.
+            image_size: side in pixels; 0 for that of the settings.
+
+        Returns:
+            uint8 (..., image_size, image_size, 3) RGB.
+        """
+        return self._decode(pictures, image_size or self.settings.image_size, None)
+
+    def batch(self, pictures: np.ndarray, rng: np.random.Generator) -> tuple:
+        """Pictures for training: augmented, and with their groups.
+
+        Args:
+            pictures: int (...), rows of the catalogue's pictures.
+            rng: of the augmentation.
+
+        Returns:
+            photos, uint8 (..., s, s, 3); groups, int32 (...): photos of different groups show
+            different landmarks.
+        """
+        augmentation = self.settings.augmentation
+        variations = augmentation and draw_variations(rng, pictures.size, augmentation)
+        photos = self._decode(pictures, self.settings.image_size, variations)
+        return photos, self._group[pictures]
+
+    def _decode(self, pictures, size: int, variations: list[Variation] | None) -> np.ndarray:
+        places = [self.catalogue.places[picture] for picture in np.ravel(pictures).tolist()]
+        photos = _aligned((len(places), size, size, 3))
+        decode_batch(places, size, variations, photos)
+        return photos.reshape(*np.shape(pictures), size, size, 3)
 
 
-def _parse(degenerate_before, chunk):
-    """Parse a chunk of numbered records, and go on counting those with positive = anchor."""
-    numbers, records = chunk
-    # A missing picture becomes an empty one, which does not decode, and is counted as such.
-    features = {name: tf.io.FixedLenFeature((), tf.string, default_value="") for name in FEATURES}
-    parsed = tf.io.parse_example(records, features)
-    pictures = tf.stack([parsed[name] for name in FEATURES], axis=1)
-    same = tf.cast(pictures[:, 0] == pictures[:, 1], tf.int64)
-    degenerate = degenerate_before + tf.cumsum(same)
-    return degenerate[-1], (numbers, degenerate, pictures)
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty uint8 array that begins at a multiple of 64: TensorFlow takes it without a copy."""
+    size = math.prod(shape)
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].reshape(shape)
 
 
-def decode_triplet(pictures, image_size: int):
-    """Decode three JPEG pictures: string (3,) -> uint8 (3, image_size, image_size, 3) RGB.
+class Batches(keras.utils.PyDataset):
+    """The batches of one epoch, for ``fit`` on every Keras backend; each is made when asked for.
 
-    Raises:
-        tf.errors.InvalidArgumentError: one of them is no picture.
+    Args:
+        handler: makes the batches.
+        plan: int64 (steps, ...), the pictures of each batch.
+        epoch: number of the epoch, for the augmentation.
     """
-    return tf.stack([_decode(pictures[i], image_size) for i in range(len(FEATURES))])
 
+    def __init__(self, handler: DatasetHandler, plan: np.ndarray, epoch: int):
+        # Threads, not processes: decoding releases Python's lock, and no pixels need to be copied.
+        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
+        self._handler, self.plan, self._epoch = handler, plan, epoch
 
-def _decode(picture, image_size: int):
-    # The accurate inverse DCT: as other decoders have it, so that a photo read from a folder gets
-    # the same pixels as the same photo in a shard.
-    pixels = tf.io.decode_jpeg(picture, channels=3, dct_method="INTEGER_ACCURATE")
+    def __len__(self) -> int:
+        return len(self.plan)
 
-    def resized():
-        small = tf.image.resize(pixels, (image_size, image_size), "bicubic", antialias=True)
-        return tf.saturate_cast(tf.round(small), tf.uint8)
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Photos and groups of one batch, see :meth:`DatasetHandler.batch`."""
+        # Each batch has randomness of its own: it does not matter which thread makes it, and when.
+        rng = np.random.default_rng([self._handler.settings.seed, self._epoch, int(step)])
+        return self._handler.batch(self.plan[step], rng)
 
-    fits = tf.reduce_all(tf.shape(pixels)[:2] == image_size)
-    return tf.ensure_shape(tf.cond(fits, lambda: pixels, resized), (image_size, image_size, 3))
+    def as_tf_data(self):
+        """The same batches as a ``tf.data.Dataset``, made by all processor cores, in order."""
+        import tensorflow as tf  # here: who trains on another backend does without it
 
+        size = self._handler.settings.image_size
+        shape = self.plan.shape[1:]
 
-def make_augmentation(seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Small random variations of training photos, drawn for each photo by itself.
+        def make(step):
+            photos, groups = tf.numpy_function(self.__getitem__, [step], (tf.uint8, tf.int32))
+            return tf.ensure_shape(photos, (*shape, size, size, 3)), tf.ensure_shape(groups, shape)
 
-    Shifts and zoom stand for where the photographer stood, brightness and contrast for the light.
-    No mirroring: a mirrored building is another building.
-
-    Returns:
-        a function uint8 (n, 3, s, s, 3) -> uint8 (n, 3, s, s, 3).
-    """
-    layers = keras.layers
-    pixels = {"value_range": (0, 255)}
-    steps = [
-        layers.RandomTranslation(0.05, 0.05, fill_mode="reflect", seed=seed + 1),
-        layers.RandomZoom(0.1, fill_mode="reflect", seed=seed + 2),
-        layers.RandomBrightness(0.15, **pixels, seed=seed + 3),
-        layers.RandomContrast(0.2, **pixels, seed=seed + 4),
-    ]
-
-    def augment(triplets):
-        shape = tf.shape(triplets)
-        photos = tf.cast(tf.reshape(triplets, (-1, *triplets.shape[2:])), tf.float32)
-        for step in steps:
-            photos = step(photos, training=True)
-        photos = tf.clip_by_value(tf.round(photos), 0, 255)
-        return tf.ensure_shape(tf.reshape(tf.cast(photos, tf.uint8), shape), triplets.shape)
-
-    return augment
+        options = tf.data.Options()
+        # The number of threads is known; TensorFlow's tuner of it works in a thread that the end
+        # of an epoch waits for, which took up to 20 seconds each time.
+        options.autotune.enabled = False
+        steps = tf.data.Dataset.range(len(self))
+        return steps.map(make, num_parallel_calls=_THREADS).prefetch(2).with_options(options)

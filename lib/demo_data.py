@@ -11,10 +11,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import inspect
-import multiprocessing
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -28,6 +26,7 @@ from lib.demo_world import render_jpegs  # in a module of its own: light to impo
 from lib.photos import GROUND_TRUTH
 from lib.records import Triplet, write_shard
 from lib.storage import read_json, replacing, write_json
+from lib.workers import process_pool
 
 FULL_SHARDS = 15  # ... which has 15 shards of equal size, and one for the remainder
 _MANIFEST = "world.json"
@@ -88,9 +87,8 @@ def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
     for landmark, view in sorted(set(views)):
         by_landmark.setdefault(landmark, []).append(view)
     jpegs: dict[View, bytes] = {}
-    # Processes are spawned, not forked: TensorFlow's threads do not survive a fork.
     with (
-        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool,
+        process_pool() as pool,
         tqdm(total=sum(map(len, by_landmark.values())), desc="drawing", unit=" photos") as bar,
     ):
         drawn = pool.map(

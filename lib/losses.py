@@ -1,14 +1,15 @@
 """Triplet losses over embeddings of unit norm, and what to watch while they train.
 
 A batch of n triplets comes as one tensor (n, 3, d): anchor, positive and negative embedding of each
-row. Distances are squared Euclidean, from 0 (equal) over 2 (orthogonal) to 4 (opposite).
+row; its targets (n, 3) are numbers, and photos of different numbers show different landmarks.
+Distances are squared Euclidean, from 0 (equal) over 2 (orthogonal) to 4 (opposite).
 
     loss = TripletLoss(margin=0.3, mining="semi-hard")
     model.compile(optimizer, loss=loss, metrics=[active_share_within(0.3), embedding_spread])
 
-The in-batch minings take the anchor and the positive of each row as two photos of one identity of
-its own, let each of them be the anchor of the other once, and mine negatives among all photos of
-the other rows, the stored negatives included.
+The in-batch minings take the anchor and the positive of each row as two photos of one landmark, let
+each of them be the anchor of the other once, and mine negatives among all photos of the batch, the
+stored negatives included, whose number is another.
 """
 
 from __future__ import annotations
@@ -42,26 +43,25 @@ def stored_distances(embeddings):
     )
 
 
-def batch_distances(embeddings):
+def batch_distances(embeddings, groups):
     """Distances from every anchor to its positive and to every photo of the batch.
 
     Args:
         embeddings: float (n, 3, d) of unit norm.
+        groups: numbers (n, 3); only photos of different groups are surely of different landmarks.
 
     Returns:
         positive: float (2n,), for the n anchors and then, roles exchanged, the n positives.
         others: float (2n, 3n), to all anchors, then all positives, then all stored negatives.
-        is_negative: bool (2n, 3n), False where ``others`` is of the anchor's own identity. The
-            stored negative of the own row is a true negative.
+        is_negative: bool (2n, 3n), whether ``others`` is of another group than the anchor.
     """
     n = ops.shape(embeddings)[0]
     anchors, positives, negatives = (embeddings[:, i] for i in (ANCHOR, POSITIVE, NEGATIVE))
     photos = ops.concatenate([anchors, positives, negatives])
     # |a - b|^2 = 2 - 2 a.b for unit vectors; rounding may push it below 0.
     others = ops.maximum(2.0 - 2.0 * ops.matmul(photos[: 2 * n], ops.transpose(photos)), 0.0)
-    row = ops.arange(n)
-    identity = ops.concatenate([row, row, row + n])  # a stored negative: unlike all identities
-    is_negative = ops.not_equal(identity[: 2 * n, None], identity[None, :])
+    group = ops.concatenate([groups[:, i] for i in (ANCHOR, POSITIVE, NEGATIVE)])
+    is_negative = ops.not_equal(group[: 2 * n, None], group[None, :])
     positive = ops.tile(squared_distance(anchors, positives), [2])
     return positive, others, is_negative
 
@@ -118,7 +118,7 @@ def soft_triplet_loss(positive, others, is_negative, temperature: float):
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class TripletLoss(keras.losses.Loss):
-    """The loss of a batch of triplets; ``y_pred`` is (n, 3, d), ``y_true`` is not used.
+    """The loss of a batch of triplets; ``y_pred`` is (n, 3, d), ``y_true`` the groups (n, 3).
 
     Args:
         margin: by how much a negative must be farther than the positive ("stored", "semi-hard").
@@ -146,7 +146,7 @@ class TripletLoss(keras.losses.Loss):
     def call(self, y_true, y_pred):
         if self.mining == "stored":
             return margin_loss(*stored_distances(y_pred), self.margin)
-        positive, others, is_negative = batch_distances(y_pred)
+        positive, others, is_negative = batch_distances(y_pred, y_true)
         if self.mining == "soft":
             return soft_triplet_loss(positive, others, is_negative, self.temperature)
         negative = semi_hard_negative(positive, others, is_negative)
@@ -186,7 +186,7 @@ def active_share_within(margin: float):
     """
 
     def active_share(y_true, y_pred):
-        positive, others, is_negative = batch_distances(y_pred)
+        positive, others, is_negative = batch_distances(y_pred, y_true)
         hardest = ops.min(ops.where(is_negative, others, float("inf")), axis=1)
         return ops.cast(margin_loss(positive, hardest, margin) > 0, "float32")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from lib.decoding import reduction, resize
 from lib.storage import show_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -69,12 +70,14 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            if image.mode in ("RGB", "L"):  # as the training photos are decoded, see lib.decoding
+                factor = reduction(*image.size, image_size)
+                image.draft(None, tuple(side // factor for side in image.size))
             image = ImageOps.exif_transpose(image).convert("RGB")
-            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+            pixels = resize(np.asarray(image), image_size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PhotoError(f"{show_path(path)} is not a readable picture ({error})") from None
-    return np.asarray(image)
+    return pixels
 
 
 def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, list[Path], list[str]]:

@@ -177,6 +177,23 @@ def plot_histograms(
     _finish(save)
 
 
+def plot_bars(values: Mapping[str, float], *, xlabel: str, save: Path | None = None) -> None:
+    """A bar with its value written to it for each entry.
+
+    Args:
+        values: name -> share, from 0 to 1.
+        xlabel: what is measured.
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(7, 0.5 * len(values) + 1))
+    colours = sns.color_palette()[: len(values)]
+    bars = axis.barh(list(values), list(values.values()), color=colours, height=0.6)
+    axis.bar_label(bars, fmt="{:.0%}", padding=4)
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel, xlim=(0, 1))
+    _finish(save)
+
+
 def plot_intervals(
     values: Mapping[str, Interval], *, xlabel: str, save: Path | None = None
 ) -> None:

@@ -113,11 +113,11 @@ def train(
         the history, a row an epoch: loss, active_share, positive_distance, negative_distance,
         embedding_spread (over the training batches), val_accuracy (triplets whose negative is
         farther than the positive), val_map (anchor against all positives), p (GeM's exponent),
-        learning_rate, undecodable (records left out because a picture did not decode).
+        learning_rate.
 
     Raises:
-        TrainingError: too few usable triplets, a loss that is not finite, or a checkpoint that was
-            made by other settings.
+        TrainingError: a loss that is not finite, or a checkpoint that was made by other settings.
+        SamplingError: too few usable triplets.
     """
     compile_siamese(siamese, settings)
     siamese.optimizer.build(siamese.trainable_variables)
@@ -131,7 +131,7 @@ def train(
                 break
             row = _train_epoch(siamese, handler, epoch, settings.steps_per_epoch, bar)
             row |= evaluate_triplets(tower, validation)
-            row |= {"p": gem_exponent(tower), "undecodable": handler.tally.undecodable}
+            row |= {"p": gem_exponent(tower)}
             history.append({"epoch": epoch + 1} | row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", val_map=f"{row['val_map']:.3f}")
             if _epochs_since_best(history) == 0:
@@ -144,25 +144,20 @@ def train(
 def _train_epoch(siamese, handler: DatasetHandler, epoch: int, steps: int, bar: tqdm) -> dict:
     """One pass over ``steps`` batches; returns the means of loss and metrics over them."""
     batches = handler.training_batches(epoch, steps)
+    if keras.backend.backend() == "tensorflow":
+        batches = batches.as_tf_data()
     step_bar = _StepBar(bar)
     callbacks = [step_bar, keras.callbacks.TerminateOnNaN()]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Your input ran out of data")  # told better below
-        # Told the number of steps, Keras does not run into the end of the dataset, where a graph
-        # of TensorFlow would still count one more iteration of the optimizer.
-        logs = siamese.fit(
-            batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=callbacks
-        ).history
+    # Told the number of steps, Keras does not run into the end of the dataset, where a graph of
+    # TensorFlow would still count one more iteration of the optimizer.
+    logs = siamese.fit(
+        batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=callbacks
+    ).history
     row = {name: values[-1] for name, values in logs.items()}
-    if not math.isfinite(row.get("loss", 0.0)):
+    if not math.isfinite(row["loss"]):
         raise TrainingError(
             f"the loss became {row['loss']} in epoch {epoch + 1}, step {step_bar.steps}: lower "
             "learning_rate (a tenth is a good try) and start a new run"
-        )
-    if step_bar.steps < steps:
-        raise TrainingError(
-            f"only {step_bar.steps} of {steps} batches could be filled: {handler.tally}. Use more "
-            "shards, or a smaller batch_size"
         )
     if row["embedding_spread"] < COLLAPSED_SPREAD:
         warnings.warn(

@@ -72,7 +72,7 @@ def test_the_files_have_the_kaggle_format(small_world, shards):
     plan = plan_triplets(SMALL_WORLD)
     assert {len(t) for t in triplets[:15]} == {len(plan) // 15}
     assert len(triplets[15]) == len(plan) % 15
-    for jpeg in triplets[0][0]:
+    for jpeg in triplets[0][0].pictures:
         image = Image.open(io.BytesIO(jpeg))
         assert (image.size, image.mode, image.format) == ((128, 128), "RGB", "JPEG")
         assert jpeg_quality(image) == 94

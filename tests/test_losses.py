@@ -29,6 +29,12 @@ def on_circle(*degrees):
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
 
 
+def all_different(n: int) -> np.ndarray:
+    """Groups of n triplets: a landmark of its own for each pair, another for each negative."""
+    row = np.arange(n)
+    return np.stack([row, row, row + n], axis=1)
+
+
 @pytest.fixture
 def triplets(rng) -> np.ndarray:
     return unit(rng.normal(size=(6, 3, 8))).astype(np.float32)
@@ -40,7 +46,7 @@ def test_stored_loss_compares_anchor_positive_and_negative_of_one_row():
     swapped = on_circle(0, 180, 0)
     between = on_circle(0, 60, 90)  # positive at 1, negative at 2
     loss = TripletLoss(margin=1.5, mining="stored", reduction=None)
-    values = as_numpy(loss(np.zeros(3), np.stack([easy, swapped, between])))
+    values = as_numpy(loss(all_different(3), np.stack([easy, swapped, between])))
     np.testing.assert_allclose(values, [0, 4 + 1.5, 1 - 2 + 1.5], atol=1e-6)
 
 
@@ -50,7 +56,7 @@ def test_every_photo_of_a_triplet_gets_a_gradient(triplets):
     for mining in ("stored", "semi-hard", "soft"):
         embeddings = tf.Variable(triplets)
         with tf.GradientTape() as tape:
-            loss = TripletLoss(margin=5.0, mining=mining)(tf.zeros(6), embeddings)
+            loss = TripletLoss(margin=5.0, mining=mining)(all_different(6), embeddings)
         gradient = tape.gradient(loss, embeddings).numpy()
         assert np.isfinite(gradient).all()
         assert (np.abs(gradient).sum(axis=(0, 2)) > 1e-4).all(), mining
@@ -76,12 +82,30 @@ def in_batch_order(values):
 
 
 def test_batch_distances_against_loops(triplets):
-    positive, others, is_negative = map(as_numpy, batch_distances(triplets))
+    positive, others, is_negative = map(as_numpy, batch_distances(triplets, all_different(6)))
     expected = list(plain_distances(triplets))
     np.testing.assert_allclose(positive, in_batch_order([p for p, _ in expected]), rtol=1e-4)
     negatives = in_batch_order([np.sort(n) for _, n in expected])
     for row, mask, wanted in zip(others, is_negative, negatives, strict=True):
         np.testing.assert_allclose(np.sort(row[mask]), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_photos_of_one_group_are_not_negatives_of_each_other(triplets):
+    groups = all_different(6)
+    groups[2] = groups[4]  # two records of one landmark meet in a batch
+    groups[1, 2] = groups[3, 0]  # and a stored negative is of another record's landmark
+    _, _, is_negative = map(as_numpy, batch_distances(triplets, groups))
+    of_photo = groups.T.ravel()
+    for anchor in range(12):
+        for photo in range(18):
+            assert is_negative[anchor, photo] == (of_photo[anchor] != of_photo[photo])
+    # The photos that are none do not matter: the loss is that of the batch without them.
+    for mining in ("soft", "semi-hard"):
+        loss = TripletLoss(mining=mining, reduction=None)
+        moved = triplets.copy()
+        moved[4, 1] = -triplets[4, 1]
+        before, after = (as_numpy(loss(groups, x))[2] for x in (triplets, moved))
+        assert before == pytest.approx(after, abs=1e-6)
 
 
 def test_semi_hard_against_loops(triplets):
@@ -91,7 +115,7 @@ def test_semi_hard_against_loops(triplets):
         negative = beyond.min() if len(beyond) else negatives.max()
         expected.append(max(0.0, positive - negative + margin))
     loss = TripletLoss(margin=margin, mining="semi-hard", reduction=None)
-    values = as_numpy(loss(np.zeros(6), triplets))
+    values = as_numpy(loss(all_different(6), triplets))
     np.testing.assert_allclose(values, in_batch_order(expected), atol=1e-4)
 
 
@@ -109,7 +133,7 @@ def test_soft_loss_against_loops(triplets):
         cos_p, cos_n = 1 - positive / 2, 1 - negatives / 2
         expected.append(np.log1p(np.exp((cos_n - cos_p) / temperature).sum()))
     loss = TripletLoss(mining="soft", temperature=temperature, reduction=None)
-    values = as_numpy(loss(np.zeros(6), triplets))
+    values = as_numpy(loss(all_different(6), triplets))
     np.testing.assert_allclose(values, in_batch_order(expected), rtol=1e-4)
 
 
@@ -135,10 +159,10 @@ def test_the_signs_of_life_name_a_collapse(triplets):
     assert as_numpy(embedding_spread(None, collapsed)).max() < 1e-6
     assert 0.7 < as_numpy(embedding_spread(None, triplets)).mean() <= 1.0 + 1e-6
     active = active_share_within(0.3)
-    assert as_numpy(active(None, collapsed)).mean() == 1.0
+    assert as_numpy(active(all_different(6), collapsed)).mean() == 1.0
     solved = np.repeat(np.eye(12)[:6, None], 3, axis=1).astype(np.float32)
     solved[:, 2] = np.eye(12)[6:]
-    assert as_numpy(active(None, solved)).mean() == 0.0
+    assert as_numpy(active(all_different(6), solved)).mean() == 0.0
     np.testing.assert_allclose(as_numpy(positive_distance(None, solved)), 0, atol=1e-6)
     np.testing.assert_allclose(as_numpy(negative_distance(None, solved)), 2, atol=1e-6)
 

@@ -7,8 +7,10 @@ import pytest
 
 import lib.training
 from lib.dataset import DatasetHandler, DataSettings
+from lib.landmarks import build_catalogue, split_landmarks
 from lib.model import build_siamese, embed, load_tower
 from lib.records import read_triplets, write_shard
+from lib.sampling import SamplingError
 from lib.training import (
     CHECKPOINT,
     HISTORY,
@@ -39,15 +41,24 @@ def tiny_tower() -> keras.Model:
     return keras.Model(photos, head(trunk(photos)), name="tower")
 
 
-@pytest.fixture
-def handler(shards) -> DatasetHandler:
-    return DatasetHandler(shards[:12], DataSettings(image_size=16, batch_size=4, seed=1))
+@pytest.fixture(scope="module")
+def parts(shards):
+    catalogue = build_catalogue(shards)
+    return catalogue, split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0)
 
 
 @pytest.fixture
-def validation(shards) -> np.ndarray:
-    settings = DataSettings(image_size=16, batch_size=4)
-    return DatasetHandler(shards[12:], settings).validation_triplets(50)
+def handler(parts) -> DatasetHandler:
+    catalogue, part = parts
+    settings = DataSettings(image_size=16, batch_size=4, seed=1)
+    return DatasetHandler(catalogue, settings, part == "train")
+
+
+@pytest.fixture
+def validation(parts) -> np.ndarray:
+    catalogue, part = parts
+    handler = DatasetHandler(catalogue, DataSettings(image_size=16), part == "validation")
+    return handler.photos(handler.validation_triplets(50))
 
 
 def test_a_run_leaves_history_checkpoint_and_the_best_epochs_model(handler, validation, tmp_path):
@@ -142,9 +153,9 @@ def test_a_collapse_is_named(handler, validation, tmp_path):
 def test_too_few_usable_triplets_are_named(shards, validation, tmp_path):
     same = next(t for t in read_triplets(shards[0]) if t.is_degenerate)
     write_shard(tmp_path / "train00.tfrec", [same] * 20)
-    settings = DataSettings(image_size=16, batch_size=4)
-    handler = DatasetHandler([tmp_path / "train00.tfrec"], settings)
-    with pytest.raises(TrainingError, match="only 0 of 3 batches could be filled"):
+    catalogue = build_catalogue([tmp_path / "train00.tfrec"])
+    handler = DatasetHandler(catalogue, DataSettings(image_size=16, batch_size=4))
+    with pytest.raises(SamplingError, match="none of the 20 triplets is usable"):
         train(build_siamese(tiny_tower()), handler, validation, SETTINGS, tmp_path)
 
 

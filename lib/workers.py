@@ -1,0 +1,33 @@
+"""Processes for work that Python's global lock would not let threads share.
+
+with process_pool() as pool:
+    for result in pool.map(function, items): ...
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+
+
+def process_pool() -> ProcessPoolExecutor:
+    """A process for each processor core; they end with the process that started them."""
+    return ProcessPoolExecutor(
+        max_workers=os.cpu_count(),
+        # Spawned, not forked: TensorFlow's threads do not survive a fork.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+    )
+
+
+def _end_with_parent() -> None:
+    """Else a process whose parent was killed would wait for work forever."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
