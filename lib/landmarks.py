@@ -37,6 +37,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from lib.index import near_duplicates
 from lib.records import (
     FEATURES,
     Frame,
@@ -129,7 +130,11 @@ class Catalogue:
         return table[["records", "first in", "as record", "detail"]]
 
     def report(self) -> pd.Series:
-        """The catalogue in numbers."""
+        """The catalogue in numbers.
+
+        Of the degenerate triplets the positive is the anchor, of the false negatives the negative
+        shows the anchor's landmark; near-duplicates see :func:`lib.index.near_duplicates`.
+        """
         sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
         return pd.Series(
             {
@@ -143,6 +148,9 @@ class Catalogue:
                 "pictures per landmark, most": int(sizes.max()),
                 "degenerate triplets": int(self.degenerate.sum()),
                 "false negatives": int(self.false_negative.sum()),
+                "pairs of near-duplicates": len(
+                    near_duplicates(self.pictures["perceptual_hash"].to_numpy())
+                ),
             },
             dtype=object,
         )

@@ -79,7 +79,7 @@ def test_counts_are_those_of_the_plan(catalogue):
     assert report["records"] == len(plan)
     assert report["degenerate triplets"] == sum(anchor == positive for anchor, positive, _ in plan)
     assert report["different pictures"] == len({view for views in plan for view in views})
-    assert report["false negatives"] == 0
+    assert report["false negatives"] == report["pairs of near-duplicates"] == 0
     assert report["records that can't be used"] == 0
 
 
@@ -222,6 +222,25 @@ def test_pair_agreement_by_hand():
     found, truth = np.array([0, 0, 0, 1, UNKNOWN, UNKNOWN]), np.array([5, 5, 6, 6, 7, 7])
     assert pair_agreement(found, truth) == (1 / 3, 1 / 3)
     assert pair_agreement(np.arange(4), np.zeros(4)) == (1.0, 0.0)
+
+
+def test_the_report_counts_what_is_wrong_with_a_set(tmp_path):
+    again = io.BytesIO()  # one picture saved once more: other bytes, the same sight
+    seen = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(seen).resize((64, 64))
+    first = io.BytesIO()
+    image.save(first, "JPEG", quality=95)
+    image.save(again, "JPEG", quality=60)
+    a, copy = first.getvalue(), again.getvalue()
+    b, c = jpeg((200, 10, 10)), jpeg((10, 200, 10))
+    rows = [(a, b, copy), (b, b, a), (c, c, a)]  # the negative of the second is of its landmark
+    write_shard(tmp_path / "train00.tfrec", [Triplet(*row) for row in rows])
+    report = build_catalogue([tmp_path / "train00.tfrec"]).report()
+    assert report["different pictures"] == 4 and report["pictures"] == 9
+    assert report["degenerate triplets"] == 2
+    assert report["false negatives"] == 1
+    assert report["landmarks found"] == 2
+    assert report["landmarks with two pictures or more"] == 1
 
 
 # ---- splits

@@ -201,6 +201,7 @@ EMPTY = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b""]))
             "'landmark_id': 'utf-8' codec",
         ),
     ],
+    ids=["garbage", "missing", "number", "two", "empty", "no text"],
 )
 def test_messages_that_are_no_triplets_are_named(content, kind, detail):
     with pytest.raises(RecordError, match=detail) as raised:
