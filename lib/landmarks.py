@@ -213,7 +213,7 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
             rows.append(found)
             problems.append(failed)
             bar.update(len(found) // 3 + len(failed))
-    rows, problems = (pd.concat(tables, ignore_index=True) for tables in (rows, problems))
+    rows, problems = _stack(rows), _stack(problems)
     if rows.empty:
         reasons = "; ".join((problems["problem"] + ": " + problems["detail"]).head(3))
         raise CatalogueError(
@@ -221,6 +221,11 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
             f"({reasons}): fetch them again"
         )
     return identify(Catalogue(shards, rows, problems), merge_neighbours)
+
+
+def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table of many; empty ones, whose columns have no type, would spoil that of the others."""
+    return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
 
 
 _COLUMNS = [

@@ -349,18 +349,20 @@ def test_damaged_records_lose_only_themselves_and_are_named(tmp_path):
     content = bytearray(shard.read_bytes())
     content[content.find(messages[7]) + 30] ^= 1  # a wrong checksum
     shard.write_bytes(content[:-9])  # and a tail cut off
-    second = tmp_path / "train01.tfrec"
+    second, third = tmp_path / "train01.tfrec", tmp_path / "train02.tfrec"
     write_shard(second, good[:2])
+    third.write_bytes(b"this was never a TFRecord file")
 
-    catalogue = build_catalogue([shard, second])
-    problems = catalogue.problems.set_index("record")["problem"].to_dict()
+    catalogue = build_catalogue([shard, second, third])
+    assert catalogue.problems.iloc[-1].tolist()[:4] == [2, 0, 0, "damaged length"]
+    problems = catalogue.problems.iloc[:-1].set_index("record")["problem"].to_dict()
     assert problems == {
         **{number: kind for number, (_, kind) in bad.items()},
         6: "feature of a wrong type",
         7: "damaged message",
         8: "cut off",
     }
-    assert (catalogue.problems["shard"] == 0).all()
+    assert (catalogue.problems["shard"][:-1] == 0).all()
     assert "20000 x 20000" in catalogue.problems["detail"][1]
     assert catalogue.triplets[["shard", "record"]].to_numpy().tolist() == [[0, 0], [1, 0], [1, 1]]
 
