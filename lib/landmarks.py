@@ -8,6 +8,8 @@ joined to the same picture shows the same landmark:
     catalogue.triplets                             # a row for each record, as numbers of pictures
     parts = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
 
+``python -m lib.landmarks Dataset`` makes it, and prints what was found.
+
 The file, ``landmarks.parquet`` beside the shards, has a row for every picture of every record, in
 file order, with the columns ``shard``, ``record``, ``offset`` (of the record), ``role``, ``image``
 (hash of the bytes), ``position`` and ``length`` (of the JPEG file within the shard), ``width``,
@@ -18,7 +20,9 @@ with its ``problem`` and ``detail``. Offsets and positions count bytes from the 
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +44,7 @@ from tqdm import tqdm
 from lib.index import near_duplicates
 from lib.records import (
     FEATURES,
+    DatasetNotFoundError,
     Frame,
     Place,
     RecordError,
@@ -562,3 +567,25 @@ def _state(shards: list[Path]) -> list[dict]:
     """What tells whether shards are those that a catalogue was made from."""
     stats = [(shard.name, shard.stat()) for shard in shards]
     return [{"name": n, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for n, s in stats]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.landmarks", description=f"Make {CATALOGUE} of a folder of shards."
+    )
+    parser.add_argument("dataset_dir", type=Path, help="the folder with train00.tfrec ...")
+    options = parser.parse_args(arguments)
+    try:
+        catalogue = open_catalogue(options.dataset_dir)
+    except (CatalogueError, DatasetNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(catalogue.report().to_string())
+    if len(catalogue.problems):
+        print(f"\nLeft out:\n{catalogue.damage().to_string()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

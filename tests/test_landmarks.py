@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import re
 import struct
 import time
 
@@ -22,6 +23,7 @@ from lib.landmarks import (
     build_catalogue,
     identify,
     load_catalogue,
+    main,
     open_catalogue,
     pair_agreement,
     pair_neighbours,
@@ -409,6 +411,17 @@ def test_the_file_is_read_again_unless_the_shards_change(dataset_dir):
     with pytest.raises(CatalogueError, match="was made from other shards"):
         load_catalogue(dataset_dir / CATALOGUE)
     assert len(open_catalogue(dataset_dir).triplets) == len(first.triplets) + 1
+
+
+def test_the_command_line_says_what_was_found_and_what_is_wrong(dataset_dir, capsys):
+    with (dataset_dir / "train01.tfrec").open("r+b") as file:
+        file.truncate(300)
+    assert main([str(dataset_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"landmarks found +\d", printed)
+    assert re.search(r"cut off +1 +train01\.tfrec +\d", printed)
+    assert main([str(dataset_dir / "absent")]) == 1
+    assert "no train*.tfrec" in capsys.readouterr().err
 
 
 def test_a_folder_that_can_only_be_read_is_catalogued_all_the_same(
