@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -193,7 +192,7 @@ def main() -> None:
         / median["bare decode_jpeg"],
         "memory_growth": memory[-1] / memory[0],
     }
-    print(json.dumps({name: round(float(np.float64(value)), 3) for name, value in result.items()}))
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 
 
 if __name__ == "__main__":

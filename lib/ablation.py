@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from lib.model import TowerSettings, build_head, build_siamese
+from lib.sampling import shuffled_passes
 from lib.training import TrainingSettings, compile_siamese
 
 
@@ -48,10 +49,8 @@ def train_head(
     head = build_head(maps.shape[2:], settings)
     siamese = build_siamese(head)
     compile_siamese(siamese, training)
-    order = np.random.default_rng(seed)
     needed = training.epochs * training.steps_per_epoch * batch_size
-    passes = -(-needed // len(maps))
-    rows = np.concatenate([order.permutation(len(maps)) for _ in range(passes)])[:needed]
+    rows = shuffled_passes(len(maps), needed, np.random.default_rng(seed))
     for batch in rows.reshape(-1, batch_size):
         siamese.train_on_batch(maps[batch].astype(np.float32), groups[batch])
     return head

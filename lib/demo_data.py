@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lib import demo_world
 from lib.demo_world import render_jpegs  # in a module of its own: light to import in each process
 from lib.photos import GROUND_TRUTH
-from lib.records import Triplet, write_shard
+from lib.records import Triplet, shard_name, write_shard
 from lib.storage import read_json, replacing, write_json
 from lib.workers import process_pool
 
@@ -155,7 +155,7 @@ def _write_shards(folder: Path, plan: list[tuple[View, View, View]], jpegs) -> N
     for number in range(FULL_SHARDS + 1):
         end = (number + 1) * size if number < FULL_SHARDS else len(plan)
         triplets = (Triplet(*(jpegs[v] for v in t)) for t in plan[number * size : end])
-        write_shard(folder / f"train{number:02d}.tfrec", triplets)
+        write_shard(folder / shard_name(number), triplets)
 
 
 def _plan_test_set(settings: DemoSettings) -> dict[View, str]:

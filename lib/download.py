@@ -24,7 +24,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from lib.records import RecordError, find_shards, parse_triplet, read_message, scan_frames
+from lib.records import (
+    RecordError,
+    find_shards,
+    parse_triplet,
+    read_message,
+    scan_frames,
+    shard_name,
+)
 from lib.storage import project_root, replacing, show_path
 
 KAGGLE_SET = "mattbast/google-landmarks-2020-tfrecords"
@@ -125,11 +132,6 @@ def verify(
         with contextlib.suppress(OSError), replacing(dataset_dir / CHECKSUMS) as part:
             part.write_bytes(text.encode())  # as text, Windows would end the lines otherwise
     return table
-
-
-def shard_name(number: int) -> str:
-    """The file name of a shard, the reverse of :func:`lib.records.shard_number`."""
-    return f"train{number:02d}.tfrec"
 
 
 def _check(shard: Path, count: int | None, sha256: str | None) -> dict:

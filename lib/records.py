@@ -43,7 +43,7 @@ HOW_TO_GET_THE_DATA = (
 
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes
 _FOOTER = struct.Struct("<I")  # checksum of the message
-FRAME = _HEADER.size + _FOOTER.size  # bytes of a record that are not its message
+_FRAME = _HEADER.size + _FOOTER.size  # bytes of a record that are not its message
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -56,15 +56,11 @@ class RecordError(ValueError):
     Attributes:
         kind: what is wrong, in a few words that many records may share.
         detail: what is wrong with this one.
-        where: which record it is.
     """
 
     def __init__(self, kind: str, detail: str, where: str = ""):
         super().__init__(f"{where}: {kind} ({detail})" if where else f"{kind} ({detail})")
-        self.kind, self.detail, self.where = kind, detail, where
-
-    def __reduce__(self):  # it has to pass from process to process
-        return RecordError, (self.kind, self.detail, self.where)
+        self.kind, self.detail = kind, detail
 
 
 class Triplet(NamedTuple):
@@ -131,11 +127,16 @@ def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list
         )
     numbers = sorted(found) if numbers is None else list(numbers)
     if missing := [n for n in numbers if n not in found]:
-        names = ", ".join(f"train{n:02d}.tfrec" for n in missing)
+        names = ", ".join(map(shard_name, missing))
         raise DatasetNotFoundError(
             f"{show_path(dataset_dir)} lacks {names}. {HOW_TO_GET_THE_DATA}."
         )
     return [found[n] for n in numbers]
+
+
+def shard_name(number: int) -> str:
+    """The file name of the shard with a number."""
+    return f"train{number:02d}.tfrec"
 
 
 def shard_number(shard: Path) -> int | None:
@@ -282,15 +283,15 @@ def scan_frames(shard: Path) -> Iterator[Frame]:
             if length is None:
                 offset = _next_frame(data, offset + 1)
             else:
-                offset += length + FRAME
+                offset += length + _FRAME
 
 
 def _length_at(data: mmap.mmap, offset: int) -> int | None:
     """Length of the message of the frame at ``offset``; None if there is no whole frame."""
-    if offset + FRAME > len(data):
+    if offset + _FRAME > len(data):
         return None
     length, checksum = _HEADER.unpack_from(data, offset)
-    if offset + FRAME + length > len(data) or checksum != _checksum(data[offset : offset + 8]):
+    if offset + _FRAME + length > len(data) or checksum != _checksum(data[offset : offset + 8]):
         return None
     return length
 
@@ -338,7 +339,7 @@ def read_message(file, frame: Frame) -> bytes:
             if checksum != _checksum(header[:8]):
                 raise RecordError("damaged length", "the record's length has a wrong checksum")
             raise RecordError(
-                "cut off", f"{remaining} bytes left of a record of {length + FRAME} bytes"
+                "cut off", f"{remaining} bytes left of a record of {length + _FRAME} bytes"
             )
         raise RecordError("cut off", f"{remaining} bytes left of a record")
     file.seek(message_offset(frame))

@@ -68,10 +68,18 @@ def triplet_batches(
             f"none of the {len(catalogue.triplets)} triplets is usable (in {chosen.sum()} chosen "
             "pictures, anchor and positive different): use more shards"
         )
-    needed = steps * batch_size
-    passes = -(-needed // len(triplets))
-    order = np.concatenate([rng.permutation(len(triplets)) for _ in range(passes)])[:needed]
+    order = shuffled_passes(len(triplets), steps * batch_size, rng)
     return triplets[order].reshape(steps, batch_size, 3)
+
+
+def shuffled_passes(n: int, needed: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers below n, each once in a random order, then again in another, as many as needed.
+
+    Returns:
+        int64 (needed,).
+    """
+    passes = -(-needed // n)
+    return np.concatenate([rng.permutation(n) for _ in range(passes)])[:needed]
 
 
 def landmark_batches(
