@@ -7,7 +7,8 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks lab lint lock clean active-conda
+.PHONY: help setup demo test backends notebooks lab tensorboard backbone lint lock clean
+.PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -55,7 +56,7 @@ FIND_PYTHON = found=; py=; \
 	fi
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 # `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
 setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment
@@ -76,7 +77,7 @@ active-conda:
 # so a set-up that failed or was interrupted starts anew.
 .venv/.stamp-$(EXTRA): $(LOCK)
 	@$(FIND_PYTHON); \
-	echo "setup: building .venv with Python $$version from $(LOCK): about 2.5 GB (with CUDA more), some minutes"; \
+	echo "setup: building .venv with Python $$version from $(LOCK): about 3 GB (with CUDA more), some minutes"; \
 	rm -rf .venv; \
 	if command -v uv >/dev/null 2>&1; then \
 	  py=`"$$py" -c 'import sys; print(sys.executable)'`; \
@@ -113,6 +114,16 @@ test: setup ## Check style, run the tests, run every notebook against its saved 
 	@echo "== 5/5 notebook 04, compared with its saved outputs"
 	$(NBVAL) --nbval notebooks/04*.ipynb
 
+# For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
+# The constraint keeps every locked package at its version.
+backends: setup ## Add PyTorch to .venv: make test skips some tests without it
+	@[ "$(CONDA_ACTIVE)" != yes ] || { \
+	  echo "backends: PyTorch is for .venv only: run 'conda deactivate' first." >&2; \
+	  exit 1; }
+	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[backends]'
+	$(PY) -c 'import torch, pytorch_metric_learning'
+
 # As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
 # sees it, would find the saved outputs wanting.
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
@@ -125,6 +136,12 @@ notebooks: setup ## Run the notebooks and save their outputs in place (before a 
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+
+tensorboard: setup ## Look at the training curves of all runs in TensorBoard
+	TF_CPP_MIN_LOG_LEVEL=3 $(PY) -m tensorboard.main --logdir runs
+
+backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
+	$(PY) -m lib.pretraining
 
 lint: setup ## Check style, and bring code and notebooks into the common format
 	$(PY) -m ruff check --fix .

@@ -12,7 +12,8 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from lib.model import TowerSettings, build_head, build_siamese
+from lib.losses import MetricLoss
+from lib.model import Siamese, TowerSettings, build_head
 from lib.sampling import shuffled_passes
 from lib.training import TrainingSettings, compile_siamese
 
@@ -38,7 +39,7 @@ def train_head(
         maps: float (n, 3, h, w, c): of anchor, positive and negative.
         groups: int (n, 3): photos of different groups show different landmarks.
         settings: which pooling; what concerns the trunk is not used.
-        training: loss, learning rate and length.
+        training: loss, learning rate and length; all its stages train the head.
         batch_size: triplets in a batch.
         seed: of the head's first weights and of the order of the triplets.
 
@@ -47,10 +48,12 @@ def train_head(
     """
     keras.utils.set_random_seed(seed)
     head = build_head(maps.shape[2:], settings)
-    siamese = build_siamese(head)
-    compile_siamese(siamese, training)
-    needed = training.epochs * training.steps_per_epoch * batch_size
-    rows = shuffled_passes(len(maps), needed, np.random.default_rng(seed))
-    for batch in rows.reshape(-1, batch_size):
-        siamese.train_on_batch(maps[batch].astype(np.float32), groups[batch])
+    siamese = Siamese(head, MetricLoss(training.loss, int(groups.max()) + 1))
+    rng = np.random.default_rng(seed)
+    for stage in training.stages:
+        compile_siamese(siamese, training, stage)
+        rows = shuffled_passes(len(maps), stage.steps * batch_size, rng)
+        for batch in rows.reshape(-1, batch_size):
+            siamese.train_on_batch(maps[batch].astype(np.float32), groups[batch])
+        siamese.optimizer.finalize_variable_values(siamese.trainable_variables)
     return head

@@ -567,12 +567,17 @@ def _develop(image: Image.Image, rng: np.random.Generator, hour: str) -> np.ndar
     return np.clip(photo, 0, 255).astype(np.uint8)
 
 
+def draw_views(seed: int, landmark_id: int, view_ids: list[int]) -> np.ndarray:
+    """Photograph a landmark some times: uint8 (views, 128, 128, 3) RGB."""
+    landmark = build_landmark(seed, landmark_id)
+    return np.stack([draw_view(landmark, view_id) for view_id in view_ids])
+
+
 def render_jpegs(seed: int, landmark_id: int, view_ids: list[int]) -> list[bytes]:
     """Draw some views of one landmark as JPEG files."""
-    landmark = build_landmark(seed, landmark_id)
     jpegs = []
-    for view_id in view_ids:
+    for photo in draw_views(seed, landmark_id, view_ids):
         buffer = io.BytesIO()
-        Image.fromarray(draw_view(landmark, view_id)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        Image.fromarray(photo).save(buffer, "JPEG", quality=JPEG_QUALITY)
         jpegs.append(buffer.getvalue())
     return jpegs

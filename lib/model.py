@@ -4,7 +4,7 @@
 
     tower = build_tower(TowerSettings(image_size=64))
     embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
-    siamese = build_siamese(tower)                # (n, 3, 64, 64, 3) -> (n, 3, 128)
+    siamese = Siamese(tower, MetricLoss(LossSettings()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
 
 Preprocessing is a part of the tower, so training, evaluation and search can't differ in it. The
 module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch backends.
@@ -12,9 +12,11 @@ module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from lib.losses import MetricLoss
 from lib.pooling import make_pooling
-from lib.storage import replacing
+from lib.storage import replacing, show_path
 
 # The end of each of ResNet50's stages: name of the layer, pixels of the photo per place of the map.
 STAGES = {
@@ -31,6 +34,8 @@ STAGES = {
     4: ("conv4_block6_out", 16),
     5: ("conv5_block3_out", 32),
 }
+
+PRECISIONS = ("float32", "mixed_bfloat16")
 
 
 class WeightsUnavailableError(OSError):
@@ -44,7 +49,7 @@ class TowerSettings:
     Attributes:
         image_size: side of the square input photo in pixels.
         embedding_size: dimension of the embedding.
-        pooling: "gem", "average" or "max".
+        pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
         gem_p: GeM's exponent to start from.
         gem_p_trainable: whether GeM's exponent is learned.
         last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
@@ -52,6 +57,8 @@ class TowerSettings:
             and 8 x 8 after stage 3.
         weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
             random weights.
+        precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
+            keeps the weights in float32. The head computes in float32 either way.
     """
 
     image_size: int = 128
@@ -61,8 +68,13 @@ class TowerSettings:
     gem_p_trainable: bool = True
     last_stage: int = 5
     weights: str = "imagenet"
+    precision: str = "float32"
 
     def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
         smallest = STAGES[self.last_stage][1]
@@ -85,28 +97,6 @@ class ResNetPreprocessing(keras.layers.Layer):
         return keras.KerasTensor(photos.shape, dtype="float32")
 
 
-@keras.saving.register_keras_serializable(package="image_retrieval")
-class TripletsToBatch(keras.layers.Layer):
-    """(n, 3, ...) -> (3n, ...): the photos of all triplets as one batch for the one tower."""
-
-    def call(self, triplets):
-        return ops.reshape(triplets, (-1, *triplets.shape[2:]))
-
-    def compute_output_spec(self, triplets):
-        return keras.KerasTensor((None, *triplets.shape[2:]), dtype=triplets.dtype)
-
-
-@keras.saving.register_keras_serializable(package="image_retrieval")
-class BatchToTriplets(keras.layers.Layer):
-    """(3n, d) -> (n, 3, d): undoes :class:`TripletsToBatch` for the embeddings."""
-
-    def call(self, embeddings):
-        return ops.reshape(embeddings, (-1, 3, embeddings.shape[-1]))
-
-    def compute_output_spec(self, embeddings):
-        return keras.KerasTensor((None, 3, embeddings.shape[-1]), dtype=embeddings.dtype)
-
-
 def build_tower(settings: TowerSettings) -> keras.Model:
     """Build the network that embeds a photo: a trunk (preprocessing, ResNet50) and a head.
 
@@ -120,10 +110,22 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     photos = keras.Input(
         (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
     )
-    maps = _build_backbone(settings)(ResNetPreprocessing(name="preprocessing")(photos))
+    with computing_in(settings.precision):
+        maps = build_backbone(settings)(ResNetPreprocessing(name="preprocessing")(photos))
     trunk = keras.Model(photos, maps, name="trunk")
     head = build_head(trunk.output_shape[1:], settings)
     return keras.Model(photos, head(trunk(photos)), name="tower")
+
+
+@contextlib.contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Layers that are made in the block compute in ``precision`` (a Keras dtype policy)."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
@@ -142,7 +144,12 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
     return keras.Model(maps, x, name="head")
 
 
-def _build_backbone(settings: TowerSettings) -> keras.Model:
+def build_backbone(settings: TowerSettings) -> keras.Model:
+    """Build ResNet50 up to the stage asked for: preprocessed photos to feature maps.
+
+    Raises:
+        WeightsUnavailableError: the weights asked for can't be fetched or read.
+    """
     resnet = keras.applications.ResNet50(
         include_top=False, weights=None, input_shape=(settings.image_size, settings.image_size, 3)
     )
@@ -161,18 +168,29 @@ def _build_backbone(settings: TowerSettings) -> keras.Model:
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
-    elif settings.weights:
-        try:
-            resnet.load_weights(settings.weights)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise WeightsUnavailableError(
-                f"{settings.weights} holds no weights of Keras' ResNet50 without top ({reason})"
-            ) from None
-    else:
+    elif not settings.weights:
         _prepare_random_weights(resnet)
     end, _ = STAGES[settings.last_stage]
-    return keras.Model(resnet.input, resnet.get_layer(end).output, name="resnet50")
+    backbone = keras.Model(resnet.input, resnet.get_layer(end).output, name="resnet50")
+    if settings.weights not in ("", "imagenet"):
+        _load_weights(resnet, backbone, settings.weights)
+    return backbone
+
+
+def _load_weights(resnet: keras.Model, backbone: keras.Model, path: str) -> None:
+    """Load a file of ``backbone``, or of the whole ``resnet`` that it is the start of."""
+    try:
+        backbone.load_weights(path)
+        return
+    except (OSError, ValueError):
+        pass  # not a file of this part; what is wrong with it, the whole network will tell
+    try:
+        resnet.load_weights(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsUnavailableError(
+            f"{show_path(Path(path))} holds no weights of Keras' ResNet50 without top ({reason})"
+        ) from None
 
 
 def _prepare_random_weights(resnet: keras.Model) -> None:
@@ -188,18 +206,34 @@ def _prepare_random_weights(resnet: keras.Model) -> None:
                 layer.gamma.assign(np.zeros(layer.gamma.shape))
 
 
-def build_siamese(tower: keras.Model) -> keras.Model:
-    """Share ``tower`` (or a head, over feature maps) between the three photos of a triplet.
+class Siamese(keras.Model):
+    """One tower shared by all photos of a batch, and the loss that looks at all their embeddings.
 
-    They pass through it as one batch of 3n, which is both the definition of shared weights and the
-    fast way. Input uint8 (n, 3, h, w, 3), output float32 (n, 3, d), in the order anchor, positive,
-    negative: one output, so that a loss sees the whole triplet.
+    All photos pass through the tower as one batch, which is both the definition of shared weights
+    and the fast way. Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order
+    anchor, positive, negative; P x K batches (m, h, w, 3) become (m, d). Either way there is one
+    output, so that the loss sees what it has to compare.
+
+    Args:
+        tower: from :func:`build_tower`, or a head, over feature maps in place of photos.
+        loss: of the groups and the embeddings of a batch. Its weights (ArcFace's centres) and its
+            random state are the model's, and so are trained and saved with it.
     """
-    photo = tower.inputs[0]
-    triplets = keras.Input((3, *photo.shape[1:]), dtype=photo.dtype, name="triplets")
-    embeddings = tower(TripletsToBatch(name="triplets_to_batch")(triplets))
-    outputs = BatchToTriplets(name="batch_to_triplets")(embeddings)
-    return keras.Model(triplets, outputs, name="siamese")
+
+    def __init__(self, tower: keras.Model, loss: MetricLoss):
+        super().__init__(name="siamese")
+        self.tower, self.metric_loss = tower, loss
+        loss.build((None,), (None, tower.output_shape[-1]))
+        self.built = True
+
+    def call(self, photos, training=None):
+        shape = self.tower.input_shape[1:]
+        batch = ops.reshape(photos, (-1, *shape))
+        embeddings = self.tower(batch, training=training)
+        return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.metric_loss(y, y_pred)
 
 
 def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:
@@ -210,10 +244,13 @@ def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.n
 
 
 def gem_exponent(tower: keras.Model) -> float:
-    """The exponent p of a tower's or head's GeM layer; NaN if it pools in another way."""
+    """The exponent p of a tower's or head's GeM layer, the mean of one per channel.
+
+    NaN if it pools in another way.
+    """
     head = tower if tower.name == "head" else tower.get_layer("head")
     p = getattr(head.get_layer("pooling"), "p", None)
-    return float("nan") if p is None else float(ops.convert_to_numpy(p))
+    return float("nan") if p is None else float(np.mean(ops.convert_to_numpy(p)))
 
 
 def fingerprint(tower: keras.Model) -> str:

@@ -7,6 +7,7 @@ plot_retrieval_grid(photos, titles, frames, save=run / "figures" / "grid.png")
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -117,9 +118,11 @@ def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> 
     """Loss, what it does to the distances, and what it is worth on landmarks not trained on.
 
     Args:
-        history: from :func:`lib.training.train`, a row an epoch.
+        history: from :func:`lib.training.train`, a row an epoch. A dotted line stands where a stage
+            ends and the next begins.
         save: a file to write the figure to.
     """
+    begins = [i for a, i in pairwise(history.index) if history["stage"][a] != history["stage"][i]]
     panels = {
         "training loss": ["loss"],
         "squared distances": ["positive_distance", "negative_distance"],
@@ -130,6 +133,8 @@ def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> 
     for axis, (title, columns) in zip(axes, panels.items(), strict=True):
         for column in columns:
             axis.plot(history.index, history[column], marker="o", label=column)
+        for epoch in begins:
+            axis.axvline(epoch - 0.5, color="grey", linestyle=":")
         axis.set(title=title, xlabel="epoch")
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -216,6 +221,38 @@ def plot_intervals(
     _finish(save)
 
 
+def plot_mining(
+    distances: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    margin: float,
+    *,
+    save: Path | None = None,
+) -> None:
+    """All triplets of a batch by their two distances, coloured by what they have to teach.
+
+    Args:
+        distances: title of a panel -> (distances of anchor and positive, of anchor and negative),
+            float (t,) each, of t triplets.
+        margin: below the diagonal plus the margin a triplet is active.
+        save: a file to write the figure to.
+    """
+    _, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 4), squeeze=False)
+    for axis, (title, (positive, negative)) in zip(axes.flat, distances.items(), strict=True):
+        kinds = {
+            "easy": (UNKNOWN, negative >= positive + margin),
+            "semi-hard": ("#e39b2d", (negative > positive) & (negative < positive + margin)),
+            "hard": (WRONG, negative <= positive),
+        }
+        for kind, (colour, chosen) in kinds.items():
+            label = f"{kind}: {chosen.mean():.1%}"
+            axis.scatter(positive[chosen], negative[chosen], 3, color=colour, label=label)
+        end = max(positive.max(), negative.max())
+        axis.plot([0, end], [0, end], color="black", linewidth=1)
+        axis.plot([0, end], [margin, end + margin], color="black", linewidth=1, linestyle="--")
+        axis.set(title=title, xlabel="distance of the positive", ylabel="distance of the negative")
+        axis.legend(fontsize=9, markerscale=4, loc="lower right")
+    _finish(save)
+
+
 def plot_loss_surface(margin: float, temperature: float, *, save: Path | None = None) -> None:
     """The margin loss and its soft form against the distance of the negative.
 
@@ -274,3 +311,58 @@ def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None =
     )
     axis.legend(fontsize=9)
     _finish(save)
+
+
+def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
+    """What each fix is worth: the mAP rung by rung, and each fix's share of it.
+
+    Left, each rung with its interval; the vertical lines are what no head is trained for.
+    Right, what a fix adds when its turn comes, and what the whole recipe loses when it alone is
+    missing; an interval that holds 0 proves nothing. Most fixes are worth little beside the largest
+    one, so the axis is logarithmic beyond 0.1.
+
+    Args:
+        summaries: title -> from :func:`lib.ladder.summarize`; a row of panels each.
+        save: a file to write the figure to.
+    """
+    added, missed = sns.color_palette()[:2]
+    _, axes = plt.subplots(
+        len(summaries), 2, figsize=(13, 4.4 * len(summaries)), squeeze=False, sharey="row"
+    )
+    for (left, right), (title, summary) in zip(axes, summaries.items(), strict=True):
+        one = summary[summary["kind"] == "rung"]
+        rows = np.arange(len(one))
+        left.barh(rows, one["map"], color=added, alpha=0.35, height=0.7)
+        _draw_intervals(left, rows, one[["map", "low", "high"]], added, None)
+        references = summary.loc[summary["kind"] == "reference", "map"]
+        for (name, value), style in zip(references.items(), ("--", ":"), strict=True):
+            left.axvline(value, color="black", linestyle=style, label=name)
+        left.set(title=title, xlabel="mAP", xlim=(0, 1), yticks=rows, yticklabels=one.index)
+        left.legend(fontsize=9, loc="lower left")
+        gains = one.loc[one["fix"] != "", ["gain", "gain_low", "gain_high"]]
+        _draw_intervals(right, rows[1:] - 0.14, gains, added, "added in its turn")
+        # What is missing is the negative gain of the arm without it, its ends exchanged.
+        without = summary[summary["kind"] == "without"].set_index("fix")
+        losses = -without[["gain", "gain_high", "gain_low"]]
+        at = [one["fix"].tolist().index(fix) + 0.14 for fix in losses.index]
+        _draw_intervals(right, at, losses, missed, "missing from the whole recipe")
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_xscale("symlog", linthresh=0.1, linscale=2)
+        ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1]
+        right.set(
+            title="what the fix is worth",
+            xlabel="difference in mAP (logarithmic beyond 0.1)",
+            xlim=(min(-0.1, *gains["gain_low"], *losses["gain_high"]), 1),
+            xticks=ticks,
+            xticklabels=[f"{tick:g}" for tick in ticks],
+        )
+        right.legend(fontsize=9)
+        left.invert_yaxis()
+    _finish(save)
+
+
+def _draw_intervals(axis, rows, values: pd.DataFrame, color, label: str | None) -> None:
+    """Points with error bars; ``values`` has the columns mean, low, high."""
+    mean, low, high = values.to_numpy(float).T
+    errors = np.clip([mean - low, high - mean], 0, None)
+    axis.errorbar(mean, rows, xerr=errors, fmt="o", color=color, capsize=4, label=label)

@@ -2,9 +2,12 @@
 
 Generalized-mean pooling (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human
 Annotation", TPAMI 2018, equation 3) spans the two classical ways: p = 1 is the average of a channel
-over all places, p -> infinity its maximum.
+over all places, p -> infinity its maximum. R-MAC (Tolias, Sicre, Jégou, "Particular Object
+Retrieval with Integral Max-Pooling of CNN Activations", ICLR 2016) takes the maximum region by
+region.
 
-    gem(feature_maps, p=3.0)      # (n, h, w, c) -> (n, c)
+    gem(feature_maps, p=3.0)                      # (n, h, w, c) -> (n, c)
+    make_pooling("rmac")(feature_maps)            # the same as a layer
 """
 
 from __future__ import annotations
@@ -12,26 +15,35 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-POOLINGS = ("gem", "average", "max")
+POOLINGS = ("gem", "gem-per-channel", "average", "max", "rmac")
+
+# The smallest activation, the paper's: a map comes out of a ReLU, and log 0 has no finite slope.
+EPSILON = 1e-6
+# From here on GeM is the maximum for all purposes: over 4 x 4 places it gives at least 97 % of it.
+LARGEST_P = 100.0
+# A shorter vector counts as zero: the gradient of its L2 normalization, which is as steep as the
+# vector is short, would leave the range of half precision.
+SHORTEST = 1e-4
 
 
-def gem(feature_maps, p, eps: float = 1e-6):
+def gem(feature_maps, p):
     """Generalized mean over the places of a feature map: (mean of x^p)^(1/p).
 
     Args:
-        feature_maps: float (n, h, w, c). Values below ``eps`` count as ``eps``: the maps come out
-            of a ReLU, and the p-th root has no finite slope at 0.
-        p: exponent, a number or a scalar tensor, at least 1.
-        eps: the smallest activation, the paper's 1e-6.
+        feature_maps: float (n, h, w, c). Values below 1e-6 count as 1e-6.
+        p: exponent, at least 1: a number, a scalar tensor, or (c,), one exponent per channel.
 
     Returns:
-        float (n, c), each value between the channel's average and its maximum.
+        float (n, c), each value between the channel's average and its maximum. float32 for maps of
+        half precision too, whose range a third power would leave early.
     """
-    # Divided by its maximum, x^p can neither overflow nor vanish altogether, whatever p is.
-    x = ops.maximum(feature_maps, eps)
-    peak = ops.stop_gradient(ops.max(x, axis=(1, 2), keepdims=True))
-    mean = ops.mean(ops.power(x / peak, p), axis=(1, 2))
-    return ops.squeeze(peak, axis=(1, 2)) * ops.power(mean, 1.0 / p)
+    # x^p = exp(p log x): several times as fast as a power and its gradient, and the maximum that
+    # logsumexp takes out before exp lets nothing overflow, nor vanish altogether, whatever p is.
+    logs = _log(feature_maps)
+    p = ops.convert_to_tensor(p, dtype=logs.dtype)
+    height, width = ops.shape(logs)[1:3]
+    places = ops.cast(height * width, logs.dtype)
+    return ops.exp((ops.logsumexp(p * logs, axis=(1, 2)) - ops.log(places)) / p)
 
 
 def contribution(feature_maps, p: float):
@@ -44,36 +56,47 @@ def contribution(feature_maps, p: float):
     Returns:
         float (n, h, w), the mean over the channels of x^p over its sum; each map sums to 1.
     """
-    x = ops.maximum(feature_maps, 1e-6)
-    power = ops.power(x / ops.max(x, axis=(1, 2), keepdims=True), p)
-    return ops.mean(power / ops.sum(power, axis=(1, 2), keepdims=True), axis=-1)
+    return ops.mean(ops.softmax(p * _log(feature_maps), axis=(1, 2)), axis=-1)
+
+
+def _log(feature_maps):
+    x = ops.convert_to_tensor(feature_maps)
+    x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    return ops.log(ops.maximum(x, EPSILON))
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class GeM(keras.layers.Layer):
-    """GeM pooling with one exponent for all channels.
+    """GeM pooling with one exponent for all channels, or one for each.
 
     Args:
-        p: exponent to start from; the paper's 3.
-        p_trainable: whether training may change it.
+        p: exponent to start from, 1 to 100; the paper's 3.
+        p_trainable: whether training may change it, within the same bounds.
+        per_channel: whether each channel has its own exponent. The paper tried both and found the
+            shared one to learn better.
 
-    Input float (n, h, w, c), output float32 (n, c). It computes in float32 whatever the policy,
-    for a third power leaves the range of half precision early.
+    Input float (n, h, w, c), output float32 (n, c) whatever the policy.
     """
 
-    def __init__(self, p: float = 3.0, p_trainable: bool = True, **kwargs):
+    def __init__(
+        self, p: float = 3.0, p_trainable: bool = True, per_channel: bool = False, **kwargs
+    ):
         super().__init__(**{"dtype": "float32"} | kwargs)
-        if p < 1:
-            raise ValueError(f"GeM's exponent p must be at least 1 (the average), got {p}")
+        if not 1 <= p <= LARGEST_P:
+            raise ValueError(
+                f"GeM's exponent p must be at least 1 (the average) and at most {LARGEST_P:g} "
+                f"(as good as the maximum), got {p}"
+            )
         self.initial_p = float(p)
         self.p_trainable = p_trainable
+        self.per_channel = per_channel
 
     def build(self, input_shape):
         self.p = self.add_weight(
             name="p",
-            shape=(),
+            shape=(input_shape[-1],) if self.per_channel else (),
             initializer=keras.initializers.Constant(self.initial_p),
-            constraint=AtLeastOne(),
+            constraint=Clip(1.0, LARGEST_P),
             trainable=self.p_trainable,
         )
 
@@ -84,33 +107,133 @@ class GeM(keras.layers.Layer):
         return (input_shape[0], input_shape[-1])
 
     def get_config(self):
-        return super().get_config() | {"p": self.initial_p, "p_trainable": self.p_trainable}
+        return super().get_config() | {
+            "p": self.initial_p,
+            "p_trainable": self.p_trainable,
+            "per_channel": self.per_channel,
+        }
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
-class AtLeastOne(keras.constraints.Constraint):
-    """Keeps GeM's exponent from falling below the average's."""
+class Clip(keras.constraints.Constraint):
+    """Keeps a weight between ``low`` and ``high``."""
 
-    def __call__(self, p):
-        return ops.maximum(p, 1.0)
+    def __init__(self, low: float, high: float):
+        self.low = low
+        self.high = high
+
+    def __call__(self, weight):
+        return ops.clip(weight, self.low, self.high)
+
+    def get_config(self):
+        return {"low": self.low, "high": self.high}
+
+
+def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:
+    """The square regions of R-MAC.
+
+    Level l has regions of side 2 min(height, width) / (l + 1), rounded down, spread evenly: l along
+    the short side and l + m - 1 along the long one. m is 1 for a square map, otherwise 2 to 7, so
+    that the largest regions overlap their neighbours by as near to 40 % as possible. Where a map is
+    too small for a level, a side less than one place, the level is left out.
+
+    Args:
+        height, width: of the map in places.
+        levels: number of levels, the paper's 3.
+
+    Returns:
+        (top, left, side) of each region. On a small map some may coincide, and count twice.
+    """
+    short, long = sorted((height, width))
+    m = 1
+    if long > short:
+        # m regions of side `short` along `long` have m - 1 steps of (long - short) / (m - 1).
+        m = min(range(2, 8), key=lambda m: abs(1 - (long - short) / (m - 1) / short - 0.4))
+    regions = []
+    for level in range(1, levels + 1):
+        side = 2 * short // (level + 1)
+        if side:
+            tops = _starts(height, side, level + m - 1 if height > width else level)
+            lefts = _starts(width, side, level + m - 1 if width > height else level)
+            regions += [(top, left, side) for top in tops for left in lefts]
+    return regions
+
+
+def _starts(length: int, side: int, count: int) -> list[int]:
+    return [i * (length - side) // max(count - 1, 1) for i in range(count)]
+
+
+@keras.saving.register_keras_serializable(package="image_retrieval")
+class RMac(keras.layers.Layer):
+    """R-MAC pooling: the maxima of all regions, each of unit L2 norm, summed, to unit L2 norm.
+
+    The paper whitens each region's vector before the sum, too. That is left out here: a whitening
+    has to be learned, and the head's projection that follows is.
+
+    Args:
+        levels: number of levels of :func:`rmac_regions`; the paper's 3.
+
+    Input float (n, h, w, c) with h and w known in advance, output float32 (n, c) whatever the
+    policy. A region with a vector shorter than 1e-4 counts as empty; if all are, so is the output.
+
+    Raises:
+        ValueError: fewer than one level, or maps of unknown size.
+    """
+
+    def __init__(self, levels: int = 3, **kwargs):
+        super().__init__(**{"dtype": "float32"} | kwargs)
+        if levels < 1:
+            raise ValueError(f"R-MAC needs at least one level, got {levels}")
+        self.levels = levels
+
+    def build(self, input_shape):
+        if None in input_shape[1:3]:
+            raise ValueError(
+                f"R-MAC needs maps of a fixed height and width, got the shape {input_shape}"
+            )
+        self.regions = rmac_regions(*input_shape[1:3], self.levels)
+
+    def call(self, feature_maps):
+        maxima = [
+            ops.max(feature_maps[:, top : top + side, left : left + side], axis=(1, 2))
+            for top, left, side in self.regions
+        ]
+        return _unit(ops.sum(_unit(ops.stack(maxima, axis=1)), axis=1))
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], input_shape[-1])
+
+    def get_config(self):
+        return super().get_config() | {"levels": self.levels}
+
+
+def _unit(vectors):
+    # Not ops.normalize: at zero, as of a dead region, its gradient is NaN on JAX and PyTorch.
+    squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
+    alive = squares > SHORTEST**2
+    return ops.where(alive, vectors / ops.sqrt(ops.where(alive, squares, 1.0)), 0.0)
 
 
 def make_pooling(kind: str, p: float = 3.0, p_trainable: bool = True) -> keras.layers.Layer:
-    """The pooling layer ``kind``, (n, h, w, c) -> (n, c).
+    """The pooling layer ``kind``, (n, h, w, c) -> float32 (n, c), named "pooling".
 
     Args:
-        kind: "gem", "average" or "max".
-        p: exponent of "gem" to start from; the others have none.
-        p_trainable: whether "gem" learns its exponent.
+        kind: "gem", "gem-per-channel", "average", "max" or "rmac".
+        p: exponent of GeM to start from; the others have none.
+        p_trainable: whether GeM learns its exponent.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or p out of GeM's range.
     """
     match kind:
         case "gem":
             return GeM(p, p_trainable, name="pooling")
+        case "gem-per-channel":
+            return GeM(p, p_trainable, per_channel=True, name="pooling")
         case "average":
             return keras.layers.GlobalAveragePooling2D(dtype="float32", name="pooling")
         case "max":
             return keras.layers.GlobalMaxPooling2D(dtype="float32", name="pooling")
+        case "rmac":
+            return RMac(name="pooling")
     raise ValueError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")

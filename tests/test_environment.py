@@ -34,6 +34,9 @@ PLATFORMS = {
 PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protobuf"} | {
     "simplejpeg",
     "opencv-python-headless",
+    "openvino",
+    "tensorboardx",
+    "tensorboard",
 }
 # Conda's name where it is not PyPI's.
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-xxhash": "xxhash"}
@@ -49,10 +52,11 @@ def name(requirement):
 
 def declared(*extras):
     """The requirements of pyproject.toml: the core and the named extras."""
-    lines = list(PROJECT["dependencies"])
-    for extra in extras:
-        lines += PROJECT["optional-dependencies"][extra]
-    return requirements(lines)
+    return requirements(PROJECT["dependencies"]) + [r for e in extras for r in declared_in(e)]
+
+
+def declared_in(extra):
+    return requirements(PROJECT["optional-dependencies"][extra])
 
 
 def locked(extra):
@@ -211,6 +215,9 @@ def test_installed_versions_are_the_locked_ones():
     expected = pins(extra, default_environment())
     assert {package: installed.get(package) for package in expected} == expected
     assert len({"tensorflow", "tensorflow-cpu"} & set(installed)) == 1
+    backends = {name(r): r for r in declared_in("backends")}
+    for package in backends.keys() & installed.keys():
+        assert installed[package] in backends[package].specifier, "make backends"
 
 
 # ---- imports
@@ -237,10 +244,15 @@ def imported(tree):
             yield node.module.split(".")[0]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             function = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if function in ("import_module", "__import__"):
+            if function in ("import_module", "__import__", "importorskip", "find_spec"):
                 yield str(node.args[0].value).split(".")[0]
 
 
+def is_import(node):
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+BACKENDS = {name(r) for r in declared_in("backends")}
 LOCAL_MODULES = {"lib", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
 
@@ -265,6 +277,17 @@ def test_every_imported_package_is_declared():
     direct = {name(r) for r in declared("cpu", "test")} | {"tensorflow", PROJECT["name"]}
     packages = metadata.packages_distributions()
     for path, modules in IMPORTS.items():
+        allowed = direct | (BACKENDS if path.startswith("tests/") else set())
         for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
-            owners = {canonicalize_name(owner) for owner in packages.get(module, [])}
-            assert owners & direct, f"{path} imports {module}, which pyproject.toml does not list"
+            # What is not installed (the extra `backends`) is called as its module is.
+            owners = {canonicalize_name(owner) for owner in packages.get(module, [module])}
+            assert owners & allowed, f"{path} imports {module}, which pyproject.toml does not list"
+
+
+def test_tests_that_need_the_extra_backends_are_skipped_without_it():
+    # .ci/run looks for `make backends` among the reasons of skipped tests.
+    for path, tree in sources():
+        if any(canonicalize_name(module) in BACKENDS for module in IMPORTS[path]):
+            assert "make backends" in (ROOT / path).read_text(encoding="utf-8"), path
+            top = imported(ast.Module([n for n in tree.body if is_import(n)], type_ignores=[]))
+            assert not {canonicalize_name(module) for module in top} & BACKENDS, path

@@ -2,18 +2,21 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from lib.losses import TripletLoss
+from lib.losses import LossSettings, MetricLoss
 from lib.model import (
+    Siamese,
     TowerSettings,
     WeightsUnavailableError,
-    build_siamese,
+    build_backbone,
     build_tower,
+    computing_in,
     embed,
     fingerprint,
     gem_exponent,
@@ -55,13 +58,24 @@ def test_channel_order_matters(tower, photos):
 
 
 def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
-    siamese = build_siamese(tower)
+    siamese = Siamese(tower, MetricLoss(LossSettings()))
     triplets = photos.reshape(2, 3, 32, 32, 3)
     stacked = ops.convert_to_numpy(siamese(triplets))
     assert stacked.shape == (2, 3, 16)
     np.testing.assert_allclose(stacked.reshape(6, 16), embed(tower, photos), atol=1e-5)
+    np.testing.assert_array_equal(stacked.reshape(6, 16), ops.convert_to_numpy(siamese(photos)))
     assert len(siamese.trainable_weights) == len(tower.trainable_weights)
     assert siamese.count_params() == tower.count_params()
+
+
+def test_siamese_trains_the_weights_of_its_loss(tower, photos):
+    siamese = Siamese(tower, MetricLoss(LossSettings(loss="arcface"), n_groups=4))
+    assert len(siamese.trainable_weights) == len(tower.trainable_weights) + 1
+    siamese.compile(keras.optimizers.SGD(0.0))
+    groups = np.array([0, 0, 1, 1, 3, 3])
+    loss = siamese.train_on_batch(photos, groups)
+    expected = siamese.metric_loss(groups, siamese(photos, training=True))
+    assert loss == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "channels"), [(3, 512), (4, 1024), (5, 2048)])
@@ -86,8 +100,8 @@ def test_settings_that_make_no_sense_are_refused():
 def test_training_moves_backbone_and_p(photos):
     keras.utils.set_random_seed(1)
     tower = build_tower(SMALL)
-    siamese = build_siamese(tower)
-    siamese.compile(keras.optimizers.Adam(1e-3), loss=TripletLoss(mining="soft"))
+    siamese = Siamese(tower, MetricLoss(LossSettings()))
+    siamese.compile(keras.optimizers.Adam(1e-3))
     before = [w.numpy().copy() for w in tower.trainable_weights]
     assert gem_exponent(tower) == 3.0
     triplets = photos.reshape(2, 3, 32, 32, 3)
@@ -129,6 +143,32 @@ def test_weights_from_a_file_give_the_backbone_they_were_saved_from(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_file_of_the_backbone_alone_in_half_precision_is_read_as_well(tmp_path):
+    with computing_in("float16"):
+        half = build_backbone(SMALL)
+    assert keras.config.dtype_policy().name == "float32"  # as before the block
+    half.save_weights(tmp_path / "half.weights.h5")
+    settings = TowerSettings(32, 8, last_stage=3, weights=str(tmp_path / "half.weights.h5"))
+    backbone = build_backbone(settings)
+    assert {w.dtype for w in backbone.weights} == {"float32"}
+    for a, b in zip(half.get_weights(), backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(a.astype(np.float32), b)
+
+
+def test_mixed_precision_computes_the_backbone_in_bfloat16_and_the_head_in_float32(photos):
+    keras.utils.set_random_seed(0)
+    mixed = build_tower(replace(SMALL, precision="mixed_bfloat16"))
+    maps = mixed.get_layer("trunk").output
+    assert maps.dtype == "bfloat16" and mixed.output.dtype == "float32"
+    assert {w.dtype for w in mixed.weights} == {"float32"}
+    exact = build_tower(SMALL)
+    exact.set_weights(mixed.get_weights())
+    cosine = (embed(exact, photos) * embed(mixed, photos)).sum(axis=1)
+    assert 0.99 < cosine.min() < 1 - 1e-7  # alike, but not the same
+    with pytest.raises(ValueError, match="precision must be one of"):
+        TowerSettings(precision="float8")
+
+
 def test_weights_that_can_not_be_had_are_one_clear_line(tmp_path, monkeypatch):
     path = tmp_path / "broken.weights.h5"
     for content in (None, b"not weights"):
@@ -157,25 +197,22 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"], folder = sys.argv[1], Path(sys.argv[2])
 import keras, numpy as np
 from keras import ops
-from lib.losses import TripletLoss, active_share_within, embedding_spread
-from lib.model import build_siamese, embed, fingerprint, load_tower
+from lib.losses import MININGS, LossSettings, MetricLoss, active_share_within, embedding_spread
+from lib.model import Siamese, embed, fingerprint, load_tower
 assert keras.backend.backend() == sys.argv[1]
 photos = np.load(folder / "photos.npy")
 tower = load_tower(folder / "model.keras")
 np.save(folder / "embeddings.npy", embed(tower, photos))
 print(fingerprint(tower))
-siamese = build_siamese(tower)
-siamese.compile(
-    keras.optimizers.SGD(0.01),
-    loss=TripletLoss(mining="soft"),
-    metrics=[active_share_within(0.3), embedding_spread],
-)
+siamese = Siamese(tower, MetricLoss(LossSettings()))
+siamese.compile(keras.optimizers.SGD(0.01), metrics=[active_share_within(0.3), embedding_spread])
 triplets = photos.reshape(2, 3, 32, 32, 3)
 groups = np.array([[0, 0, 2], [1, 1, 3]])
 print(*siamese.train_on_batch(triplets, groups))
 embeddings = siamese(triplets)
-for mining in ("stored", "semi-hard", "soft"):
-    print(float(ops.convert_to_numpy(TripletLoss(mining=mining)(groups, embeddings))))
+for mining in MININGS[:-1]:  # the last draws at random
+    loss = MetricLoss(LossSettings("triplet", mining))
+    print(float(ops.convert_to_numpy(loss(groups, embeddings))))
 assert "tensorflow" not in sys.modules or sys.argv[1] == "tensorflow"
 """
 
@@ -194,7 +231,8 @@ def test_a_saved_tower_embeds_and_trains_alike_in_fresh_tensorflow_and_jax(tower
         assert process.returncode == 0, process.stderr[-2000:]
         found = np.load(tmp_path / "embeddings.npy")
         np.testing.assert_allclose(found, embed(tower, photos), atol=1e-4)
-        *_, loaded, step, stored, semi_hard, soft = process.stdout.splitlines()
+        *_, loaded, step, stored, semi_hard, batch_hard, batch_all = process.stdout.splitlines()
         assert loaded == fingerprint(tower)
-        numbers[backend] = np.array([*step.split(), stored, semi_hard, soft], dtype=float)
+        mined = (stored, semi_hard, batch_hard, batch_all)
+        numbers[backend] = np.array([*step.split(), *mined], dtype=float)
     np.testing.assert_allclose(numbers["tensorflow"], numbers["jax"], rtol=5e-3)

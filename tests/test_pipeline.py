@@ -23,8 +23,12 @@ PATHS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
 TINY = {
     "image_size": 32,
     "batch_size": 8,
-    "epochs": 2,
     "steps_per_epoch": 3,
+    "head_epochs": 1,
+    "last_block_epochs": 1,
+    "random_epochs": 2,
+    "cached_variants": 1,
+    "ladder_seeds": [],
     "validation_limit": 40,
     "ablation_triplets": 16,
     "ablation_steps": 2,
