@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -120,8 +121,7 @@ class FrozenTrunk:
         """The function from uint8 photos to maps."""
         if self._engine == "keras":
             return lambda photos: np.asarray(self._trunk.predict_on_batch(photos), np.float32)
-        import openvino as ov
-
+        ov = _openvino()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, which are not about this network
             path = os.path.join(folder, "trunk.xml")
@@ -155,10 +155,17 @@ def _in_float32(trunk: keras.Model) -> keras.Model:
     return copy
 
 
+def _openvino():
+    """OpenVINO, kept from reporting its use over the network and writing to the home folder."""
+    sys.modules.setdefault("openvino_telemetry", None)  # as if that package were not installed
+    import openvino
+
+    return openvino
+
+
 def _openvino_precision() -> str:
     """What OpenVINO computes in, if not told otherwise: what the processor does fast."""
-    import openvino as ov
-
+    ov = _openvino()
     names = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
     return names[ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()]
 

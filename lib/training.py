@@ -174,6 +174,10 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
         jit_compile=settings.jit,
     )
     siamese.optimizer.build(siamese.trainable_variables)
+    # So that the metrics have their variables, too. Else ``fit`` takes a batch to make them: with
+    # JAX and PyTorch that batch is lost, and with TensorFlow the step is traced twice.
+    siamese.compute_metrics(None, np.arange(2), np.eye(2, siamese.tower.output_shape[-1]))
+    siamese.reset_metrics()
 
 
 def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:

@@ -3,11 +3,13 @@
 This file is also the program that the test starts, once for each backend, in a process of its own;
 the latter two find no TensorFlow there. All begin with one saved tower and take the same batches,
 so that they differ by rounding alone, which few steps leave small: losses agree to 0.1 %, and
-embeddings in the end to 0.01, where two at random lie 1.4 apart.
+embeddings in the end to 0.01, where two at random lie 1.4 apart. Each also goes on from a checkpoint
+in the middle, and ends as it did without.
 """
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_training import Cache, tiny_tower
+from test_training import Cache, tiny_tower, watching
 
 from lib.dataset import DatasetHandler, DataSettings
 from lib.landmarks import build_catalogue, split_landmarks
 from lib.model import embed, load_tower, save_tower
-from lib.training import Stage, TrainingSettings, train
+from lib.training import CHECKPOINT, Stage, TrainingSettings, train
 
 SETTINGS = TrainingSettings(
     stages=(
@@ -91,8 +93,20 @@ def main(start: str, run: str, *shards: str) -> None:
     photos = handler.photos(np.arange(len(catalogue.pictures)))
     maps = tower.get_layer("trunk").predict(photos, verbose=0).astype(np.float16)
     np.save(f"{run}-before.npy", embed(tower, photos))
-    train(tower, handler, validation, SETTINGS, Path(run), Cache(handler, maps))
+    resumed = Path(f"{run}-resumed")
+
+    def watch(epoch):
+        if epoch == 3:  # in the middle of the second stage
+            shutil.copytree(run, resumed)
+
+    train(tower, watching(handler, watch), validation, SETTINGS, Path(run), Cache(handler, maps))
     np.save(f"{run}-after.npy", embed(tower, photos))
+
+    other = load_tower(Path(start))
+    train(other, handler, validation, SETTINGS, resumed)
+    of_runs = [np.load(folder / CHECKPOINT) for folder in (Path(run), resumed)]
+    for name in of_runs[0].files[1:]:
+        np.testing.assert_allclose(of_runs[0][name], of_runs[1][name], atol=1e-6, err_msg=name)
 
 
 if __name__ == "__main__":
