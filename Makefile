@@ -14,6 +14,8 @@
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# TensorFlow is chatty, and what it says would stand in the notebooks' outputs.
+export TF_CPP_MIN_LOG_LEVEL := 3
 
 # An existing .venv stays what it is; a new one gets CUDA where there is a GPU that TensorFlow can use.
 ifndef EXTRA
@@ -133,6 +135,7 @@ notebooks: setup ## Run the notebooks and save their outputs in place (before a 
 	$(PY) -m ruff format notebooks
 	mkdir -p notebooks/images
 	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png
+	cp runs/latest/figures/02_ladder.png notebooks/images/ladder.png
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

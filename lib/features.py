@@ -65,9 +65,10 @@ class FeatureCacheError(RuntimeError):
 class FrozenTrunk:
     """The forward pass of a trunk whose weights do not change, by the fastest engine there is.
 
-    On a processor OpenVINO's runtime is several times as fast as Keras, the more so where the
-    processor multiplies bfloat16: there it computes in that, rounding inputs to 8 bits and summing
-    up in float32. It can take a network over from Keras' TensorFlow and PyTorch backends.
+    On a processor OpenVINO's runtime is somewhat faster than Keras in float32, and more than twice
+    as fast where the processor multiplies bfloat16: there it computes in that, rounding factors to
+    8 bits and summing up in float32. It can take a network over from Keras' TensorFlow and PyTorch
+    backends. ``python -m benchmarks.train_step`` measures it.
 
     Args:
         trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c), preprocessing inside. OpenVINO keeps

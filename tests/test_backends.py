@@ -3,8 +3,8 @@
 This file is also the program that the test starts, once for each backend, in a process of its own;
 the latter two find no TensorFlow there. All begin with one saved tower and take the same batches,
 so that they differ by rounding alone, which few steps leave small: losses agree to 0.1 %, and
-embeddings in the end to 0.01, where two at random lie 1.4 apart. Each also goes on from a checkpoint
-in the middle, and ends as it did without.
+embeddings in the end to 0.01, where two at random lie 1.4 apart. Each also goes on from a
+checkpoint in the middle, and ends as it did without.
 """
 
 import importlib.util
