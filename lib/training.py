@@ -38,6 +38,7 @@ import pandas as pd
 from keras import ops
 
 from lib.dataset import DatasetHandler
+from lib.features import FeatureCache
 from lib.losses import (
     LossSettings,
     MetricLoss,
@@ -222,7 +223,7 @@ def train(
     validation: np.ndarray,
     settings: TrainingSettings,
     run: Path,
-    cache=None,
+    cache: FeatureCache | None = None,
 ) -> pd.DataFrame:
     """Train, or go on with an interrupted training; leaves the best epoch's weights in the tower.
 
@@ -258,14 +259,14 @@ def train(
         # The cache shows the trunk as it was before any stage changed it.
         if cache is not None and all(s.train == "head" for s in settings.stages[:number]):
             model, batches_of = tower.get_layer("head"), cache.batches
-            triplets = _feature_maps(tower, validation)
         else:
-            model, batches_of, triplets = tower, handler.training_batches, validation
+            model, batches_of = tower, handler.training_batches
         loss = _new_loss(handler, settings)
         siamese = Siamese(model, loss)
         compile_siamese(siamese, settings, stage)
         done = sum(row["stage"] == number for row in history) * stage.steps_per_epoch
         checkpoint.restore(tower, loss, siamese.optimizer if done else None)
+        triplets = validation if model is tower else _feature_maps(tower, validation)
         with log.progress(f"{number} {stage.train}", stage.steps, done):
             while not _is_over(history, number, settings):
                 epoch = len(history) + 1

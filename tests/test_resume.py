@@ -126,6 +126,8 @@ def attempt(run: Path, handler, validation, last: float, delay: float) -> None:
 
     TrainingLog.on_train_batch_end = on_train_batch_end
     tower = tiny_tower()
+    if checkpoint_of(run):  # from here on the weights are the checkpoint's, not the tower's
+        tower.set_weights([np.zeros_like(weight) for weight in tower.get_weights()])
     maps = np.random.default_rng(0).random((len(handler.catalogue.pictures), 2, 2, 8), np.float32)
     cache = Cache(handler, maps.astype(np.float16))  # where they come from does not matter here
     train(tower, handler, validation, SETTINGS, run, cache)
