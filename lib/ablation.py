@@ -3,7 +3,7 @@
 The trunk's feature maps are computed once; each arm of the comparison trains its own head (pooling,
 projection) on them, which takes seconds.
 
-    maps = feature_maps(tower, triplets)                  # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
+    maps = lib.model.feature_maps(tower, triplets)        # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
     head = train_head(maps, groups, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
 """
 
@@ -16,13 +16,6 @@ from lib.losses import MetricLoss
 from lib.model import Siamese, TowerSettings, build_head
 from lib.sampling import shuffled_passes
 from lib.training import TrainingSettings, compile_siamese
-
-
-def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
-    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory."""
-    batch = photos.reshape(-1, *photos.shape[-3:])
-    maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
-    return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
 
 
 def train_head(

@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
@@ -46,7 +45,7 @@ from lib.labelled import (
     read_folder,
 )
 from lib.records import RecordError, Triplet, read_triplets, write_shard
-from lib.storage import read_json, replacing, show_path, write_json
+from lib.storage import only_writer, read_json, replacing, show_path, write_json
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
 _AGAIN = "and do the same conversion again"
@@ -206,7 +205,8 @@ def convert(
         for number, start in enumerate(starts)
     }
     target_dir.mkdir(parents=True, exist_ok=True)
-    with _only_writer(target_dir):
+    message = f"another process is writing in {show_path(target_dir)}: wait for its end"
+    with only_writer(target_dir, ConversionError(message)):
         _claim(target_dir, _describe(photos, plan, settings))
         # A shard has its name when it is whole; what it lacks is known from skipped.csv alone.
         names = {path.name for path in target_dir.iterdir()}
@@ -218,19 +218,6 @@ def convert(
         _open_skipped(target_dir / SKIPPED, photos.absent, done)
         _write_shards(target_dir, todo, photos, settings)
         return _finish(target_dir, list(shards), photos)
-
-
-@contextlib.contextmanager
-def _only_writer(target_dir: Path) -> Iterator[None]:
-    """Keep other processes out; the system lifts the lock when this one ends, however it does."""
-    with (target_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConversionError(
-                f"another process is writing in {show_path(target_dir)}: wait for its end"
-            ) from None
-        yield
 
 
 def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSettings) -> dict:

@@ -16,8 +16,6 @@ and ``manifest.json`` with the size and checksum of each. A folder may be delete
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -26,7 +24,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
@@ -41,7 +38,7 @@ from lib.dataset import DatasetHandler
 from lib.landmarks import UNKNOWN
 from lib.model import fingerprint
 from lib.sampling import SamplingError
-from lib.storage import read_json, replacing, show_path, write_json
+from lib.storage import only_writer, read_json, replacing, show_path, write_json
 
 MANIFEST = "manifest.json"
 ENGINES = ("auto", "keras", "openvino")
@@ -356,7 +353,9 @@ def build_cache(
     )
     if len(_whole_files(cache)) < len(cache.files):
         cache.folder.mkdir(parents=True, exist_ok=True)
-        with _only_writer(cache.folder):
+        shown = show_path(cache.folder)
+        message = f"another process builds the feature cache {shown}: wait for its end"
+        with only_writer(cache.folder, FeatureCacheError(message)):
             _build(cache, frozen, made_of)
     return cache
 
@@ -404,19 +403,6 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes out; the system lifts the lock when this one ends, however it does."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FeatureCacheError(
-                f"another process builds the feature cache {show_path(folder)}: wait for its end"
-            ) from None
-        yield
 
 
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:

@@ -243,6 +243,13 @@ def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.n
     return np.asarray(tower.predict(photos, batch_size=batch_size, verbose=0), dtype=np.float32)
 
 
+def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory."""
+    batch = photos.reshape(-1, *photos.shape[-3:])
+    maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
+    return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
+
+
 def gem_exponent(tower: keras.Model) -> float:
     """The exponent p of a tower's or head's GeM layer, the mean of one per channel.
 

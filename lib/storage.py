@@ -76,6 +76,24 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path, busy: Exception) -> Iterator[None]:
+    """Keep other processes out; the system lifts the lock when this one ends, however it does.
+
+    Args:
+        folder: the lock is the file ``.lock`` in it.
+        busy: is raised if another process holds the lock.
+    """
+    import fcntl  # here: Windows has none, and does without what needs the lock
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        yield
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically."""
     with replacing(path) as part:

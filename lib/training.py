@@ -48,7 +48,7 @@ from lib.losses import (
     positive_distance,
 )
 from lib.metrics import average_precision, pair_hits
-from lib.model import Siamese, embed, gem_exponent, save_tower
+from lib.model import Siamese, embed, feature_maps, gem_exponent, save_tower
 from lib.monitoring import HISTORY, TENSORBOARD, TrainingLog
 from lib.storage import replacing, show_path
 
@@ -266,7 +266,7 @@ def train(
         compile_siamese(siamese, settings, stage)
         done = sum(row["stage"] == number for row in history) * stage.steps_per_epoch
         checkpoint.restore(tower, loss, siamese.optimizer if done else None)
-        triplets = validation if model is tower else _feature_maps(tower, validation)
+        triplets = validation if model is tower else feature_maps(tower, validation)
         with log.progress(f"{number} {stage.train}", stage.steps, done):
             while not _is_over(history, number, settings):
                 epoch = len(history) + 1
@@ -393,13 +393,6 @@ def _measure(embeddings: np.ndarray) -> dict[str, float]:
     closer = (anchor * positive).sum(axis=1) > (anchor * negative).sum(axis=1)
     average = average_precision(pair_hits(anchor, positive)).mean()
     return {"val_accuracy": float(closer.mean()), "val_map": float(average)}
-
-
-def _feature_maps(tower: keras.Model, triplets: np.ndarray) -> np.ndarray:
-    """What the trunk makes of photos: uint8 (n, 3, s, s, 3) -> float16 (n, 3, h, w, c)."""
-    photos = triplets.reshape(-1, *triplets.shape[2:])
-    maps = tower.get_layer("trunk").predict(photos, batch_size=128, verbose=0)
-    return maps.astype(np.float16).reshape(*triplets.shape[:2], *maps.shape[1:])
 
 
 # --------------------------------------------------------------------------------------------------
