@@ -37,6 +37,8 @@ PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protob
     "openvino",
     "tensorboardx",
     "tensorboard",
+    "ir-measures",
+    "playwright",
 }
 # Conda's name where it is not PyPI's.
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-xxhash": "xxhash"}
