@@ -1,6 +1,6 @@
 """The network: one tower that embeds a photo, and the Siamese model that trains it on triplets.
 
-    photo uint8 RGB -> the backbone's own preprocessing -> ResNet50 -> GeM -> projection -> L2 norm
+    photo uint8 RGB -> the backbone's own preprocessing -> backbone -> GeM -> projection -> L2 norm
 
     tower = build_tower(TowerSettings(image_size=64))
     embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,9 @@ STAGES = {
     5: ("conv5_block3_out", 32),
 }
 
+# Every network of keras.applications: its constructors, the only names that begin with a capital.
+BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
+
 PRECISIONS = ("float32", "mixed_bfloat16")
 
 
@@ -48,13 +52,16 @@ class TowerSettings:
 
     Attributes:
         image_size: side of the square input photo in pixels.
-        embedding_size: dimension of the embedding.
+        embedding_size: dimension of the embedding. 0 leaves the projection out: the embedding is
+            the pooled feature map itself, of unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
         gem_p: GeM's exponent to start from.
         gem_p_trainable: whether GeM's exponent is learned.
+        backbone: any network of ``keras.applications``, by its name there.
+        width: of a MobileNet, how many channels it has as a multiple of the usual (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
             one place per 32 x 32 pixels. A photo of 64 pixels leaves pooling 2 x 2 places there,
-            and 8 x 8 after stage 3.
+            and 8 x 8 after stage 3. Other backbones are always taken whole.
         weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
             random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
@@ -66,11 +73,24 @@ class TowerSettings:
     pooling: str = "gem"
     gem_p: float = 3.0
     gem_p_trainable: bool = True
+    backbone: str = "ResNet50"
+    width: float = 1.0
     last_stage: int = 5
     weights: str = "imagenet"
     precision: str = "float32"
 
     def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(
+                f"keras.applications has no backbone {self.backbone!r}; choose one of "
+                + ", ".join(BACKBONES)
+            )
+        if self.width != 1 and "alpha" not in inspect.signature(self.constructor).parameters:
+            raise ValueError(f"{self.backbone} has one width only: leave width at 1")
+        if self.backbone != "ResNet50" and self.last_stage != 5:
+            raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
+        if self.embedding_size < 0:
+            raise ValueError(f"embedding_size must not be negative, got {self.embedding_size}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
@@ -81,24 +101,43 @@ class TowerSettings:
         if self.image_size < smallest:
             raise ValueError(f"image_size must be at least {smallest}, got {self.image_size}")
 
+    @property
+    def constructor(self) -> Callable[..., keras.Model]:
+        """The function of ``keras.applications`` that builds the backbone."""
+        return getattr(keras.applications, self.backbone)
+
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
-class ResNetPreprocessing(keras.layers.Layer):
-    """RGB pixels from 0 to 255 -> what ResNet50's ImageNet weights expect.
+class Preprocessing(keras.layers.Layer):
+    """RGB pixels from 0 to 255 -> what a backbone's ImageNet weights expect.
 
-    That is Keras' own ``preprocess_input``: BGR order, ImageNet's mean colour subtracted, no
-    division. Input uint8 or float (n, h, w, 3), output float32 of the same shape.
+    That is the ``preprocess_input`` of its module in ``keras.applications``. For ResNet50: BGR
+    order, ImageNet's mean colour subtracted, no division.
+
+    Args:
+        backbone: name of the network in ``keras.applications``.
+
+    Input uint8 or float (n, h, w, 3), output float32 of the same shape.
     """
 
+    def __init__(self, backbone: str, **kwargs):
+        super().__init__(**kwargs)
+        self.backbone = backbone
+        module = inspect.getmodule(getattr(keras.applications, backbone))
+        self._preprocess = module.preprocess_input
+
     def call(self, photos):
-        return keras.applications.resnet.preprocess_input(ops.cast(photos, "float32"))
+        return self._preprocess(ops.cast(photos, "float32"))
 
     def compute_output_spec(self, photos):
         return keras.KerasTensor(photos.shape, dtype="float32")
 
+    def get_config(self):
+        return super().get_config() | {"backbone": self.backbone}
+
 
 def build_tower(settings: TowerSettings) -> keras.Model:
-    """Build the network that embeds a photo: a trunk (preprocessing, ResNet50) and a head.
+    """Build the network that embeds a photo: a trunk (preprocessing, backbone) and a head.
 
     Input uint8 RGB (n, image_size, image_size, 3); output float32 (n, embedding_size) of unit L2
     norm. ``tower.get_layer("trunk")`` gives the feature maps, ``tower.get_layer("head")`` makes
@@ -111,7 +150,8 @@ def build_tower(settings: TowerSettings) -> keras.Model:
         (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
     )
     with computing_in(settings.precision):
-        maps = build_backbone(settings)(ResNetPreprocessing(name="preprocessing")(photos))
+        preprocessing = Preprocessing(settings.backbone, name="preprocessing")
+        maps = build_backbone(settings)(preprocessing(photos))
     trunk = keras.Model(photos, maps, name="trunk")
     head = build_head(trunk.output_shape[1:], settings)
     return keras.Model(photos, head(trunk(photos)), name="tower")
@@ -131,71 +171,83 @@ def computing_in(precision: str) -> Iterator[None]:
 def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
     """Build what makes embeddings of feature maps: pooling, projection, L2 normalization.
 
-    Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size).
+    Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size), or
+    (n, c) if the embedding size is 0.
     """
     maps = keras.Input(map_shape, name="feature_maps")
     x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
-    # ReLU maps are all positive: uncentred, every two embeddings point the same way. The batch
-    # normalization takes their common mean away, so that the space is used from the first step;
-    # without a shift and scale of its own it can't put one back.
-    x = keras.layers.Dense(settings.embedding_size, use_bias=False, name="projection")(x)
-    x = keras.layers.BatchNormalization(momentum=0.9, center=False, scale=False, name="centring")(x)
+    if size := settings.embedding_size:
+        # ReLU maps are all positive: uncentred, every two embeddings point the same way. The batch
+        # normalization takes their common mean away, so that the space is used from the first step;
+        # without a shift and scale of its own it can't put one back.
+        x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
+        centring = keras.layers.BatchNormalization
+        x = centring(momentum=0.9, center=False, scale=False, name="centring")(x)
     x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
     return keras.Model(maps, x, name="head")
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:
-    """Build ResNet50 up to the stage asked for: preprocessed photos to feature maps.
+    """Build the backbone, ResNet50 up to the stage asked for: preprocessed photos to feature maps.
 
     Raises:
         WeightsUnavailableError: the weights asked for can't be fetched or read.
+        ValueError: the photos are too small for this backbone.
     """
-    resnet = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(settings.image_size, settings.image_size, 3)
-    )
+    whole = _build_whole(settings, weights=None)
     if settings.weights == "imagenet":
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds of silence; a network that swallows everything hangs
         try:
-            resnet = keras.applications.ResNet50(
-                include_top=False, weights="imagenet", input_shape=resnet.input_shape[1:]
-            )
+            whole = _build_whole(settings, weights="imagenet")
         except Exception as error:  # urllib's, the socket's or Keras' own: all mean the same here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsUnavailableError(
-                f"the ImageNet weights of ResNet50 could not be fetched ({reason}); with a network "
-                "Keras downloads them once, or set weights to the path of a weights file"
+                f"the ImageNet weights of {settings.backbone} could not be fetched ({reason}); "
+                "with a network Keras downloads them once, or set weights to the path of a "
+                "weights file"
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
     elif not settings.weights:
-        _prepare_random_weights(resnet)
-    end, _ = STAGES[settings.last_stage]
-    backbone = keras.Model(resnet.input, resnet.get_layer(end).output, name="resnet50")
+        _prepare_random_weights(whole)
+    output = whole.output
+    if settings.backbone == "ResNet50":
+        output = whole.get_layer(STAGES[settings.last_stage][0]).output
+    backbone = keras.Model(whole.input, output, name="backbone")
     if settings.weights not in ("", "imagenet"):
-        _load_weights(resnet, backbone, settings.weights)
+        _load_weights(whole, backbone, settings)
     return backbone
 
 
-def _load_weights(resnet: keras.Model, backbone: keras.Model, path: str) -> None:
-    """Load a file of ``backbone``, or of the whole ``resnet`` that it is the start of."""
+def _build_whole(settings: TowerSettings, weights: str | None) -> keras.Model:
+    size = settings.image_size
+    alpha = {} if settings.width == 1 else {"alpha": settings.width}
+    return settings.constructor(
+        include_top=False, weights=weights, input_shape=(size, size, 3), **alpha
+    )
+
+
+def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSettings) -> None:
+    """Load a file of ``backbone``, or of the ``whole`` network that it is the start of."""
     try:
-        backbone.load_weights(path)
+        backbone.load_weights(settings.weights)
         return
     except (OSError, ValueError):
         pass  # not a file of this part; what is wrong with it, the whole network will tell
     try:
-        resnet.load_weights(path)
+        whole.load_weights(settings.weights)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsUnavailableError(
-            f"{show_path(Path(path))} holds no weights of Keras' ResNet50 without top ({reason})"
+            f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
+            f"without top ({reason})"
         ) from None
 
 
-def _prepare_random_weights(resnet: keras.Model) -> None:
-    """Make ResNet50 trainable from random weights in minutes."""
-    for layer in resnet.layers:
+def _prepare_random_weights(network: keras.Model) -> None:
+    """Make a network, above all ResNet50, trainable from random weights in minutes."""
+    for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             # Keras' 0.99 needs several hundred steps before the moving averages are of any use.
             layer.momentum = 0.9
@@ -234,6 +286,25 @@ class Siamese(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return self.metric_loss(y, y_pred)
+
+
+def resized(tower: keras.Model, image_size: int) -> keras.Model:
+    """A tower for photos of another size; its weights are a copy of the given one's.
+
+    A backbone is convolutional and a pooling takes maps of any size, so the same weights serve.
+    """
+    trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
+    photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
+    pixels = trunk.get_layer("preprocessing")(photos)
+    backbone = keras.models.clone_model(
+        trunk.get_layer("backbone"), input_tensors=keras.Input(pixels.shape[1:])
+    )
+    new_trunk = keras.Model(photos, backbone(pixels), name="trunk")
+    maps = keras.Input(new_trunk.output_shape[1:], name="feature_maps")
+    new_head = keras.models.clone_model(head, input_tensors=maps)
+    new_trunk.set_weights(trunk.get_weights())
+    new_head.set_weights(head.get_weights())
+    return keras.Model(photos, new_head(new_trunk(photos)), name="tower")
 
 
 def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:

@@ -238,7 +238,7 @@ def save_backbone(tower: keras.Model, settings: PretrainingSettings, path: Path)
     """
     with computing_in("float16"):
         half = build_backbone(_tower_settings(settings, settings.size))
-    half.set_weights(tower.get_layer("trunk").get_layer("resnet50").get_weights())
+    half.set_weights(tower.get_layer("trunk").get_layer("backbone").get_weights())
     with replacing(path) as part:
         half.save_weights(part, overwrite=True)
 

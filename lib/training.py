@@ -190,15 +190,16 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
         batch_norm: see :class:`TrainingSettings`.
 
     Raises:
-        TrainingError: "last-block" of a backbone without layers ``conv<n>_...``.
+        TrainingError: "last-block" of a backbone whose layers are not named ``conv<n>_...``, n up
+            to 2 at least, by the block they are in (those of the ResNets and DenseNets are).
     """
     trunk = tower.get_layer("trunk")
     trunk.trainable = train != "head"
     blocks = {layer: re.match(r"conv(\d+)_", layer.name) for layer in _layers(trunk)}
     last = max((int(match[1]) for match in blocks.values() if match), default=None)
-    if train == "last-block" and last is None:
+    if train == "last-block" and (last or 0) < 2:  # a MobileNet's one "conv1_" is its first
         raise TrainingError(
-            'the backbone has no layers conv<n>_..., so no last block: use train="all"'
+            'the backbone has no layers conv2_..., conv3_... and so no last block: use train="all"'
         )
     # One by one: with TensorFlow, a model whose flag is set to what it is passes nothing on.
     for layer, match in blocks.items():

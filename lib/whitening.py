@@ -247,20 +247,24 @@ def fold(model: keras.Model, whitening: Whitening) -> keras.Model:
         head = fold(model.get_layer("head"), whitening)
         maps = model.get_layer("trunk")(model.inputs[0])
         return keras.Model(model.inputs, head(maps), name=model.name)
-    names = [layer.name for layer in model.layers]
-    if "centring" not in names:
-        raise ValueError("the head has no centring: a whitening is folded into it already")
-    projection, centring = model.get_layer("projection"), model.get_layer("centring")
-    kernel = ops.convert_to_numpy(projection.kernel).astype(np.float64)
-    mean = ops.convert_to_numpy(centring.moving_mean).astype(np.float64)
-    variance = ops.convert_to_numpy(centring.moving_variance).astype(np.float64)
     d, k = whitening.projection.shape
+    names = [layer.name for layer in model.layers]
+    if "centring" in names:
+        projection, centring = model.get_layer("projection"), model.get_layer("centring")
+        kernel = ops.convert_to_numpy(projection.kernel).astype(np.float64)
+        mean = ops.convert_to_numpy(centring.moving_mean).astype(np.float64)
+        variance = ops.convert_to_numpy(centring.moving_variance).astype(np.float64)
+        deviation = np.sqrt(variance + centring.epsilon)
+    elif "projection" not in names:  # an embedding of size 0: the pooled maps themselves
+        kernel = np.eye(model.get_layer("pooling").output.shape[-1])
+        mean, deviation = 0.0, 1.0
+    else:
+        raise ValueError("the head has no centring: a whitening is folded into it already")
     if kernel.shape[1] != d:
         raise ValueError(
             f"the whitening is for descriptors of {d} dimensions, the head's have "
             f"{kernel.shape[1]}: learn it from projected(head, maps)"
         )
-    deviation = np.sqrt(variance + centring.epsilon)
     dense = keras.layers.Dense(k, dtype="float32", name="projection")
     x = dense(model.get_layer("pooling").output)
     dense.set_weights(

@@ -1,5 +1,6 @@
 """The tower: preprocessing, norm, one tower for three photos, saving, and other backends."""
 
+import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,8 @@ from keras import ops
 
 from lib.losses import LossSettings, MetricLoss
 from lib.model import (
+    BACKBONES,
+    Preprocessing,
     Siamese,
     TowerSettings,
     WeightsUnavailableError,
@@ -21,6 +24,7 @@ from lib.model import (
     fingerprint,
     gem_exponent,
     load_tower,
+    resized,
     save_tower,
 )
 
@@ -85,7 +89,7 @@ def test_stages_of_resnet50(stage, channels):
     side = {3: 4, 4: 2, 5: 1}[stage]
     assert tower.get_layer("trunk").output_shape == (None, side, side, channels)
     if stage == 5:  # the whole backbone: as many weights as Keras' own
-        backbone = tower.get_layer("trunk").get_layer("resnet50")
+        backbone = tower.get_layer("trunk").get_layer("backbone")
         whole = keras.applications.ResNet50(include_top=False, weights=None)
         assert backbone.count_params() == whole.count_params() == 23_587_712
 
@@ -137,7 +141,7 @@ def test_weights_from_a_file_give_the_backbone_they_were_saved_from(tmp_path):
     path = tmp_path / "resnet50.weights.h5"
     resnet.save_weights(path)
     settings = TowerSettings(32, 8, last_stage=3, weights=str(path))
-    backbone = build_tower(settings).get_layer("trunk").get_layer("resnet50")
+    backbone = build_tower(settings).get_layer("trunk").get_layer("backbone")
     end = keras.Model(resnet.input, resnet.get_layer("conv3_block4_out").output)
     for a, b in zip(backbone.get_weights(), end.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -180,6 +184,7 @@ def test_weights_that_can_not_be_had_are_one_clear_line(tmp_path, monkeypatch):
 
     real = keras.applications.ResNet50
 
+    @functools.wraps(real)
     def unreachable(*args, weights=None, **kwargs):
         if weights == "imagenet":
             raise Exception("URL fetch failure on https://...: None -- Name or service not known")
@@ -236,3 +241,66 @@ def test_a_saved_tower_embeds_and_trains_alike_in_fresh_tensorflow_and_jax(tower
         mined = (stored, semi_hard, batch_hard, batch_all)
         numbers[backend] = np.array([*step.split(), *mined], dtype=float)
     np.testing.assert_allclose(numbers["tensorflow"], numbers["jax"], rtol=5e-3)
+
+
+def test_every_backbone_of_keras_applications_can_be_named():
+    assert {"ResNet50", "VGG16", "MobileNet", "ConvNeXtTiny", "EfficientNetV2B0"} <= set(BACKBONES)
+    for name in BACKBONES:
+        layer = Preprocessing(name)
+        pixels = np.full((1, 2, 2, 3), 255, dtype=np.uint8)
+        assert ops.convert_to_numpy(layer(pixels)).shape == (1, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"no backbone 'ResNet51'; choose one of .*ResNet50"):
+        TowerSettings(backbone="ResNet51")
+    with pytest.raises(ValueError, match="VGG16 has one width only"):
+        TowerSettings(backbone="VGG16", width=0.5)
+    with pytest.raises(ValueError, match="MobileNet is taken whole"):
+        TowerSettings(backbone="MobileNet", last_stage=4)
+
+
+@pytest.fixture(scope="module")
+def mobile() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    settings = TowerSettings(64, 0, backbone="MobileNet", width=0.25, weights="")
+    return build_tower(settings)
+
+
+def test_another_backbone_with_its_own_preprocessing(mobile, rng, tmp_path):
+    photos = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    own = keras.applications.MobileNet(
+        alpha=0.25, include_top=False, weights=None, input_shape=(64, 64, 3)
+    )
+    own.set_weights(mobile.get_layer("trunk").get_weights())
+    maps = own.predict(photos / 127.5 - 1.0, verbose=0)  # "tf" mode: from -1 to 1
+    pooled = np.mean(np.maximum(maps, 1e-6).astype(np.float64) ** 3, axis=(1, 2)) ** (1 / 3)
+    expected = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    np.testing.assert_allclose(embed(mobile, photos), expected, atol=1e-4)
+
+    save_tower(mobile, tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        embed(load_tower(tmp_path / "model.keras"), photos), embed(mobile, photos)
+    )
+    own.save_weights(tmp_path / "own.weights.h5")
+    settings = TowerSettings(
+        64, 0, backbone="MobileNet", width=0.25, weights=str(tmp_path / "own.weights.h5")
+    )
+    np.testing.assert_allclose(embed(build_tower(settings), photos), expected, atol=1e-4)
+    with pytest.raises(WeightsUnavailableError, match=r"no weights of Keras' MobileNet"):
+        build_tower(replace(settings, width=0.5))
+
+
+def test_a_resized_tower_keeps_weights_and_takes_photos_of_another_size(tower, mobile, rng):
+    for one, size in ((tower, 48), (mobile, 96)):
+        photos = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+        other = resized(one, size)
+        embeddings = embed(other, photos)
+        assert embeddings.shape == (2, one.output_shape[-1])
+        for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        same = resized(other, one.input_shape[1])
+        small = rng.integers(0, 256, (2, *one.input_shape[1:]), dtype=np.uint8)
+        np.testing.assert_allclose(embed(same, small), embed(one, small), atol=1e-6)
+        # What is done to the copy does not reach the original.
+        before = one.get_weights()
+        other.set_weights([w + 1 for w in other.get_weights()])
+        for a, b in zip(before, one.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)

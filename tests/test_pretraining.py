@@ -92,7 +92,7 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "half.weights.h5").stat().st_size < 4e6
     settings = TowerSettings(40, 8, last_stage=3, weights=str(tmp_path / "half.weights.h5"))
     loaded = build_backbone(settings)
-    trained = tower.get_layer("trunk").get_layer("resnet50")
+    trained = tower.get_layer("trunk").get_layer("backbone")
     for a, b in zip(trained.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 

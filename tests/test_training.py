@@ -50,7 +50,7 @@ def tiny_tower() -> keras.Model:
         x = keras.layers.BatchNormalization(momentum=0.5, name=f"conv{block}_bn")(x)
         x = keras.layers.Activation("relu", name=f"conv{block}_relu")(x)
     photos = keras.Input((16, 16, 3), dtype="uint8")
-    maps = keras.Model(images, x, name="resnet50")(keras.layers.Rescaling(1 / 255)(photos))
+    maps = keras.Model(images, x, name="backbone")(keras.layers.Rescaling(1 / 255)(photos))
     trunk = keras.Model(photos, maps, name="trunk")
     head = build_head(trunk.output_shape[1:], TowerSettings(embedding_size=8))
     return keras.Model(photos, head(trunk(photos)), name="tower")

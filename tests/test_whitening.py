@@ -275,6 +275,16 @@ def test_a_folded_head_embeds_as_the_whitening_does(pooling, rng, tmp_path):
         fold(head, other)
 
 
+def test_a_whitening_is_folded_into_a_head_without_projection(rng):
+    head = build_head((4, 5, 24), TowerSettings(embedding_size=0, weights=""))
+    maps = np.maximum(rng.normal(size=(80, 4, 5, 24)), 0).astype(np.float16)
+    descriptors = projected(head, maps)
+    assert descriptors.shape == (80, 24)
+    whitening = learn_pca_whitening(descriptors, 7)
+    folded = fold(head, whitening).predict(maps, verbose=0)
+    np.testing.assert_allclose(folded, whitening.apply(descriptors), atol=1e-5)
+
+
 def test_a_folded_tower_keeps_its_parts_and_survives_saving(rng, tmp_path):
     tower = build_tower(TowerSettings(image_size=32, embedding_size=8, last_stage=3, weights=""))
     trained(tower.get_layer("head"), rng)
