@@ -1,0 +1,536 @@
+"""Better rankings from the same descriptors: query expansion and re-ranking.
+
+Descriptors are float32 (n, d) of unit norm and are compared by their inner product. The queries are
+not part of the gallery, and no query changes the result of another one. Every method ends in
+scores, float32 (q, n), the larger the better, which the caller ranks once:
+
+    queries = expand_queries(queries, gallery)             # new descriptors, searched as before
+    gallery = augment_gallery(gallery)                     # likewise
+    scores = queries @ gallery.T
+
+    scores = rerank_k_reciprocal(queries, gallery, encode_reciprocal(gallery))
+    scores = rerank_diffusion(queries, gallery, neighbour_graph(gallery))
+    scores = rerank_superglobal(queries, gallery)
+
+    ranked = np.argsort(-scores, axis=1, kind="stable")
+
+A method that leaves a photo alone (it is no candidate, or the diffusion does not reach it) scores
+it with its similarity less 2, or lower if there are negative scores, so that such photos come
+after all others in their old order.
+
+    method                once per gallery           per query                  memory (numbers)
+    expand_queries        nothing                    a search                   q (k + d)
+    augment_gallery       n searches                 nothing more               n (k + d)
+    rerank_k_reciprocal   n searches, encodings      a search, 100s of columns  100s n
+    rerank_diffusion      n searches, sparse graph   a search, 10s of products  n k
+    rerank_superglobal    nothing                    a search, M^2 d products   M (M + d)
+
+A search compares with all n photos, blockwise (see :func:`nearest`). Where a method asks for more
+neighbours than there are photos, it takes all there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+_BLOCK = 2**23  # how many numbers are in the works at a time
+
+
+def nearest(
+    queries: np.ndarray | None, gallery: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k most similar photos of each query, the most similar first.
+
+    The search is exact. It takes a block of queries at a time: beside the result it needs about
+    100 MB (300 MB if nearly all similarities are equal), for up to 8 million photos.
+
+    Args:
+        queries: float (q, d) of unit norm; None: each photo of the gallery, among all the others.
+        gallery: float (n, d) of unit norm.
+        k: how many; more than there are photos (others, if queries is None) gives all of them.
+
+    Returns:
+        rows of the gallery, int64 (q, k), and their similarities, float32 (q, k), in falling order.
+        Equal similarities keep the order of the rows.
+
+    Raises:
+        ValueError: k below 1, an empty gallery, or descriptors that are not (n, d) of the same d,
+            finite and of unit norm.
+    """
+    _check_counts(k=k)
+    alone = queries is None
+    if alone:
+        queries = gallery = _checked_gallery(gallery)
+    else:
+        queries, gallery = _checked(queries, gallery)
+    k = min(k, len(gallery) - alone)
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    similarities = np.empty((len(queries), k), dtype=np.float32)
+    step = max(1, _BLOCK // len(gallery))
+    for start in range(0, len(queries), step):
+        block = queries[start : start + step] @ gallery.T
+        if alone:
+            own = np.arange(len(block))
+            block[own, start + own] = -np.inf
+        rows[start : start + step], similarities[start : start + step] = _top(block, k)
+    return rows, similarities
+
+
+def _top(similarities: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and values of the k largest of each row; equal ones keep the order of the columns."""
+    m, n = similarities.shape
+    if k == 0 or m == 0:
+        return np.empty((m, k), dtype=np.int64), np.empty((m, k), dtype=np.float32)
+    # The k-th largest of the maxima of groups is at most the k-th largest value. So all of the k
+    # largest, and their equals, are among the few from there on: no need to partition everything.
+    width = max(1, n // (8 * k))
+    groups = n // width
+    maxima = similarities[:, : width * groups].reshape(m, width, groups).max(axis=1)
+    bound = np.partition(maxima, groups - k, axis=1)[:, groups - k]
+    rows, columns = np.divmod(np.flatnonzero(similarities >= bound[:, None]), n)  # fast in 1-D
+    values = similarities[rows, columns]
+    order = np.lexsort((-values, rows))
+    order = order[np.searchsorted(rows, np.arange(m))[:, None] + np.arange(k)]
+    return columns[order], values[order]
+
+
+def expand_queries(
+    queries: np.ndarray, gallery: np.ndarray, k: int = 50, alpha: float = 3.0
+) -> np.ndarray:
+    """Alpha-weighted query expansion: move each query towards its k nearest photos.
+
+    Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018,
+    whose settings are the defaults. The new query is q + Σ s^alpha x over the k nearest photos x of
+    similarity s. Negative s count as 0. With alpha 0 all k photos count as much as the query
+    (0^0 = 1): that is the average query expansion of Chum et al., "Total Recall", ICCV 2007.
+
+    Args:
+        queries: float (q, d) of unit norm.
+        gallery: float (n, d) of unit norm.
+        k: how many photos; more than n takes all.
+        alpha: 0 or more; the larger, the less do dissimilar photos count.
+
+    Returns:
+        float32 (q, d) of unit norm. If the sum vanishes (opposite photos with alpha 0), the query
+        stays as it is.
+
+    Raises:
+        ValueError: k below 1, alpha negative or not finite, or descriptors as for :func:`nearest`.
+    """
+    _check_not_negative(alpha=alpha)
+    rows, similarities = nearest(queries, gallery, k)
+    queries, gallery = _checked(queries, gallery)
+    return _moved(queries, gallery, rows, similarities, alpha)
+
+
+def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.ndarray:
+    """Database-side augmentation: move each photo of the gallery towards its k nearest others.
+
+    Turcot, Lowe, "Better Matching with Fewer Features", ICCV workshops 2009, and Arandjelović,
+    Zisserman, "Three Things Everyone Should Know to Improve Object Retrieval", CVPR 2012, add the
+    neighbours up (alpha = 0). Gordo, Almazán, Revaud, Larlus, "End-to-end Learning of Deep Visual
+    Representations for Image Retrieval", IJCV 2017, weigh them by their rank. Here they are weighed
+    by similarity^alpha, as in :func:`expand_queries`.
+
+    Args:
+        gallery: float (n, d) of unit norm.
+        k: how many other photos; more than n - 1 takes all.
+        alpha: 0 or more.
+
+    Returns:
+        float32 (n, d) of unit norm, to be searched in place of ``gallery``.
+
+    Raises:
+        ValueError: as for :func:`expand_queries`.
+    """
+    _check_not_negative(alpha=alpha)
+    rows, similarities = nearest(None, gallery, k)
+    gallery = _checked_gallery(gallery)
+    return _moved(gallery, gallery, rows, similarities, alpha)
+
+
+def _moved(
+    descriptors: np.ndarray,
+    gallery: np.ndarray,
+    rows: np.ndarray,
+    similarities: np.ndarray,
+    alpha: float,
+) -> np.ndarray:
+    weights = _sparse_rows(rows, np.maximum(similarities, 0) ** np.float32(alpha), len(gallery))
+    moved = descriptors + weights @ gallery
+    norms = np.linalg.norm(moved, axis=1, keepdims=True)
+    return np.divide(moved, norms, out=descriptors.copy(), where=norms > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class ReciprocalEncoding:
+    """A gallery as :func:`rerank_k_reciprocal` needs it; :func:`encode_reciprocal` makes it.
+
+    Attributes:
+        k1: how many nearest photos count as neighbours.
+        k2: over how many photos, itself included, an encoding is averaged.
+        reach: float32 (n,), the similarity that makes a query one of a photo's k1 nearest.
+        close: sparse int32 (n, n), 1 for k-reciprocal neighbours with k = k1 // 2.
+        single: sparse float32 (n, n), row i the encoding of photo i over the photos of the gallery.
+        averaged: the same after the local query expansion, by columns (which photos share this
+            neighbour?).
+    """
+
+    k1: int
+    k2: int
+    reach: np.ndarray
+    close: sparse.csr_array
+    single: sparse.csr_array
+    averaged: sparse.csc_array
+
+
+def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> ReciprocalEncoding:
+    """Encode each photo of a gallery by its k-reciprocal neighbours, once for all queries.
+
+    Zhong, Zheng, Cao, Li, "Re-ranking Person Re-identification with k-reciprocal Encoding",
+    CVPR 2017, whose settings are the defaults. R(i, k) holds the photos j with i among the k
+    nearest of j and j among the k nearest of i. It becomes R* by adding every R(j, k1 / 2), j in
+    R(i, k1), of which at least two thirds are in R(i, k1). The encoding has exp(-d(i, j)) for the j
+    in R* and 0 for others (all section 3), and is averaged over the photo and its k2 - 1 nearest.
+
+    As in the authors' code a photo of the gallery is in its own R. Different from that code, the
+    distance d is 1 - similarity, not the squared distance divided by the row's largest, and
+    encodings are not scaled to a sum of 1, which is in none of the equations.
+
+    Args:
+        gallery: float (n, d) of unit norm.
+        k1: how many nearest other photos count; half of it is rounded down.
+        k2: how many encodings are averaged, 1: none but the photo's own. More than there are
+            photos takes all, for both.
+
+    Raises:
+        ValueError: k1 or k2 below 1, or a gallery as for :func:`nearest`.
+    """
+    _check_counts(k1=k1, k2=k2)
+    rows, similarities = nearest(None, gallery, max(k1, k2 - 1))
+    gallery = _checked_gallery(gallery)
+    n = len(gallery)
+    if similarities.shape[1] < k1:  # fewer others: any query is among the k1 nearest
+        reach = np.full(n, -np.inf, dtype=np.float32)
+    else:
+        reach = similarities[:, k1 - 1].copy()
+    rows = np.hstack([np.arange(n)[:, None], rows])  # itself first
+    close = _reciprocal(rows[:, : k1 // 2 + 1])
+    pattern = _extended(_reciprocal(rows[:, : k1 + 1]), close)
+    single = _encoded(pattern, gallery, gallery)
+    together = rows[:, :k2]
+    shares = np.full(together.shape, 1 / together.shape[1], dtype=np.float32)
+    averaged = (_sparse_rows(together, shares, n) @ single).tocsc()
+    return ReciprocalEncoding(k1, k2, reach, close, single, averaged)
+
+
+def rerank_k_reciprocal(
+    queries: np.ndarray, gallery: np.ndarray, encoding: ReciprocalEncoding, lam: float = 0.3
+) -> np.ndarray:
+    """K-reciprocal re-ranking: photos are alike if they have the same neighbours.
+
+    The paper and its steps are those of :func:`encode_reciprocal`. A query is encoded the same way,
+    over the photos of the gallery. The distance of two encodings is Jaccard's,
+    d_J = 1 - Σ min / Σ max, the final one is (1 - lam) d_J + lam d.
+
+    A query is compared with the encodings that the gallery has without it. In the paper's authors'
+    code all queries are part of the set that is searched: they displace neighbours, are neighbours
+    of each other, and everything has to be encoded anew when one more comes.
+
+    Args:
+        queries: float (q, d) of unit norm.
+        gallery: float (n, d) of unit norm.
+        encoding: of this gallery.
+        lam: share of the plain distance, from 0 (encodings only) to 1 (the plain ranking).
+
+    Returns:
+        float32 (q, n), 1 - the final distance, from -lam to 1.
+
+    Raises:
+        ValueError: lam out of range, an encoding of another gallery size, or descriptors as for
+            :func:`nearest`.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must be from 0 to 1, got {lam}")
+    queries, gallery = _checked(queries, gallery)
+    n = len(gallery)
+    if len(encoding.reach) != n:
+        raise ValueError(
+            f"the encoding is of a gallery of {len(encoding.reach)} photos, got one of {n}"
+        )
+    k1, k2 = encoding.k1, encoding.k2
+    rows, similarities = nearest(queries, gallery, max(k1, k2 - 1))
+    mutual = similarities[:, :k1] >= encoding.reach[rows[:, :k1]]
+    reciprocal = _sparse_rows(rows[:, :k1], mutual.astype(np.int32), n)
+    reciprocal.eliminate_zeros()
+    single = _encoded(_extended(reciprocal, encoding.close), queries, gallery)
+    others = rows[:, : k2 - 1]
+    added = _sparse_rows(others, np.ones(others.shape, dtype=np.float32), n) @ encoding.single
+    encodings = ((single + added) / np.float32(1 + others.shape[1])).tocsr()
+
+    sums = encoding.averaged.sum(axis=1)
+    scores = queries @ gallery.T
+    for i in range(len(queries)):
+        own = encodings[[i]]
+        # Only photos that share a neighbour with the query overlap with it.
+        sharing = encoding.averaged[:, own.indices]
+        smaller = np.minimum(sharing.data, np.repeat(own.data, np.diff(sharing.indptr)))
+        overlap = np.bincount(sharing.indices, weights=smaller, minlength=n)
+        jaccard = overlap / (own.data.sum() + sums - overlap)  # max(a, b) = a + b - min(a, b)
+        scores[i] = (1 - lam) * jaccard + lam * scores[i]
+    return scores
+
+
+def _reciprocal(rows: np.ndarray) -> sparse.csr_array:
+    """1 where two photos are in each other's row: int64 (n, k) -> int32 (n, n)."""
+    member = _sparse_rows(rows, np.ones_like(rows, dtype=np.int32), len(rows))
+    return member.multiply(member.T).tocsr()
+
+
+def _extended(reciprocal: sparse.csr_array, close: sparse.csr_array) -> sparse.csr_array:
+    """R -> R*, as patterns of non-zeros."""
+    shared = (reciprocal @ close).multiply(reciprocal).tocsr()  # |R(i, k1) ∩ R(j, k1 / 2)|
+    sizes = close.sum(axis=1)
+    shared.data = (3 * shared.data >= 2 * sizes[shared.indices]).astype(np.int32)
+    shared.eliminate_zeros()
+    return (reciprocal + shared @ close).tocsr()
+
+
+def _encoded(
+    pattern: sparse.csr_array, descriptors: np.ndarray, gallery: np.ndarray
+) -> sparse.csr_array:
+    """exp(similarity - 1) where the pattern (m, n) of m descriptors is not zero."""
+    rows, columns = pattern.nonzero()
+    values = np.empty(len(rows), dtype=np.float32)
+    step = max(1, _BLOCK // gallery.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        values[part] = np.einsum("ij,ij->i", descriptors[rows[part]], gallery[columns[part]])
+    return sparse.csr_array((np.exp(values - 1), (rows, columns)), shape=pattern.shape)
+
+
+def neighbour_graph(gallery: np.ndarray, k: int = 50, gamma: float = 3.0) -> sparse.csr_array:
+    """The graph along which :func:`rerank_diffusion` spreads, made once per gallery.
+
+    Two photos are joined if each is among the k nearest others of the other one, with the affinity
+    s^gamma; similarities s of 0 or below join nothing. The affinities A are normalized by the
+    degrees D = diag(A 1) to S = D^(-1/2) A D^(-1/2). From Iscen, Tolias, Avrithis, Furon, Chum,
+    "Efficient Diffusion on Region Manifolds", CVPR 2017, section 3.
+
+    Args:
+        gallery: float (n, d) of unit norm.
+        k: how many nearest others; more than n - 1 takes all.
+        gamma: above 0; the larger, the less do dissimilar photos count.
+
+    Returns:
+        S, sparse float64 (n, n), symmetric, its eigenvalues from -1 to 1. A photo that is joined to
+        none has an empty row.
+
+    Raises:
+        ValueError: k below 1, gamma not above 0 or not finite, or a gallery as for :func:`nearest`.
+    """
+    _check_gamma(gamma)
+    rows, similarities = nearest(None, gallery, k)
+    affinities = np.maximum(similarities, 0).astype(np.float64) ** gamma
+    directed = _sparse_rows(rows, affinities, len(rows))
+    # The smaller of both directions: 0 unless mutual, and free of differences by rounding.
+    graph = directed.minimum(directed.T).tocsr()
+    graph.eliminate_zeros()
+    degrees = graph.sum(axis=1)
+    scale = 1 / np.sqrt(np.where(degrees > 0, degrees, 1))
+    graph.data *= np.repeat(scale, np.diff(graph.indptr)) * scale[graph.indices]
+    return graph
+
+
+def rerank_diffusion(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    graph: sparse.csr_array,
+    k: int = 10,
+    gamma: float = 3.0,
+    alpha: float = 0.99,
+    tolerance: float = 1e-6,
+) -> np.ndarray:
+    """Diffusion: similarity spreads from the query's neighbours along the graph of the gallery.
+
+    The paper is that of :func:`neighbour_graph`. The scores f solve (I - alpha S) f = y, where y is
+    s^gamma for the k photos nearest to the query, and 0 for others: the query itself needs no place
+    in the graph. The solver is the method of conjugate gradients. Regions, and what the
+    paper does to combine them, are left out: a photo has one descriptor.
+
+    Args:
+        queries: float (q, d) of unit norm.
+        gallery: float (n, d) of unit norm.
+        graph: :func:`neighbour_graph` of this gallery.
+        k: from how many photos it spreads; more than n takes all.
+        gamma: above 0, that of the graph.
+        alpha: from 0 (y itself) to below 1; the larger, the farther it spreads and the longer it
+            takes.
+        tolerance: from 1e-12 to below 1; the solver stops when the residual is that share of y.
+
+    Returns:
+        float32 (q, n): above 0 for photos that the diffusion reaches, others below 0 in the plain
+        order.
+
+    Raises:
+        ValueError: a setting out of range, a graph of another gallery size, or descriptors as for
+            :func:`nearest`.
+    """
+    _check_gamma(gamma)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be from 0 to below 1, got {alpha}")
+    if not 1e-12 <= tolerance < 1:
+        raise ValueError(f"tolerance must be from 1e-12 to below 1, got {tolerance}")
+    queries, gallery = _checked(queries, gallery)
+    n = len(gallery)
+    if graph.shape != (n, n):
+        raise ValueError(f"the graph is of a gallery of {graph.shape[0]} photos, got one of {n}")
+    rows, similarities = nearest(queries, gallery, k)
+    system = (sparse.eye_array(n) - alpha * graph).tocsr()
+    sources = _sparse_rows(rows, np.maximum(similarities, 0).astype(np.float64) ** gamma, n)
+    scores = np.empty((len(queries), n), dtype=np.float32)
+    step = max(1, _BLOCK // (4 * n))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        scores[part] = _solved(system, sources[part].T.toarray(order="C"), tolerance).T
+    # The solution is positive within reach and exactly 0 beyond it.
+    return _others_below(scores, queries @ gallery.T, scores > 0)
+
+
+def _solved(system: sparse.csr_array, y: np.ndarray, tolerance: float) -> np.ndarray:
+    """Conjugate gradients for several right sides: (n, n), (n, q) -> (n, q).
+
+    One product with a block of vectors takes far less time than a product with each.
+    """
+    f = np.zeros_like(y)
+    residual, direction = y.copy(), y.copy()
+    squares = np.einsum("nq,nq->q", residual, residual)
+    enough = tolerance**2 * squares
+    # A solved column stays as it is: its result does not depend on the others.
+    while (unsolved := squares > enough).any():
+        product = system @ direction
+        curvature = np.einsum("nq,nq->q", direction, product)
+        length = np.divide(squares, curvature, out=np.zeros_like(squares), where=unsolved)
+        f += length * direction
+        residual -= length * product
+        before, squares = squares, np.einsum("nq,nq->q", residual, residual)
+        kept = np.divide(squares, before, out=np.zeros_like(squares), where=unsolved)
+        direction = residual + kept * direction
+    return f
+
+
+def rerank_superglobal(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    top: int = 400,
+    k: int = 9,
+    beta: float = 0.15,
+) -> np.ndarray:
+    """SuperGlobal's re-ranking: candidates refine each other, the best expand the query.
+
+    Shao, Chen, Karpur, Cui, Araujo, Cao, "Global Features are All You Need for Image Retrieval and
+    Reranking", ICCV 2023, section on re-ranking; defaults and details are those of the authors'
+    code. Of the ``top`` photos nearest to the query, each is replaced by the mean of itself, of
+    weight 1, and its k nearest among them, of weight beta times their similarity. These refined
+    descriptors are compared with the query and with an expanded query, the largest value in each
+    dimension of the k + 1 refined descriptors most similar to the query. The score is the mean of
+    both inner products; neither the refined descriptors nor the expanded query are normalized.
+
+    Different from the authors' code, negative similarities have the weight 0. The maximum depends
+    on the axes: the same descriptors, rotated, give other scores.
+
+    Args:
+        queries: float (q, d) of unit norm.
+        gallery: float (n, d) of unit norm.
+        top: how many candidates are re-ranked (the paper's M); more than n re-ranks all.
+        k: how many neighbours refine a candidate; more than top - 1 takes all.
+        beta: 0 or more, the weight of neighbours.
+
+    Returns:
+        float32 (q, n), the candidates before all others, which follow in the plain order.
+
+    Raises:
+        ValueError: top or k below 1, beta negative or not finite, or descriptors as for
+            :func:`nearest`.
+    """
+    _check_counts(top=top, k=k)
+    _check_not_negative(beta=beta)
+    queries, gallery = _checked(queries, gallery)
+    similarities = queries @ gallery.T
+    candidates, _ = nearest(queries, gallery, top)
+    scores = np.zeros_like(similarities)
+    chosen = np.zeros(similarities.shape, dtype=bool)
+    for i, rows in enumerate(candidates):
+        x = gallery[rows]
+        neighbours, weights = nearest(None, x, k)
+        weights = np.float32(beta) * np.maximum(weights, 0)
+        refined = x + _sparse_rows(neighbours, weights, len(x)) @ x
+        refined /= 1 + weights.sum(axis=1, keepdims=True)
+        to_query = refined @ queries[i]
+        best = np.argsort(-to_query, kind="stable")[: k + 1]
+        scores[i, rows] = (to_query + refined @ refined[best].max(axis=0)) / 2
+        chosen[i, rows] = True
+    return _others_below(scores, similarities, chosen)
+
+
+def _others_below(scores: np.ndarray, similarities: np.ndarray, reranked: np.ndarray) -> np.ndarray:
+    """Score what is not re-ranked below the rest: its similarity less 2, or lower if need be."""
+    lowest = np.min(scores, axis=1, keepdims=True, where=reranked, initial=0)
+    return np.where(reranked, scores, lowest - 2 + similarities)
+
+
+def _sparse_rows(columns: np.ndarray, values: np.ndarray, n: int) -> sparse.csr_array:
+    """A matrix (m, n) with the values (m, k) in the columns (m, k) of its rows, else 0."""
+    m, k = columns.shape
+    bounds = np.arange(0, m * k + 1, k) if k else np.zeros(m + 1, dtype=np.int64)
+    # Copies: scipy sorts the columns of a matrix in place, whoever else holds them.
+    return sparse.csr_array((values.flatten(), columns.flatten(), bounds), shape=(m, n))
+
+
+def _checked(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    gallery = _checked_gallery(gallery)
+    queries = _unit(queries, "queries")
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"the queries have {queries.shape[1]} dimensions, the gallery has {gallery.shape[1]}"
+        )
+    return queries, gallery
+
+
+def _checked_gallery(gallery: np.ndarray) -> np.ndarray:
+    gallery = _unit(gallery, "gallery")
+    if len(gallery) == 0:
+        raise ValueError("the gallery is empty")
+    return gallery
+
+
+def _unit(descriptors: np.ndarray, name: str) -> np.ndarray:
+    descriptors = np.ascontiguousarray(descriptors, dtype=np.float32)
+    if descriptors.ndim != 2:
+        raise ValueError(f"{name} must be (n, d), got the shape {descriptors.shape}")
+    norms = np.linalg.norm(descriptors, axis=1)
+    if not np.isfinite(norms).all():
+        raise ValueError(f"{name} must be finite, but some values are NaN or infinite")
+    if not np.allclose(norms, 1, atol=1e-3):
+        raise ValueError(f"{name} must have unit norm")
+    return descriptors
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _check_not_negative(**settings: float) -> None:
+    for name, setting in settings.items():
+        if not 0 <= setting < np.inf:
+            raise ValueError(f"{name} must be 0 or more and finite, got {setting}")
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 < gamma < np.inf:  # 0^0 would join photos that have nothing in common
+        raise ValueError(f"gamma must be above 0 and finite, got {gamma}")
