@@ -7,7 +7,7 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test backends notebooks lab tensorboard backbone lint lock clean
+.PHONY: help setup demo test backends browser notebooks lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -126,6 +126,25 @@ backends: setup ## Add PyTorch to .venv: make test skips some tests without it
 	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[backends]'
 	$(PY) -c 'import torch, pytorch_metric_learning'
 
+# Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
+# it, Playwright's own goes into the user's cache. The last step says whether one really starts.
+browser: setup ## Get Chromium if there is none: make test skips some tests without it
+	@$(PY) tests/test_browser.py || { \
+	  sudo=; [ "`id -u`" = 0 ] || sudo="sudo -n"; \
+	  command -v apt-get >/dev/null 2>&1 && \
+	  echo "browser: installing the system's package chromium" && \
+	  $$sudo apt-get update -qq && \
+	  $$sudo apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core && \
+	  $(PY) tests/test_browser.py; \
+	} || { \
+	  echo "browser: fetching Playwright's Chromium instead" && \
+	  $(PY) -m playwright install chromium && \
+	  $(PY) tests/test_browser.py; \
+	} || { \
+	  echo "browser: no Chromium that starts, see above. If libraries are missing:" >&2; \
+	  echo "browser: sudo $(PY) -m playwright install-deps chromium" >&2; \
+	  exit 1; }
+
 # As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
 # sees it, would find the saved outputs wanting.
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
@@ -142,6 +161,9 @@ lab: setup ## Open the notebooks in JupyterLab
 
 tensorboard: setup ## Look at the training curves of all runs in TensorBoard
 	TF_CPP_MIN_LOG_LEVEL=3 $(PY) -m tensorboard.main --logdir runs
+
+report: setup ## Write report.html, one page about the newest run, anew
+	$(PY) -m lib.report
 
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
 	$(PY) -m lib.pretraining

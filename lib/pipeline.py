@@ -2,7 +2,8 @@
 
 Without a profile the parameters are those in the notebooks, the demo's. A profile is a YAML file of
 parameters; each notebook gets those that its ``parameters`` cell has. The run's folder then holds
-the executed notebooks, an HTML page of each, ``metrics.json``, figures, model and index.
+the executed notebooks, an HTML page of each, ``metrics.json``, figures, model and index,
+``environment.json``, and the report, ``report.html``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import papermill
 import yaml
 from nbconvert import HTMLExporter
@@ -22,14 +22,8 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lib.storage import open_run, project_root, read_json, replacing, show_path
-
-NOTEBOOKS = (
-    "01_data_exploration",
-    "02_triplet_training",
-    "03_gem_ablation",
-    "04_faiss_evaluation",
-)
+from lib.report import NOTEBOOKS, record_environment, write_report
+from lib.storage import open_run, project_root, replacing, show_path
 
 
 class ProfileError(ValueError):
@@ -109,39 +103,6 @@ def write_page(notebook: Path) -> Path:
     return notebook.with_suffix(".html")
 
 
-def write_report(run: Path) -> Path:
-    """Write ``report.html``: links to the run's pages, its figures, and its metrics."""
-    links = [
-        f'<li><a href="{name}.html">{name}</a></li>'
-        for name in NOTEBOOKS
-        if (run / f"{name}.html").is_file()
-    ]
-    figures = [
-        f'<figure><img src="figures/{path.name}"><figcaption>{path.stem}</figcaption></figure>'
-        for path in sorted((run / "figures").glob("*.png"))
-    ]
-    body = f"<h2>Notebooks</h2><ul>{''.join(links)}</ul><h2>Figures</h2>{''.join(figures)}"
-    if (run / "metrics.json").is_file():
-        table = pd.json_normalize(read_json(run / "metrics.json"), sep=" / ").T.reset_index()
-        table.columns = ["metric", "value"]
-        table["value"] = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in table["value"]]
-        body += "<h2>Metrics</h2>" + table.to_html(index=False, border=0)
-    page = _PAGE.format(title=f"Image retrieval: run {run.name}", body=body)
-    with replacing(run / "report.html") as part:
-        part.write_text(page, encoding="utf-8")
-    return run / "report.html"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; font-size: .9rem; }}
-td, th {{ text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; }}
-figure {{ margin: 0 0 2rem; }} img {{ max-width: 100%; }}
-</style></head><body><h1>{title}</h1>{body}</body></html>
-"""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description=__doc__)
@@ -160,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     run = open_run(options.run_dir, start_new=True)
+    record_environment(run, options.profile.name if options.profile else "")
     try:
         run_notebooks(run, parameters, notebooks)
         failure = None

@@ -93,6 +93,8 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
         assert (folder / name).is_file(), name
     for name in ("report.html", "model.keras", "gallery.index", "history.csv"):
         assert (folder / name).is_file(), name
+    assert json.loads((folder / "environment.json").read_text())["profile"] == "tiny.yaml"
+    assert "Missing in this run" not in (folder / "report.html").read_text()
     assert len(list((folder / "figures").glob("*.png"))) >= 10
     assert "report.html" in printed.out and "Traceback" not in printed.err
 

@@ -1,0 +1,338 @@
+"""The widget and the map in a real browser: JupyterLab is started, and its user is played.
+
+Run as a program, it says by its exit status whether a browser is there (see `make browser`).
+"""
+
+import csv
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbconvert
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.explorer import framed, picture_map
+
+api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+PHOTOS = 30  # two pages of the widget
+LANDMARKS = 5
+
+LABELLING = """
+from pathlib import Path
+
+import numpy as np
+
+from lib.labelling import Labeller
+
+embeddings = np.load("embeddings.npy")
+names = sorted(path.name for path in Path("Test_set").glob("*.jpg"))
+Labeller(Path("Test_set"), names, embeddings)
+"""
+
+MAP = """
+import numpy as np
+from IPython.display import HTML
+
+from lib.explorer import framed, picture_map
+
+photos = np.load("photos.npy")
+points = np.random.default_rng(0).normal(size=(len(photos), 2))
+HTML(framed(picture_map(points, photos, np.arange(len(photos)) % 5, title="A map")))
+"""
+
+
+def find_chromium(playwright) -> str | None:
+    """A browser that does start: what Ubuntu calls chromium-browser may only say how to get one."""
+    own = playwright.chromium.executable_path
+    for name in (own, "chromium", "google-chrome", "chromium-browser"):
+        path = shutil.which(name)
+        if path and not subprocess.run([path, "--version"], capture_output=True).returncode:
+            return path
+    return None
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with api.sync_playwright() as playwright:
+        path = find_chromium(playwright)
+        if path is None:
+            pytest.skip("needs Chromium: make browser")
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]  # for containers and root
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of its own; what the browser reports as an error fails the test."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(60_000)  # a busy machine is slow
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: m.type == "error" and errors.append(f"{m.text} {m.location}"))
+    yield page
+    page.close()
+    assert errors == []
+
+
+def scene(number: int, landmark: int) -> np.ndarray:
+    """A photo of something: uint8 (96, 96, 3)."""
+    rng = np.random.default_rng(landmark)
+    photo = np.empty((96, 96, 3), dtype=np.uint8)
+    photo[:] = rng.integers(120, 255, 3)
+    left = 10 + number % 30
+    photo[30:, left : left + 30] = rng.integers(0, 120, 3)
+    return photo
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project's folder with photos, the first is landmark 0's, and two notebooks."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "environment.yml").touch()
+    (root / "Test_set").mkdir()
+    landmark = np.arange(PHOTOS) % LANDMARKS
+    photos = np.stack([scene(i, k) for i, k in enumerate(landmark)])
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(root / "Test_set" / f"{i:02}.jpg")
+    (root / "Test_set" / "broken.jpg").write_text("")
+    embeddings = np.eye(LANDMARKS)[landmark] + np.random.default_rng(0).normal(0, 0.1, (PHOTOS, 5))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    np.save(root / "embeddings.npy", np.vstack([embeddings, embeddings[:1]]))  # also broken.jpg's
+    np.save(root / "photos.npy", photos)
+    for name, code in {"label": LABELLING, "map": MAP}.items():
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": kernel}
+        )
+        nbformat.write(notebook, root / f"{name}.ipynb")
+    return root
+
+
+@pytest.fixture(scope="module")
+def lab(browser, project, tmp_path_factory):
+    """JupyterLab's address, as a function of the notebook's name; nothing of the user's is used."""
+    home = tmp_path_factory.mktemp("home")
+    settings = home / "config" / "labconfig" / "page_config.json"
+    settings.parent.mkdir(parents=True)
+    # It would ask whether it may fetch news.
+    announcements = "@jupyterlab/apputils-extension:announcements"
+    settings.write_text(json.dumps({"disabledExtensions": {announcements: True}}))
+    kinds = ("config", "data", "runtime")
+    folders = {f"JUPYTER_{kind.upper()}_DIR": str(home / kind) for kind in kinds}
+    token = secrets.token_hex()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (home / "log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+                *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
+                *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={project}"),
+                "--KernelManager.shutdown_wait_time=1",
+            ],
+            env=os.environ
+            | folders
+            | {"HOME": str(home), "IPYTHONDIR": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for_server(f"{address}/api?token={token}", server, home / "log")
+        yield lambda notebook: f"{address}/lab/tree/{notebook}.ipynb?token={token}&reset"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # it ends its kernels first
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def wait_for_server(address, server, log):
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:  # it is not up yet
+            time.sleep(0.1)
+    pytest.fail(log.read_text())
+
+
+def run_all(page, address):
+    """Open a notebook and run its cells."""
+    page.goto(address)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def roles(folder):
+    with (folder / "ground_truth.csv").open(newline="", encoding="utf-8") as file:
+        return {row["image"]: row["role"] for row in csv.DictReader(file)}
+
+
+def button(page, name):
+    return page.locator(".labeller").get_by_role("button", name=name, exact=True)
+
+
+def test_labelling(lab, page, project):
+    folder = project / "Test_set"
+    run_all(page, lab("label"))
+    widget = page.locator(".labeller")
+    widget.get_by_text("There is no Test_set/ground_truth.csv yet").wait_for()
+    assert "broken.jpg" in widget.locator("details").text_content()
+
+    # The photos of the query's landmark come first: one by the mouse, one by the keyboard.
+    first = widget.locator(".labeller-photo")
+    assert {first.nth(i).text_content() for i in range(5)} == {
+        f"{i:02}.jpg" for i in range(5, 30, 5)
+    }
+    button(page, "05.jpg").click()
+    chosen = button(page, "✓ positive: 05.jpg")
+    frame = "element => getComputedStyle(element).borderTopColor"
+    assert chosen.evaluate(frame) == "rgb(42, 157, 58)"
+    assert "data:image/jpeg" in chosen.evaluate("e => getComputedStyle(e).backgroundImage")
+    button(page, "10.jpg").focus()
+    page.keyboard.press("Space")
+    assert (
+        button(page, "✓ positive: 10.jpg").evaluate("e => getComputedStyle(e).outlineWidth")
+        == "4px"
+    )
+    button(page, "✓ positive: 10.jpg").wait_for()
+    widget.get_by_text("2 positives chosen, not saved yet.").wait_for()
+
+    button(page, "Next page").click()
+    widget.get_by_text("Page 2 of 2").wait_for()
+    api.expect(first).to_have_count(PHOTOS - 1 - 24, timeout=60_000)
+    last = first.last.text_content()
+    first.last.click()
+    button(page, f"✓ positive: {last}").click()  # once more: undone
+    button(page, last).wait_for()
+    button(page, "Save").click()
+    widget.get_by_text("Saved in Test_set/ground_truth.csv: 2 positives.").wait_for()
+    assert {name for name, role in roles(folder).items() if role == "positive"} == {
+        "05.jpg",
+        "10.jpg",
+    }
+
+    # Another day: the choices are there, and a change of the query can be undone.
+    run_all(page, lab("label"))
+    widget.get_by_text("Read from Test_set/ground_truth.csv: 2 positives.").wait_for()
+    button(page, "✓ positive: 05.jpg").wait_for()
+    button(page, "15.jpg").click()
+    button(page, "✓ positive: 15.jpg").wait_for()
+    widget.get_by_title("Make 01.jpg the query").click()
+    widget.get_by_text("Undo brings back what was chosen for 00.jpg").wait_for()
+    assert first.first.text_content() in {f"{i:02}.jpg" for i in range(6, 30, 5)}
+    button(page, "Undo").click()
+    widget.get_by_text("Undone: 3 positives chosen, not saved yet.").wait_for()
+    button(page, "✓ positive: 15.jpg").wait_for()
+
+    # A folder in the file's place: it can't be written, whoever the user is.
+    before = (folder / "ground_truth.csv").read_bytes()
+    (folder / "ground_truth.csv").unlink()
+    (folder / "ground_truth.csv").mkdir()
+    button(page, "Save").click()
+    alert = widget.get_by_role("alert")
+    alert.wait_for()
+    assert "Not saved in Test_set/ground_truth.csv: Is a directory." in alert.text_content()
+    (folder / "ground_truth.csv").rmdir()
+    button(page, "Save").click()
+    widget.get_by_text("Saved in Test_set/ground_truth.csv: 3 positives.").wait_for()
+    assert (folder / "ground_truth.csv").read_bytes() != before
+    assert roles(folder)["15.jpg"] == "positive" and len(roles(folder)) == PHOTOS
+
+
+def look_around(map_, page):
+    """Use the map, as a page or within one: by the mouse, then by the keyboard."""
+    dots = map_.locator("circle")
+    assert dots.count() == PHOTOS
+    dots.nth(7).hover()
+    assert map_.locator("#label").text_content() == "1"
+    assert map_.locator("#count").text_content() == "photo 2 of 6"
+    style = map_.locator("#photo").evaluate("e => getComputedStyle(e).backgroundImage")
+    assert style.startswith('url("data:image/webp;base64,')
+    assert map_.locator("circle.same").count() == 6
+    assert map_.locator("#others div").count() == 5
+    dots.nth(7).focus()
+    page.keyboard.press("ArrowRight")
+    assert map_.locator("#count").text_content() == "photo 3 of 6"
+    page.keyboard.press("ArrowDown")
+    assert map_.locator("#label").text_content() == "2"
+    assert dots.nth(12).evaluate("e => document.activeElement === e")
+
+
+def draw_map(project):
+    """The page that the notebook `map` shows, and its photos."""
+    photos = np.load(project / "photos.npy")
+    points = np.random.default_rng(0).normal(size=(PHOTOS, 2))
+    return picture_map(points, photos, np.arange(PHOTOS) % LANDMARKS, title="A map"), photos
+
+
+def test_map_as_a_page(page, project, tmp_path):
+    html, photos = draw_map(project)
+    (tmp_path / "map.html").write_text(html, encoding="utf-8")
+    requests = []
+    page.on("request", lambda request: requests.append(request.url.partition(":")[0]))
+    page.goto((tmp_path / "map.html").as_uri())
+    look_around(page, page)
+    # What is shown is the photo of the dot.
+    shown = page.locator("#photo").screenshot()
+    middle = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"), dtype=int)[20, 100]
+    assert np.abs(middle - photos[2][10, 48]).max() < 12
+
+    before = page.locator("svg").get_attribute("viewBox")
+    page.keyboard.press("+")
+    zoomed = page.locator("svg").get_attribute("viewBox")
+    assert zoomed != before
+    page.mouse.move(300, 300)
+    page.mouse.down()
+    page.mouse.move(350, 300)
+    page.mouse.up()
+    assert page.locator("svg").get_attribute("viewBox") != zoomed
+    page.keyboard.press("0")
+    assert page.locator("svg").get_attribute("viewBox") == before
+    assert set(requests) <= {"file", "data"}
+
+
+def test_map_in_an_exported_notebook(page, project, tmp_path):
+    data = {"text/html": framed(draw_map(project)[0])}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data)])
+    # The template `basic` is the one that loads nothing from elsewhere.
+    exporter = nbconvert.HTMLExporter(template_name="basic")
+    html, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    (tmp_path / "notebook.html").write_text(html, encoding="utf-8")
+    page.goto((tmp_path / "notebook.html").as_uri())
+    look_around(page.frame_locator("iframe"), page)
+
+
+def test_map_in_a_notebook(lab, page):
+    run_all(page, lab("map"))
+    page.locator("iframe").wait_for()
+    look_around(page.frame_locator("iframe"), page)
+
+
+if __name__ == "__main__":
+    with api.sync_playwright() as started:
+        sys.exit(find_chromium(started) is None)
