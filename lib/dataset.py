@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import keras
 import numpy as np
+import pandas as pd
 
 from lib.decoding import Augmentation, Variation, decode_batch, draw_variations
 from lib.landmarks import Catalogue
@@ -113,6 +114,26 @@ class DatasetHandler:
             )
         anchor, positive = pairs[np.sort(first)[:limit]].T
         return np.stack([anchor, positive, np.roll(anchor, 1)], axis=1)
+
+    def landmark_pictures(self, landmarks: int, most: int, seed: int) -> np.ndarray:
+        """Several pictures of each of some landmarks, for learning or choosing without training.
+
+        Args:
+            landmarks: how many of the chosen ones that have at least two pictures, drawn at random;
+                all if there are fewer.
+            most: pictures of a landmark at most, the first ones.
+            seed: of the draw.
+
+        Returns:
+            int64 (n,), pictures, in ascending order of their group; that tells what they show.
+        """
+        pictures = np.flatnonzero(self.chosen)
+        group = pd.Series(self._group[pictures])
+        place, size = group.groupby(group).cumcount(), group.groupby(group).transform("size")
+        with_two = group[size > 1].unique()
+        drawn = np.random.default_rng(seed).permutation(with_two)[:landmarks]
+        taken = pictures[(group.isin(drawn) & (place < most)).to_numpy()]
+        return taken[np.argsort(self._group[taken], kind="stable")]
 
     def photos(self, pictures: np.ndarray, image_size: int = 0) -> np.ndarray:
         """Pictures as they are stored.

@@ -296,6 +296,62 @@ def plot_projection(
     _finish(save)
 
 
+def plot_intervals_by(
+    values: Mapping[str, Mapping[float, Interval]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    save: Path | None = None,
+) -> None:
+    """Curves of values with their intervals.
+
+    Args:
+        values: name of the curve -> x -> the value there.
+        xlabel: what x is.
+        ylabel: what the values are.
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(6, 3.4))
+    markers = "osDv^"
+    for number, (name, of) in enumerate(values.items()):
+        x = np.array(list(of), dtype=float)
+        value, low, high = np.array(list(of.values()), dtype=float).T
+        shift = 1 + 0.008 * (number - (len(values) - 1) / 2)  # so that no bar hides another
+        axis.errorbar(
+            x * shift,
+            value,
+            yerr=np.clip([value - low, high - value], 0, None),
+            marker=markers[number % len(markers)],
+            capsize=3,
+            label=name,
+        )
+    axis.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=[f"{v:g}" for v in x])
+    axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_nearest(right: np.ndarray, wrong: np.ndarray, *, save: Path | None = None) -> None:
+    """The most similar photo of the query's landmark against the most similar of another.
+
+    Args:
+        right: (q,), cosine of each query to the first.
+        wrong: (q,), to the second.
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(4.6, 4.2))
+    failed = wrong > right
+    for chosen, colour, label in (
+        (~failed, RIGHT, f"right one first: {np.sum(~failed)}"),
+        (failed, WRONG, f"wrong one first: {np.sum(failed)}"),
+    ):
+        axis.scatter(wrong[chosen], right[chosen], s=12, color=colour, alpha=0.6, label=label)
+    low, high = min(right.min(), wrong.min()), 1.0
+    axis.plot([low, high], [low, high], color="black", linewidth=0.8)
+    axis.set(xlabel="most similar photo of another landmark", ylabel="of the query's landmark")
+    axis.legend(fontsize=9, loc="lower left")
+    _finish(save)
+
+
 def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None = None) -> None:
     """Recall against the number of photos looked at.
 
@@ -357,6 +413,49 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
             xticklabels=[f"{tick:g}" for tick in ticks],
         )
         right.legend(fontsize=9)
+        left.invert_yaxis()
+    _finish(save)
+
+
+def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
+    """What each step after training is worth, and what it costs per query.
+
+    Left the mAP with its interval, in the middle the gain against what the step builds on, right
+    the milliseconds for one query, embedding and search together.
+
+    Args:
+        summaries: title -> from :func:`lib.postprocessing.summarize`; a row of panels each.
+        save: a file to write the figure to.
+    """
+    colours = dict(zip(("descriptor", "re-ranking"), sns.color_palette(), strict=False))
+    _, axes = plt.subplots(
+        len(summaries), 3, figsize=(14, 4.6 * len(summaries)), squeeze=False, sharey="row"
+    )
+    for (left, middle, right), (title, summary) in zip(axes, summaries.items(), strict=True):
+        for kind, colour in colours.items():
+            rows = np.flatnonzero(summary["kind"] == kind)
+            one = summary.iloc[rows]
+            left.barh(rows, one["map"], color=colour, alpha=0.35, height=0.7, label=kind)
+            _draw_intervals(left, rows, one[["map", "low", "high"]], colour, None)
+            gains = one[["gain", "gain_low", "gain_high"]]
+            _draw_intervals(middle, rows, gains, colour, None)
+            both = one["embedding_ms"] + one["search_ms"]
+            right.barh(rows, both, color=colour, alpha=0.35, height=0.7)
+            for row, value in zip(rows, both, strict=True):
+                right.text(value, row, f" {value:.3g}", va="center", fontsize=9)
+        lowest = 0.1 * np.floor(10 * summary["low"].min())
+        left.set(
+            title=title,
+            xlabel="mAP (95 % interval)",
+            xlim=(lowest, min(1, summary["high"].max() + 0.02)),
+            yticks=np.arange(len(summary)),
+            yticklabels=summary.index,
+        )
+        left.legend(fontsize=9, loc="lower left")
+        middle.axvline(0, color="black", linewidth=0.8)
+        middle.set(title="gain against what it builds on", xlabel="difference in mAP")
+        right.set(title="milliseconds per query", xlabel="embedding and search", xscale="log")
+        right.margins(x=0.15)
         left.invert_yaxis()
     _finish(save)
 

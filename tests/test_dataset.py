@@ -152,3 +152,19 @@ def test_a_shard_that_changes_under_training_is_named(tmp_path, shards):
     shard.write_bytes(bytes(len(shards[0].read_bytes())))
     with pytest.raises(RecordError, match=r"train00\.tfrec: changed"):
         batches[0]
+
+
+def test_pictures_of_some_landmarks(catalogue):
+    group = catalogue.pictures["group"].to_numpy()
+    chosen = group % 2 == 0
+    handler = DatasetHandler(catalogue, SETTINGS, chosen)
+    pictures = handler.landmark_pictures(5, most=3, seed=0)
+    assert chosen[pictures].all() and len(set(pictures)) == len(pictures)
+    found, count = np.unique(group[pictures], return_counts=True)
+    assert len(found) == 5 and (np.diff(group[pictures]) >= 0).all()
+    all_of = np.bincount(group)
+    np.testing.assert_array_equal(count, np.minimum(all_of[found], 3))
+    assert (count >= 2).all()
+    np.testing.assert_array_equal(handler.landmark_pictures(5, 3, seed=0), pictures)
+    everything = handler.landmark_pictures(10_000, most=10_000, seed=0)
+    assert set(everything) == set(np.flatnonzero(chosen & (all_of[group] >= 2)))

@@ -1,0 +1,140 @@
+"""What post-processing is worth on real photographs, with a network that is only frozen.
+
+    python -m benchmarks.postprocessing PHOTOS --weights FILE
+
+PHOTOS holds a folder of photos for each landmark, FILE the ImageNet weights, without top, of Keras'
+MobileNet of width 0.25 for 224 pixels (``mobilenet_2_5_224_tf_no_top.h5``); ``--backbone`` and
+``--width`` name another network, and FILE may be the word imagenet. Nothing is trained: a photo's
+descriptor is GeM (p = 3) of the last feature map.
+
+The protocol is that of INRIA Holidays: the first photo of each landmark is a query, all other
+photos are its gallery. The landmarks are dealt into folds; settings are chosen, and whitenings
+learned, on the landmarks of all other folds (one of which is the validation part), see
+:mod:`lib.postprocessing`. So no query is measured with a setting that its own landmark had a say
+in.
+
+Prints a table and, as its last line, one JSON object. Writes
+``benchmarks/results/postprocessing_<name>.json``. Of the photographs nothing is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+from lib.ladder import landmark_folds
+from lib.model import TowerSettings, WeightsUnavailableError, build_tower
+from lib.photos import read_gallery
+from lib.postprocessing import (
+    AS_TRAINED,
+    CHOSEN,
+    Fold,
+    Options,
+    Photos,
+    describe_all,
+    embedding_ms,
+    first_photo_rounds,
+    run_postprocessing,
+    summarize,
+)
+from lib.storage import project_root, show_path, write_json
+
+OPTIONS = Options(
+    image_size=224,
+    image_sizes=((160, 224, 320), (224, 320), (224, 320, 448)),
+)
+
+
+def make_folds(photos: Photos, n_folds: int) -> list[Fold]:
+    """Each fold's queries search all photos; the next fold's landmarks are the validation part."""
+    test = landmark_folds(photos.labels, n_folds, seed=0)
+    rounds = first_photo_rounds(photos.labels)
+    folds = []
+    for number in range(n_folds):
+        known = ~test[number]
+        validation = test[(number + 1) % n_folds][known]
+        own = [(q, gallery) for q, gallery in rounds if test[number][q[0]]]
+        folds.append(Fold(photos.take(known), validation, photos, own))
+    return folds
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="or: imagenet")
+    parser.add_argument("--backbone", default="MobileNet", help="of keras.applications")
+    parser.add_argument("--width", type=float, default=0.25, help="of a MobileNet")
+    parser.add_argument("--name", default="", help="of the result; by default the folder's")
+    parser.add_argument("--folds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    settings = TowerSettings(
+        OPTIONS.image_size,
+        embedding_size=0,
+        backbone=arguments.backbone,
+        width=arguments.width if arguments.backbone.startswith("MobileNet") else 1.0,
+        weights=arguments.weights,
+    )
+    try:
+        tower = build_tower(settings)
+    except WeightsUnavailableError as error:
+        parser.exit(1, f"{error}\n")
+    _, labels, skipped = read_gallery(arguments.photos, 32)
+    for message in skipped:
+        print("skipped:", message)
+    views = describe_all(tower, lambda size: read_gallery(arguments.photos, size)[0], OPTIONS.views)
+    photos = Photos(views, labels)
+    folds = make_folds(photos, arguments.folds)
+    steps = run_postprocessing(folds, OPTIONS)
+    groups = np.concatenate([labels[queries] for fold in folds for queries, _ in fold.rounds])
+    view_ms = embedding_ms(tower, [size for size, *_ in OPTIONS.views])
+    summary = summarize(steps, groups, view_ms)
+
+    name = arguments.name or arguments.photos.resolve().name
+    command = "python -m benchmarks.postprocessing PHOTOS --weights FILE"
+    command += f" --backbone {arguments.backbone} --width {arguments.width} --name {name}"
+    result = {
+        "name": name,
+        "command": f"{command} --folds {arguments.folds}",
+        "protocol": "the first photo of each landmark searched among all other photos; settings "
+        "and whitenings from the landmarks of the other folds",
+        "photos": len(labels),
+        "landmarks": len(set(labels)),
+        "queries": len(groups),
+        "tower": asdict(settings) | {"weights": Path(arguments.weights).name},
+        "weights_sha256": _sha256(arguments.weights),
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(OPTIONS).items()},
+        "view_ms": view_ms,
+        "versions": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            "backend": keras.backend.backend(),
+            "numpy": np.__version__,
+        },
+        "summary": summary.reset_index().to_dict("records"),
+    }
+    path = project_root() / "benchmarks" / "results" / f"postprocessing_{name}.json"
+    write_json(path, json.loads(json.dumps(result).replace("Infinity", '"inf"')))
+    shown = summary.drop(columns=["settings", "kind", "low", "high"])
+    print(shown.round(3).to_string())
+    print(show_path(path), "written")
+    print(json.dumps({n: round(summary["map"][n], 4) for n in (AS_TRAINED, CHOSEN)}))
+
+
+def _sha256(weights: str) -> str | None:
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights != "imagenet" else None
+
+
+if __name__ == "__main__":
+    main()
