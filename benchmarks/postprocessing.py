@@ -9,7 +9,7 @@ descriptor is GeM (p = 3) of the last feature map.
 
 The protocol is that of INRIA Holidays: the first photo of each landmark is a query, all other
 photos are its gallery. The landmarks are dealt into folds; settings are chosen, and whitenings
-learned, on the landmarks of all other folds (one of which is the validation part), see
+learned, on the landmarks of all other folds (each in turn a validation part), see
 :mod:`lib.postprocessing`. So no query is measured with a setting that its own landmark had a say
 in.
 
@@ -56,13 +56,13 @@ OPTIONS = Options(
 
 
 def make_folds(photos: Photos, n_folds: int) -> list[Fold]:
-    """Each fold's queries search all photos; the next fold's landmarks are the validation part."""
+    """Each fold's queries search all photos; the other folds are the validation parts."""
     test = landmark_folds(photos.labels, n_folds, seed=0)
     rounds = first_photo_rounds(photos.labels)
     folds = []
     for number in range(n_folds):
         known = ~test[number]
-        validation = test[(number + 1) % n_folds][known]
+        validation = np.delete(test, number, axis=0)[:, known]
         own = [(q, gallery) for q, gallery in rounds if test[number][q[0]]]
         folds.append(Fold(photos.take(known), validation, photos, own))
     return folds

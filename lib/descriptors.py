@@ -26,9 +26,9 @@ def describe_views(
     image_sizes: Sequence[int],
     *,
     mirrored: bool = True,
-    gem_p: float | None = None,
+    gem_ps: Sequence[float | None] = (None,),
 ) -> np.ndarray:
-    """Embed photos at several sizes, as they are and mirrored.
+    """Embed photos at several sizes, as they are and mirrored, and pooled with several exponents.
 
     Args:
         tower: from :func:`lib.model.build_tower`, at whatever size it has been trained.
@@ -36,13 +36,13 @@ def describe_views(
             anew at each size: to enlarge the small ones brings nothing.
         image_sizes: sides in pixels.
         mirrored: whether each size gives a second view, left and right exchanged.
-        gem_p: pool with this exponent, instead of the tower's. To raise it after training, from 3
+        gem_ps: exponents to pool with; None is the tower's own. To raise it after training, from 3
             to 4.6 say, is SuperGlobal's GeM+ (Shao et al., "Global Features are All You Need for
             Image Retrieval and Reranking", ICCV 2023, section 3.1).
 
     Returns:
-        float32 (v, n, d), each of unit norm: for each size, in the order given, the view as it is,
-        followed by the mirrored one.
+        float32 (v, n, d), each of unit norm: for each size in the order given, for each exponent,
+        the view as it is, followed by the mirrored one.
 
     Raises:
         ValueError: no size, or an exponent for a tower without GeM pooling.
@@ -53,14 +53,16 @@ def describe_views(
     for size in image_sizes:
         photos = photos_at(size)
         at_size = resized(tower, size)
-        if gem_p is not None:
-            exponent = getattr(at_size.get_layer("head").get_layer("pooling"), "p", None)
-            if exponent is None:
-                raise ValueError("this tower has no GeM pooling, whose exponent could be set")
-            exponent.assign(np.full(exponent.shape, gem_p))
-        views.append(embed(at_size, photos))
-        if mirrored:
-            views.append(embed(at_size, photos[:, :, ::-1]))
+        exponent = getattr(at_size.get_layer("head").get_layer("pooling"), "p", None)
+        if exponent is None and any(gem_ps):
+            raise ValueError("this tower has no GeM pooling, whose exponent could be set")
+        own = None if exponent is None else keras.ops.convert_to_numpy(exponent)
+        for p in gem_ps:
+            if exponent is not None:
+                exponent.assign(own if p is None else np.full(exponent.shape, p))
+            views.append(embed(at_size, photos))
+            if mirrored:
+                views.append(embed(at_size, photos[:, :, ::-1]))
     return np.stack(views)
 
 

@@ -454,7 +454,7 @@ def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | N
         left.legend(fontsize=9, loc="lower left")
         middle.axvline(0, color="black", linewidth=0.8)
         middle.set(title="gain against what it builds on", xlabel="difference in mAP")
-        right.set(title="milliseconds per query", xlabel="embedding and search", xscale="log")
+        right.set(title="milliseconds per query", xlabel="embedding and search")
         right.margins(x=0.15)
         left.invert_yaxis()
     _finish(save)

@@ -2,10 +2,11 @@
 
 First the descriptors get better, step by step: more views of each photo, other exponents,
 whitening. Then, on the best of them, each kind of re-ranking is tried. Every step has settings;
-they are chosen on validation landmarks, where a step that does not help is also left out of those
-that follow. The test landmarks are for the one measurement at the end.
+they are chosen on validation landmarks. What is not proven to help there (the 95 % interval of its
+gain touches 0) is left out of what follows: the best of many settings looks better than it is. The
+test landmarks are for the one measurement at the end.
 
-    folds = [Fold(known, validation, test, query_rounds(test.labels))]
+    folds = [Fold(known, validation[None], test, query_rounds(test.labels))]
     steps = run_postprocessing(folds, options)
     summarize(steps, groups, embedding_ms(tower, sizes))    # mAP, gains, milliseconds per query
 
@@ -206,14 +207,15 @@ class Fold:
 
     Attributes:
         known: photos of the landmarks that are not tested.
-        validation: bool (n,), those of them that settings are chosen by. They are searched among
-            all known photos; then a whitening has learned from the others alone. For the
-            measurement it learns from all of them.
+        validation: bool (v, n), parts of them to choose settings by, one part after the other.
+            The photos of a part are searched among all known photos; then a whitening has learned
+            from those outside the part. For the measurement it learns from all of them.
         test: photos to measure on.
         rounds: the searches among the test photos.
 
     Raises:
-        ValueError: a query shows a known landmark, or one landmark is in both parts of the known.
+        ValueError: a query shows a known landmark, or a validation part has only some of one's
+            photos.
     """
 
     known: Photos
@@ -222,12 +224,10 @@ class Fold:
     rounds: Sequence[Round]
 
     def __post_init__(self):
+        labels = self.known.labels
+        pairs = [({*labels[part]}, {*labels[~part]}) for part in self.validation]
         queried = {label for queries, _ in self.rounds for label in self.test.labels[queries]}
-        validated = {*self.known.labels[self.validation]}
-        for some, others in (
-            (queried, {*self.known.labels}),
-            (validated, {*self.known.labels[~self.validation]}),
-        ):
+        for some, others in ((queried, {*labels}), *pairs):
             if both := some & others:
                 raise ValueError(
                     f"landmark {str(min(both))!r} would be both learned from, or chosen by, and "
@@ -258,6 +258,17 @@ class Step:
     views: list[list[View]] = field(default_factory=list)
     search_ms: list[float] = field(default_factory=list)
     prepare_ms: list[float] = field(default_factory=list)
+
+    def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
+        """Add what came of the step in one more fold."""
+        self.ap.extend(trial.found.ap.tolist())
+        self.base_ap.extend(base.found.ap.tolist())
+        self.validation_map.append(float(trial.validation.mean()))
+        self.settings.append(trial.settings)
+        self.kept.append(kept)
+        self.views.append(trial.recipe.views)
+        self.search_ms.append(trial.found.search_ms)
+        self.prepare_ms.append(trial.found.prepare_ms)
 
 
 def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
@@ -306,16 +317,18 @@ def describe_all(
     Args:
         tower: from :func:`lib.model.build_tower`.
         photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB.
-        views: which; both sides of a size are made at once.
+        views: which. All exponents and both sides of a size are made at once.
 
     Returns:
         float32 (n, d) of unit norm for each view.
     """
+    sizes, _, gem_ps = (list(dict.fromkeys(column)) for column in zip(*views, strict=True))
     found = {}
-    pairs = list(dict.fromkeys((size, p) for size, _, p in views))
-    for size, p in tqdm(pairs, desc="embedding", unit=" views"):
-        straight, mirrored = describe_views(tower, photos_at, (size,), gem_p=p)
-        found |= {(size, False, p): straight, (size, True, p): mirrored}
+    for size in tqdm(sizes, desc="embedding", unit=" sizes"):
+        names = product([size], gem_ps, (False, True))
+        described = describe_views(tower, photos_at, (size,), gem_ps=gem_ps)
+        for (_, p, mirrored), descriptors in zip(names, described, strict=True):
+            found[size, mirrored, p] = descriptors
     return {view: found[view] for view in views}
 
 
@@ -350,81 +363,85 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Ste
     Returns:
         the steps by name: "as trained", those of ``options.steps()``, and those of
         :func:`rerankings`. Of these, "no re-ranking" are the best descriptors, searched as usual.
-        The last is "chosen on validation": whichever re-ranking, or none, did best there.
+        The last is "chosen on validation": the re-ranking that did best there, or none if the best
+        was not proven to help.
     """
     methods = rerankings(options)
     steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
     with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
         for fold in folds:
-            recipe = _climb(fold, options, steps, bar)
-            x = _Descriptors(fold, recipe)
-            best, base = -np.inf, None
-            for name, method in methods.items():
-                tried = [_validation_map(fold, x.known, method, s) for s in method.settings]
-                settings = method.settings[int(np.argmax(tried))]
-                found = _search(x.test, fold.test.labels, fold.rounds, method, settings)
-                base = found.ap if base is None else base  # the first is no re-ranking
-                _record(steps[name], found, base, max(tried), settings, recipe)
-                if max(tried) > best:
-                    best, chosen = (
-                        max(tried),
-                        (found, base, max(tried), {"method": name} | settings),
-                    )
+            base = None
+            for name, changes in {AS_TRAINED: [{}], **options.steps()}.items():
+                before = base.recipe if base else Recipe((options.image_size,))
+                plain = methods[PLAIN]
+                trial = _best(fold, [(replace(before, **c), plain, {}, c) for c in changes])
+                kept = base is None or _is_proven(fold, trial, base)
+                steps[name].add(trial, base or trial, kept)
+                base = trial if kept else base
                 bar.update()
-            _record(steps[CHOSEN], *chosen, recipe)
+            tried = {}
+            for name, method in methods.items():
+                tried[name] = _best(fold, [(base.recipe, method, s, s) for s in method.settings])
+                steps[name].add(tried[name], base, kept=True)
+                bar.update()
+            best = max(tried, key=lambda name: tried[name].validation.mean())
+            best = best if _is_proven(fold, tried[best], base) else PLAIN
+            chosen = replace(tried[best], settings={"method": best} | tried[best].settings)
+            steps[CHOSEN].add(chosen, base, kept=True)
     return steps
 
 
-def _climb(fold: Fold, options: Options, steps: dict[str, Step], bar: tqdm) -> Recipe:
-    """The steps to better descriptors: records them, and returns the recipe that they end with."""
-    plain = Reranking([{}])
-    recipe, best, base = Recipe((options.image_size,)), -np.inf, None
-    for name, changes in {AS_TRAINED: [{}], **options.steps()}.items():
-        recipes = [replace(recipe, **change) for change in changes]
-        tried = [_validation_map(fold, _Descriptors(fold, r).known, plain, {}) for r in recipes]
-        after = recipes[int(np.argmax(tried))]
-        found = _search(_Descriptors(fold, after).test, fold.test.labels, fold.rounds, plain, {})
-        base = found.ap if base is None else base
-        change = changes[int(np.argmax(tried))]
-        kept = max(tried) > best
-        _record(steps[name], found, base, max(tried), change, after, kept)
-        if kept:
-            recipe, best, base = after, max(tried), found.ap
-        bar.update()
-    return recipe
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A step with the settings that did best on validation."""
+
+    recipe: Recipe
+    settings: dict[str, Any]
+    validation: np.ndarray  # average precision of the validation queries
+    found: _Found  # in the test photos
 
 
-def _record(
-    step: Step,
-    found: _Found,
-    base: np.ndarray,
-    validation_map: float,
-    settings: dict,
-    recipe: Recipe,
-    kept: bool = True,
-) -> None:
-    step.ap.extend(found.ap)
-    step.base_ap.extend(base)
-    step.validation_map.append(validation_map)
-    step.settings.append(settings)
-    step.kept.append(kept)
-    step.views.append(recipe.views)
-    step.search_ms.append(found.search_ms)
-    step.prepare_ms.append(found.prepare_ms)
+def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
+    """Of recipes, re-rankings, their settings, and what to call them: the best on validation."""
+    labels = fold.known.labels
+    described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
+    validation = [
+        np.concatenate(
+            [
+                _search(x, labels, query_rounds(labels, part), method, settings).ap
+                for x, part in zip(described[recipe].known, fold.validation, strict=True)
+            ]
+        )
+        for recipe, method, settings, _ in choices
+    ]
+    best = int(np.argmax([ap.mean() for ap in validation]))
+    recipe, method, settings, name = choices[best]
+    found = _search(described[recipe].test, fold.test.labels, fold.rounds, method, settings)
+    return _Trial(recipe, name, validation[best], found)
+
+
+def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
+    """Whether a trial is better than another on validation, beyond chance."""
+    labels = fold.known.labels
+    rounds = [round_ for part in fold.validation for round_ in query_rounds(labels, part)]
+    groups = np.concatenate([labels[queries] for queries, _ in rounds])
+    return interval(trial.validation - base.validation, groups).low > 0
 
 
 class _Descriptors:
-    """Descriptors by one recipe: of the known photos to choose by, of the test photos to measure.
+    """Descriptors by one recipe: of the known photos for each validation part, and of the test.
 
     Each has the whitening that it may have, see :class:`Fold`.
     """
 
     def __init__(self, fold: Fold, recipe: Recipe):
         known, test = fold.known.described(recipe), fold.test.described(recipe)
-        self.known, self.test = known, test
+        self.known, self.test = [known] * len(fold.validation), test
         if recipe.whitening:
-            learned, labels = ~fold.validation, fold.known.labels
-            self.known = _learn(recipe, known[learned], labels[learned]).apply(known)
+            labels = fold.known.labels
+            self.known = [
+                _learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation
+            ]
             self.test = _learn(recipe, known, labels).apply(test)
 
 
@@ -433,12 +450,6 @@ def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> White
     if recipe.whitening == "pca":
         return learn_pca_whitening(descriptors, dimension)
     return learn_supervised_whitening(descriptors, labels=labels, dimension=dimension)
-
-
-def _validation_map(fold: Fold, x: np.ndarray, method: Reranking, settings: dict) -> float:
-    labels = fold.known.labels
-    rounds = query_rounds(labels, fold.validation)
-    return float(_search(x, labels, rounds, method, settings).ap.mean())
 
 
 class _Found(NamedTuple):

@@ -328,8 +328,13 @@ CAPTIONS = {
         "Photos, each beside three heat maps, for the exponents 1, 3 and 10.",
     ),
     "03_ablation": (
-        "Validation mAP of four ways to pool, with 95 % intervals.",
-        "Bars with intervals for average, GeM fixed and trained, and maximum.",
+        "Validation mAP of six ways to pool, with 95 % intervals.",
+        "Bars with intervals for the average, GeM fixed, trained and per channel, the maximum and "
+        "R-MAC.",
+    ),
+    "03_image_sizes": (
+        "Validation mAP against the size of the photos, for three ways to pool.",
+        "Three curves with intervals over the side of the photos in pixels.",
     ),
     "04_retrieval_grid": (
         "A query (blue) and what was found for it, nearest first; green is right, red is wrong.",
@@ -347,13 +352,30 @@ CAPTIONS = {
         "Distances of pairs of unseen photos: the less they overlap, the better.",
         "Histograms of distances within and between landmarks, untrained and trained.",
     ),
+    "04_post_processing": (
+        "What each step after training is worth, and what it costs per query.",
+        "Bars of mAP for each step, points with intervals of its gain, bars of milliseconds.",
+    ),
+    "04_nearest": (
+        "How similar each query is to the nearest photo of its landmark, and of another.",
+        "Scatter plot; below the diagonal the wrong photo comes first.",
+    ),
     "04_worst": (
         "The queries with the worst results (blue), and the photos found first for them.",
         "Rows of photos with coloured frames: a query, then what was found.",
     ),
+    "04_looked_at": (
+        "Where the descriptors of a query, of the wrong photo found first and of a right one come "
+        "from: bright places count most.",
+        "Rows of three photos, each beside a heat map of it.",
+    ),
     "04_projection": (
         "Embeddings of some unseen landmarks, a colour each, in two dimensions.",
         "Scatter plots by PCA and t-SNE, untrained and trained.",
+    ),
+    "04_map": (
+        "All unseen landmarks by t-SNE; point at a dot to see its photo.",
+        "Interactive scatter plot of embeddings.",
     ),
 }
 

@@ -38,14 +38,17 @@ def test_views_are_in_order_of_size_each_followed_by_its_mirror_image(tower, pho
 
 def test_another_exponent_changes_the_views_but_not_the_tower(tower, photos_at):
     before = embed(tower, photos_at(32))
-    (view,) = describe_views(tower, photos_at, (32,), mirrored=False, gem_p=1.0)
+    (view,) = describe_views(tower, photos_at, (32,), mirrored=False, gem_ps=(1.0,))
     maps = tower.get_layer("trunk").predict(photos_at(32), verbose=0)
     np.testing.assert_allclose(view, unit(maps.mean(axis=(1, 2))), atol=1e-3)  # p = 1: the average
     np.testing.assert_array_equal(embed(tower, photos_at(32)), before)
+    both = describe_views(tower, photos_at, (32,), gem_ps=(1.0, None))
+    assert both.shape == (4, 3, 512)
+    np.testing.assert_allclose(both[[0, 2]], [view, before], atol=1e-6)
 
     average = build_tower(TowerSettings(32, 0, pooling="average", last_stage=3, weights=""))
     with pytest.raises(ValueError, match="no GeM pooling"):
-        describe_views(average, photos_at, (32,), gem_p=4.6)
+        describe_views(average, photos_at, (32,), gem_ps=(4.6,))
 
 
 def test_aggregate_by_hand():

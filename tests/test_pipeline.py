@@ -33,6 +33,10 @@ TINY = {
     "ablation_triplets": 16,
     "ablation_steps": 2,
     "seeds": [1],
+    "image_sizes": [32],
+    "view_sizes": [[24, 32]],
+    "tuning_landmarks": 20,
+    "learning_landmarks": 20,
 }
 
 
@@ -80,7 +84,9 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
     assert status == 0, printed.err[-3000:]
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics) == {"data", "training", "gem_ablation", "test_set", "unseen"}
+    sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
+    assert set(metrics) == sections
+    assert metrics["post_processing"]["as trained"]["gain"]["value"] == 0
     assert metrics["training"]["epochs"] == 2
     assert metrics["training"]["tower"]["weights"] == ""
     for name in ("trained", "untrained", "colour_histogram", "raw_pixels"):
