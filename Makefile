@@ -155,6 +155,7 @@ notebooks: setup ## Run the notebooks and save their outputs in place (before a 
 	mkdir -p notebooks/images
 	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png
 	cp runs/latest/figures/02_ladder.png notebooks/images/ladder.png
+	cp runs/latest/figures/04_post_processing.png notebooks/images/post_processing.png
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ STAGES = {
 BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
 
 PRECISIONS = ("float32", "mixed_bfloat16")
+
+# Towers of several sizes are several networks, each traced once. TensorFlow looks at their common
+# source code, counts one function that is traced again and again, and warns.
+logging.getLogger("tensorflow").addFilter(
+    lambda record: "triggered tf.function retracing" not in record.getMessage()
+)
 
 
 class WeightsUnavailableError(OSError):
