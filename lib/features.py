@@ -21,9 +21,7 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
@@ -31,14 +29,14 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
 from lib.dataset import DatasetHandler
+from lib.engine import compile_network, export_network, fast_precision, import_openvino
 from lib.landmarks import UNKNOWN
 from lib.model import fingerprint
 from lib.sampling import SamplingError
-from lib.storage import only_writer, read_json, replacing, show_path, write_json
+from lib.storage import checksum, only_writer, read_json, replacing, show_path, write_json
 
 MANIFEST = "manifest.json"
 ENGINES = ("auto", "keras", "openvino")
@@ -87,7 +85,7 @@ class FrozenTrunk:
             readable = keras.backend.backend() in ("tensorflow", "torch")
             engine = "openvino" if readable and _is_on_processor(trunk) else "keras"
         self._trunk, self._engine = trunk, engine
-        precision = _openvino_precision() if engine == "openvino" else trunk.outputs[0].dtype
+        precision = fast_precision() if engine == "openvino" else trunk.outputs[0].dtype
         self.name = f"{engine} {precision}"
 
     def __call__(self, photos: np.ndarray) -> np.ndarray:
@@ -119,53 +117,14 @@ class FrozenTrunk:
         """The function from uint8 photos to maps."""
         if self._engine == "keras":
             return lambda photos: np.asarray(self._trunk.predict_on_batch(photos), np.float32)
-        ov = _openvino()
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, which are not about this network
-            path = os.path.join(folder, "trunk.xml")
-            _in_float32(self._trunk).export(path, format="openvino", verbose=False)
-            network = ov.Core().read_model(path)
-            network.reshape([-1, *self._trunk.input_shape[1:]])  # PyTorch's has lost it
-            request = ov.Core().compile_model(network, "CPU").create_infer_request()
-
-        def compute(photos: np.ndarray) -> np.ndarray:
-            request.infer({0: np.ascontiguousarray(photos)}, share_inputs=True)
-            return request.get_output_tensor(0).data
-
-        return compute
+        with tempfile.TemporaryDirectory() as folder:
+            network = import_openvino().Core().read_model(export_network(self._trunk, folder))
+            return compile_network(network, self._trunk.input_shape[1:])[0]
 
 
 def _is_on_processor(trunk: keras.Model) -> bool:
     """Whether the backend computes on the processor, not on a GPU."""
     return all("cpu" in str(weight.value.device).lower() for weight in trunk.weights)
-
-
-def _in_float32(trunk: keras.Model) -> keras.Model:
-    """The same network without casts to half precision, which OpenVINO can't read."""
-    if trunk.outputs[0].dtype == "float32":
-        return trunk
-
-    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return layer.from_config(layer.get_config() | {"dtype": "float32"})
-
-    copy = keras.models.clone_model(trunk, clone_function=clone, recursive=True)
-    copy.set_weights(trunk.get_weights())
-    return copy
-
-
-def _openvino():
-    """OpenVINO, kept from reporting its use over the network and writing to the home folder."""
-    sys.modules.setdefault("openvino_telemetry", None)  # as if that package were not installed
-    import openvino
-
-    return openvino
-
-
-def _openvino_precision() -> str:
-    """What OpenVINO computes in, if not told otherwise: what the processor does fast."""
-    ov = _openvino()
-    names = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-    return names[ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,16 +352,11 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
     checking = tqdm(listed.items(), desc="checking features", unit=" files", leave=False)
     for name, entry in checking:
         file = cache.folder / name
-        if file.is_file() and entry == {"bytes": file.stat().st_size, "xxh3": _checksum(file)}:
+        if file.is_file() and entry == {"bytes": file.stat().st_size, "xxh3": checksum(file)}:
             whole[name] = entry
         else:
             tqdm.write(f"{show_path(file)} is missing or damaged: it is computed anew")
     return whole
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
@@ -484,4 +438,4 @@ def _write_file(
                 # Written, not mapped: a disk that fills up is an error then, not a crash.
                 file.write(np.stack(of_variants, axis=1))
                 of_variants = []
-    return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}

@@ -6,12 +6,14 @@ test_set.photos, test_set.names, test_set.query, test_set.positives
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageOps
 
 from lib.decoding import reduction, resize
@@ -20,6 +22,13 @@ from lib.storage import show_path
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
+
+# Pillow warns from 89 megapixels on, which panoramas have, and refuses twice as many.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# Threads that read photos hold few large ones in memory at a time: one.
+_LARGE = 2**24  # pixels
+_one_large_photo = threading.Lock()
 
 
 class PhotoError(ValueError):
@@ -63,21 +72,43 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     """Read a picture file as uint8 (image_size, image_size, 3) RGB.
 
     Turned upright by its EXIF orientation, and squashed to a square like the photos of the training
-    set: a network should see at evaluation what it saw in training.
+    set: a network should see at evaluation what it saw in training. Whatever Pillow opens will do:
+    16 bits become 8, what is transparent is laid on white, an animation is its first frame.
 
     Raises:
-        PhotoError: not a picture, or a damaged one.
+        PhotoError: not a picture, a damaged one, or one of more than 178 megapixels.
     """
     try:
         with Image.open(path) as image:
-            if image.mode in ("RGB", "L"):  # as the training photos are decoded, see lib.decoding
-                factor = reduction(*image.size, image_size)
-                image.draft(None, tuple(side // factor for side in image.size))
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            pixels = resize(np.asarray(image), image_size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            # A JPEG file is made smaller as the training photos are, see lib.decoding.
+            factor = reduction(*image.size, image_size)
+            image.draft(None, tuple(side // factor for side in image.size))
+            large = image.width * image.height > _LARGE
+            with _one_large_photo if large else contextlib.nullcontext():
+                return _square(image, image_size)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they like
         raise PhotoError(f"{show_path(path)} is not a readable picture ({error})") from None
-    return pixels
+
+
+def _square(image: Image.Image, image_size: int) -> np.ndarray:
+    """A picture upright as uint8 (image_size, image_size, 3) RGB, with few copies on the way."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # I;16 and its like: grey in 16 bits
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return resize(np.repeat(grey[..., None], 3, axis=2), image_size)
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    factor = min(image.size) // (2 * image_size)
+    if image.width * image.height > _LARGE and factor > 1:
+        image = image.reduce(factor)  # an array of it would be two more copies
+    return resize(np.asarray(image), image_size)
 
 
 def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, list[Path], list[str]]:
@@ -176,6 +207,8 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
 
 
 def _read_roles(truth_file: Path) -> dict[str, str]:
+    import pandas as pd  # here: whoever only reads photos starts sooner without it
+
     where = show_path(truth_file)
     try:
         table = pd.read_csv(truth_file, dtype=str, keep_default_na=False)

@@ -465,3 +465,27 @@ def _draw_intervals(axis, rows, values: pd.DataFrame, color, label: str | None) 
     mean, low, high = values.to_numpy(float).T
     errors = np.clip([mean - low, high - mean], 0, None)
     axis.errorbar(mean, rows, xerr=errors, fmt="o", color=color, capsize=4, label=label)
+
+
+def plot_frontier(frontier: pd.DataFrame, *, save: Path | None = None) -> None:
+    """Recall against speed for every setting of an index; the larger a mark, the more memory.
+
+    Args:
+        frontier: of :func:`lib.tuning.tune`. Marks of the full index only; the line joins those
+            that no other one beats, the ring is round the choice.
+        save: a file to write the figure to.
+    """
+    table = frontier[frontier["vectors"] == frontier["vectors"].max()]
+    _, axis = plt.subplots(figsize=(7.5, 4.4))
+    for factory, rows in table.groupby("factory", sort=False):
+        size = 400 * rows["bytes"] / table["bytes"].max() + 12  # area by memory
+        label = f"{factory}: {rows['bytes'].iloc[0] / 1e6:,.3g} MB"
+        axis.scatter(rows["recall"], rows["qps_2"], size, alpha=0.5, label=label)
+    front = table[table["frontier"]].sort_values("recall")
+    axis.plot(front["recall"], front["qps_2"], color="black", linewidth=1)
+    chosen = table[table["chosen"]]
+    axis.scatter(chosen["recall"], chosen["qps_2"], 220, "none", edgecolor=WRONG, linewidth=2)
+    axis.set(xlabel="recall", ylabel="queries per second, 2 threads", yscale="log")
+    for handle in axis.legend(fontsize=9, loc="lower left").legend_handles:
+        handle.set_sizes([40])
+    _finish(save)

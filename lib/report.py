@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import nbformat
-import numpy as np
 
 from lib.metrics import Interval
 from lib.storage import project_root, read_json, replacing, show_path, write_json
@@ -495,11 +494,10 @@ def _model_table(run: Path) -> Table | None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = f"{file.tell() / 1e6:.1f} MB"
         rows += [("model.keras, size", size), ("model.keras, SHA-256", digest)]
-    if (run / "gallery.index").is_file():
+    if (run / "gallery.index").exists():
         try:
-            with np.load(run / "gallery.index", allow_pickle=False) as archive:
-                made_by = str(archive["model"])
-        except Exception:  # zipfile's, zlib's or numpy's own
+            made_by = str(read_json(run / "gallery.index" / "manifest.json")["model"])
+        except (OSError, ValueError, KeyError, TypeError):
             made_by = "can't be read"
         rows.append(("fingerprint of the model that made gallery.index", made_by))
     return Table("", ("", "value"), rows) if rows else None
@@ -595,7 +593,7 @@ def write_report(run: Path) -> Path:
     lacks: list[str] = []
     metrics = _read_object(run / "metrics.json", lacks)
     recorded = _read_object(run / ENVIRONMENT, lacks)
-    lacks += [name for name in ("model.keras", "gallery.index") if not (run / name).is_file()]
+    lacks += [name for name in ("model.keras", "gallery.index") if not (run / name).exists()]
     stems = {path.stem for path in (run / "figures").glob("*.png")}
     for name, notebook in NOTEBOOKS.items():
         if metrics and notebook.section not in metrics:

@@ -255,6 +255,7 @@ def is_import(node):
 
 
 BACKENDS = {name(r) for r in declared_in("backends")}
+RIVALS = {name(r) for r in declared_in("rivals")}
 LOCAL_MODULES = {"lib", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
 
@@ -263,23 +264,30 @@ def importers(module):
     return {path for path, modules in IMPORTS.items() if module in modules}
 
 
-def test_faiss_is_imported_in_one_place():
-    # Where its threads are limited on macOS, whose OpenMP does not bear a second copy.
-    assert importers("faiss") == {"lib/index.py"}
+def test_faiss_is_imported_only_where_indexes_are_made():
+    # lib/index.py limits its threads on macOS, whose OpenMP does not bear a second copy.
+    assert {p for p in importers("faiss") if p.startswith("lib/")} == {
+        "lib/index.py",
+        "lib/tuning.py",
+    }
+    for path in importers("faiss") - {"lib/index.py"}:
+        assert IMPORTS[path] & {"lib"}, path
 
 
 def test_tensorflow_is_imported_only_where_it_gets_its_batches():
     # Everything else goes through Keras, and so runs on its other backends as well.
     places = {path for path in importers("tensorflow") if not path.startswith("tests/")}
     assert {p for p in places if p.startswith("lib/")} == {"lib/dataset.py"}
-    assert {p for p in places if not p.startswith("lib/")} <= {"benchmarks/input_pipeline.py"}
+    compared = {"benchmarks/input_pipeline.py", "benchmarks/embedding.py"}
+    assert {p for p in places if not p.startswith("lib/")} <= compared
 
 
 def test_every_imported_package_is_declared():
     direct = {name(r) for r in declared("cpu", "test")} | {"tensorflow", PROJECT["name"]}
     packages = metadata.packages_distributions()
     for path, modules in IMPORTS.items():
-        allowed = direct | (BACKENDS if path.startswith("tests/") else set())
+        extra = {"tests": BACKENDS, "benchmarks": RIVALS}
+        allowed = direct | extra.get(path.partition("/")[0], set())
         for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
             # What is not installed (the extra `backends`) is called as its module is.
             owners = {canonicalize_name(owner) for owner in packages.get(module, [module])}

@@ -97,7 +97,7 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
     assert metrics["unseen"]["map"]["colour_histogram"]["value"] < 0.15
     for name in (*(f"{n}.ipynb" for n in NOTEBOOKS), *(f"{n}.html" for n in NOTEBOOKS)):
         assert (folder / name).is_file(), name
-    for name in ("report.html", "model.keras", "gallery.index", "history.csv"):
+    for name in ("report.html", "model.keras", "gallery.index/manifest.json", "history.csv"):
         assert (folder / name).is_file(), name
     assert json.loads((folder / "environment.json").read_text())["profile"] == "tiny.yaml"
     assert "Missing in this run" not in (folder / "report.html").read_text()

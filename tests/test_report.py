@@ -122,8 +122,7 @@ def run(tmp_path):
     for name in NOTEBOOKS:
         execute(folder / f"{name}.ipynb")
     (folder / "model.keras").write_bytes(b"model")
-    np.savez(folder / "gallery.npz", model=np.array("f00d" * 16))
-    (folder / "gallery.npz").rename(folder / "gallery.index")
+    write_json(folder / "gallery.index" / "manifest.json", {"model": "f00d" * 16})
     return folder
 
 
@@ -261,7 +260,7 @@ def test_an_empty_folder_has_a_report(tmp_path):
 def test_damaged_files_are_named(run):
     (run / "metrics.json").write_text('{"unseen": ')
     (run / "environment.json").write_text("[]")
-    (run / "gallery.index").write_bytes(b"PK")
+    (run / "gallery.index" / "manifest.json").write_text("{")
     page = Page(write_report(run))
     assert "metrics.json: the file is damaged" in page.text
     assert "environment.json: the file is damaged" in page.text
