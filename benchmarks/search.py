@@ -158,7 +158,8 @@ def compare(vectors: np.ndarray, queries: np.ndarray, rivals: list[str]) -> None
     most = int(SHARE * vectors.nbytes)
     settings, table = tuning.tune(vectors, TARGET, most)
     tuning_seconds = time.perf_counter() - start
-    print(table.to_string(float_format=lambda value: f"{value:.4g}"))
+    front = table[table["frontier"]].drop(columns=["fits", "frontier"])
+    print(front.to_string(float_format=lambda value: f"{value:.4g}"))
 
     def build_tuned(vectors: np.ndarray) -> tuple[Search, int]:
         index = tuning.build(vectors, rows, settings.factory)
