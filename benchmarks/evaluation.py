@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score
 
+from benchmarks.memory import OwnMemory, memory_gb
 from lib.ground_truth import GroundTruth
 from lib.metrics import REVISITED, query_table
 
@@ -80,26 +80,6 @@ def sklearn_ap(ranking: np.ndarray, positives: np.ndarray, junk: np.ndarray) -> 
     """Average precision of one query, by scikit-learn."""
     kept = ranking[~np.isin(ranking, junk)]
     return average_precision_score(np.isin(kept, positives), -np.arange(len(kept)))
-
-
-def memory_gb(field: str) -> float:
-    """A field of what the system knows of this process, in GB."""
-    with open("/proc/self/status") as file:
-        (line,) = (line for line in file if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-class OwnMemory(threading.Thread):
-    """Watches what this process takes for itself; ``most`` is the most so far, in GB."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.most = 0.0
-
-    def run(self) -> None:
-        while True:
-            self.most = max(self.most, memory_gb("RssAnon"))
-            time.sleep(0.02)
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ import json
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
+from benchmarks.memory import OwnMemory, memory_gb
 from lib.dataset import DatasetHandler, DataSettings
 from lib.demo_data import make_demo_data
 from lib.features import FrozenTrunk, build_cache
@@ -96,26 +96,6 @@ def train_naive(handler: DatasetHandler) -> Iterator[dict]:
         start = time.perf_counter()
         model.fit(batches(epoch, NAIVE_STEPS).as_tf_data(), shuffle=False, verbose=0)
         yield {"training": time.perf_counter() - start, "triplets": NAIVE_STEPS * BATCH}
-
-
-def memory_gb(field: str) -> float:
-    """A field of what the system knows of this process, in GB."""
-    with open("/proc/self/status") as file:
-        (line,) = (line for line in file if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-class OwnMemory(threading.Thread):
-    """Watches what this process takes for itself; ``most`` is the most so far, in GB."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.most = 0.0
-
-    def run(self) -> None:
-        while True:
-            self.most = max(self.most, memory_gb("RssAnon"))
-            time.sleep(0.05)
 
 
 def serve(side: str, share: float, epochs: int, connection) -> None:

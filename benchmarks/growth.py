@@ -1,6 +1,7 @@
 """How do building, searching and memory grow with the number of photos?
 
     python -m benchmarks.growth                        # 10,000 to 1,000,000 descriptors
+    python -m benchmarks.growth --kind IVF2048,SQ4     # what is tuned for 762,000
     python -m benchmarks.growth --most 100000 --name growth_small
 
 Descriptors are sampled by :mod:`benchmarks.big_sets`. The kind of index is what
@@ -116,6 +117,7 @@ def main() -> None:
     """Measure, draw, write and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth")
     parser.add_argument("--most", type=int, default=MOST, help="photos in the last step")
+    parser.add_argument("--kind", default="", help="of index, in place of the tuned one")
     parser.add_argument("--name", default="growth", help="of the files in results/")
     options = parser.parse_args()
     sizes = np.geomspace(LEAST, options.most, STEPS).round().astype(int)
@@ -125,14 +127,17 @@ def main() -> None:
         path = Path(folder) / "vectors.npy"
         np.save(path, fit(*read_world()).sample(options.most + QUERIES, seed=0))
         vectors = np.load(path, mmap_mode="r")
-        report(vectors[:-QUERIES], np.array(vectors[-QUERIES:]), sizes, options.name)
+        report(vectors[:-QUERIES], np.array(vectors[-QUERIES:]), sizes, options)
 
 
-def report(vectors: np.ndarray, queries: np.ndarray, sizes: np.ndarray, name: str) -> None:
+def report(
+    vectors: np.ndarray, queries: np.ndarray, sizes: np.ndarray, options: argparse.Namespace
+) -> None:
     """Measure at each size."""
-    some = vectors[:TUNED_AT]
-    kind = tune(some, TARGET, int(SHARE * some.nbytes)).settings.factory
-    print(f"tuned at {len(some):,}: {kind}", flush=True)
+    some, kind = vectors[:TUNED_AT], options.kind
+    if not kind:
+        kind = tune(some, TARGET, int(SHARE * some.nbytes)).settings.factory
+    print("kind of index:", kind, flush=True)
     rows = []
     for n in sizes.tolist():
         rows += measure(vectors[:n], queries, kind)
@@ -140,9 +145,9 @@ def report(vectors: np.ndarray, queries: np.ndarray, sizes: np.ndarray, name: st
     table = pd.DataFrame(rows)
     fits = exponents(table)
     results = project_root() / "benchmarks" / "results"
-    draw(table, fits, results / f"{name}.png")
+    draw(table, fits, results / f"{options.name}.png")
     summary = {"target_recall": TARGET, "memory_share": SHARE, "kind": kind, "exponents": fits}
-    write_json(results / f"{name}.json", summary | {"rows": rows})
+    write_json(results / f"{options.name}.json", summary | {"rows": rows})
     print(json.dumps(summary))
 
 

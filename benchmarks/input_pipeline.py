@@ -30,6 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from tqdm import tqdm
 
+from benchmarks.memory import memory_gb
 from lib.dataset import Batches, DatasetHandler, DataSettings
 from lib.decoding import Augmentation
 from lib.demo_data import make_demo_data
@@ -125,16 +126,6 @@ def by_threads(batches: Batches):
             yield waiting.popleft().result()
 
 
-def own_memory_mb() -> float:
-    """Memory that this process has taken for itself, in MB.
-
-    Without the pages of the shards, which the system keeps as long as nobody needs their room.
-    """
-    with open("/proc/self/status") as file:
-        (line,) = (line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1e3
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.input_pipeline")
@@ -180,7 +171,7 @@ def main() -> None:
     batches = varied.training_batches(0, steps).as_tf_data()
     for step, _ in enumerate(tqdm(batches, total=steps, unit=" batches"), start=1):
         if step in marks:
-            memory.append(own_memory_mb())
+            memory.append(1000 * memory_gb("RssAnon"))
             tqdm.write(f"{step * BATCH:>8} records  {memory[-1]:6.0f} MB")
 
     result = {
