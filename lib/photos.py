@@ -225,9 +225,10 @@ def _read_roles(truth_file: Path) -> dict[str, str]:
         if image in roles:
             raise TestSetError(f"{where}, line {line}: {image!r} is listed twice")
         roles[image] = role
-    queries = [image for image, role in roles.items() if role == "query"]
-    if len(queries) != 1:
-        raise TestSetError(f"{where} must name exactly one query; it names {len(queries)}")
+    lines = [line for line, role in enumerate(roles.values(), start=2) if role == "query"]
+    if len(lines) != 1:
+        found = f"lines {', '.join(map(str, lines))} do" if lines else "no line does"
+        raise TestSetError(f"{where} must name exactly one query; {found}")
     return roles
 
 

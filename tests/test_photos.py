@@ -94,8 +94,8 @@ def test_an_empty_test_set_says_what_belongs_there(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["a.jpg,positive"], "exactly one query; it names 0"),
-        (["a.jpg,query", "b.jpg,query"], "exactly one query; it names 2"),
+        (["a.jpg,positive"], "exactly one query; no line does"),
+        (["a.jpg,query", "b.jpg,query"], "exactly one query; lines 2, 3 do"),
         (["a.jpg,query", "b.jpg,postive"], "line 3: role 'postive' is none of"),
         (["a.jpg,query", "a.jpg,positive"], r"line 3: 'a\.jpg' is listed twice"),
         (["a.jpg,query", "z.jpg,positive"], r"line 3: 'z\.jpg' does not exist"),
