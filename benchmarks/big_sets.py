@@ -23,9 +23,13 @@ demo world's Pareto tail without its bound of 40 photos.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -163,6 +167,17 @@ def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) ->
         within=_root(within),
         spreads=spreads.astype(np.float32),
     )
+
+
+@contextlib.contextmanager
+def sample_file(n: int) -> Iterator[np.ndarray]:
+    """Sampled descriptors, float32 (n, 512), in a mapped file that is deleted after the block."""
+    runs = project_root() / "runs"
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sample-", dir=runs) as folder:
+        path = Path(folder) / "vectors.npy"
+        np.save(path, fit(*read_world()).sample(n, seed=0))
+        yield np.load(path, mmap_mode="r")
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
-from benchmarks.big_sets import fit, read_world
+from benchmarks.big_sets import sample_file
 from lib.plots import set_style
 from lib.storage import project_root, replacing, write_json
 from lib.tuning import list_count, tune
@@ -121,12 +120,7 @@ def main() -> None:
     parser.add_argument("--name", default="growth", help="of the files in results/")
     options = parser.parse_args()
     sizes = np.geomspace(LEAST, options.most, STEPS).round().astype(int)
-    runs = project_root() / "runs"
-    runs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="growth-", dir=runs) as folder:
-        path = Path(folder) / "vectors.npy"
-        np.save(path, fit(*read_world()).sample(options.most + QUERIES, seed=0))
-        vectors = np.load(path, mmap_mode="r")
+    with sample_file(options.most + QUERIES) as vectors:
         report(vectors[:-QUERIES], np.array(vectors[-QUERIES:]), sizes, options)
 
 

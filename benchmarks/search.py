@@ -24,17 +24,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import faiss
 import numpy as np
 
-from benchmarks.big_sets import fit, read_world
+from benchmarks.big_sets import sample_file
 from lib import tuning
-from lib.storage import project_root
+from lib.index import train_and_add
 
 PHOTOS, QUERIES, K, TARGET, SHARE = 762_000, 1000, 10, 0.99, 0.25
 RIVALS = ("hnswlib", "usearch", "autofaiss")
@@ -141,12 +139,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=PHOTOS)
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
     options = parser.parse_args()
-    runs = project_root() / "runs"
-    runs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="search-", dir=runs) as folder:
-        path = Path(folder) / "vectors.npy"
-        np.save(path, fit(*read_world()).sample(options.photos + QUERIES, seed=0))
-        everything = np.load(path, mmap_mode="r")
+    with sample_file(options.photos + QUERIES) as everything:
         compare(everything[:-QUERIES], np.array(everything[-QUERIES:]), options.rivals)
 
 
@@ -162,8 +155,7 @@ def compare(vectors: np.ndarray, queries: np.ndarray, rivals: list[str]) -> None
     print(front.to_string(float_format=lambda value: f"{value:.4g}"))
 
     def build_tuned(vectors: np.ndarray) -> tuple[Search, int]:
-        index = tuning.build(vectors, rows, settings.factory)
-        faiss.ParameterSpace().set_index_parameters(index, settings.search)
+        index = train_and_add(vectors, settings)
 
         def search(queries: np.ndarray) -> np.ndarray:
             return tuning.search_reranked(index, vectors, rows, queries, K, settings.rerank)

@@ -20,7 +20,6 @@ Faiss is imported here and in :mod:`lib.tuning`, which finds the settings of lar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -35,7 +34,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from lib.storage import only_writer, read_json, replacing, show_path, write_json
+from lib.storage import checksum, only_writer, read_json, replacing, show_path, write_json
 
 if sys.platform == "darwin":
     # Faiss and TensorFlow each bring an OpenMP runtime; on macOS two of them crash each other.
@@ -176,7 +175,7 @@ class PhotoIndex:
         index = cls([], model, settings, vectors.shape[1])
         if names:
             live = np.ones(len(names), bool)
-            index._set_parts([_Part(names, vectors, live, _train_and_add(vectors, settings))])
+            index._set_parts([_Part(names, vectors, live, _index_of(vectors, settings))])
         return index
 
     def __len__(self) -> int:
@@ -221,7 +220,7 @@ class PhotoIndex:
             similarities = np.concatenate([similarities, found], axis=1)
             numbers = np.concatenate([numbers, rows + len(names)], axis=1)
             names = names + part.names if names else part.names
-        similarities, numbers = _best(similarities, numbers, k)
+        similarities, numbers = nearest_of(similarities, numbers, k)
         return [[names[i] for i in row] for row in numbers.tolist()], similarities
 
     # ----------------------------------------------------------------------------------------------
@@ -332,7 +331,7 @@ class PhotoIndex:
                 path = folder / _file_name("vectors", _next_number(folder), 0)
                 files["vectors"] = _write_blocks(path, blocks)
                 vectors = _mapped(path, self.dimension)
-            index = _train_and_add(vectors, self.settings)
+            index = _index_of(vectors, self.settings)
             part = _Part(self.names, vectors, np.ones(len(vectors), bool), index, files)
             self._commit(folder, [part], self.settings)
 
@@ -470,22 +469,40 @@ def _checked(embeddings: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, 
 # --------------------------------------------------------------------------------------------------
 
 
-def _train_and_add(vectors: np.ndarray, settings: IndexSettings) -> faiss.Index | None:
+def _index_of(vectors: np.ndarray, settings: IndexSettings) -> faiss.Index | None:
     """A Faiss index of vectors, float32 (n, d); None for "Flat", where the vectors are enough."""
-    if settings.factory == "Flat":
-        return None
-    n, dimension = vectors.shape
+    return None if settings.factory == "Flat" else train_and_add(vectors, settings)
+
+
+def train_and_add(
+    vectors: np.ndarray, settings: IndexSettings, rows: np.ndarray | None = None
+) -> faiss.Index:
+    """Make a Faiss index by inner product, trained on a sample and filled block by block.
+
+    Args:
+        vectors: float32 (n, d), maybe mapped.
+        settings: kind and search; ``rerank`` is not the index's own.
+        rows: int64 (m,), which of the vectors to index; all if None.
+
+    Raises:
+        ValueError: settings that Faiss does not know, or too few vectors to train such an index.
+    """
+    dimension = vectors.shape[1]
+    n = len(vectors) if rows is None else len(rows)
+
+    def take(places: slice | np.ndarray) -> np.ndarray:
+        return vectors[places] if rows is None else vectors[rows[places]]
+
     try:
         index = faiss.index_factory(dimension, settings.factory, faiss.METRIC_INNER_PRODUCT)
         _set_search(index, settings.search)
         lists = faiss.try_extract_index_ivf(index)
         # k-means needs some 40 to 256 vectors for each centroid; codebooks have up to 256 of them.
         sample = max(65_536, 64 * lists.nlist if lists else 0)
-        rows = np.random.default_rng(0).permutation(n)[:sample]
-        index.train(vectors[np.sort(rows)])
+        index.train(take(np.sort(np.random.default_rng(0).permutation(n)[:sample])))
         starts = range(0, n, _BLOCK)
         for start in tqdm(starts, desc="indexing", unit=" blocks", disable=len(starts) < 10):
-            index.add(vectors[start : start + _BLOCK])
+            index.add(take(slice(start, start + _BLOCK)))
     except RuntimeError as error:
         raise ValueError(
             f"Faiss can't make an index {settings.factory!r} of {n} x {dimension}: {_reason(error)}"
@@ -536,7 +553,7 @@ def _ask_faiss(
     if rerank:
         similarities = similarities_of(queries, part.vectors, rows)
     similarities[useless], rows[useless] = -np.inf, -1
-    similarities, rows = _best(similarities, rows, min(k, part.count))
+    similarities, rows = nearest_of(similarities, rows, min(k, part.count))
     if (short := rows.min(axis=1, initial=0) < 0).any():
         similarities[short], rows[short] = _compare(queries[short], part, k)
     return similarities, rows
@@ -578,12 +595,20 @@ def _compare(queries: np.ndarray, part: _Part, k: int) -> tuple[np.ndarray, np.n
             of_block = start + np.flatnonzero(part.live[start : start + _BLOCK])
             similarities = np.concatenate([similarities, found], axis=1)
             rows = np.concatenate([rows, of_block[at]], axis=1)
-            similarities, rows = _best(similarities, rows, k)
+            similarities, rows = nearest_of(similarities, rows, k)
     return similarities, rows
 
 
-def _best(similarities: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest of each row, in descending order; of equals the one that comes first."""
+def nearest_of(
+    similarities: np.ndarray, numbers: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest similarities of each row, in descending order, and their numbers.
+
+    Args:
+        similarities: float (q, m).
+        numbers: int64 (q, m).
+        k: more than m takes all. Of equals the one that comes first.
+    """
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(similarities, order, 1), np.take_along_axis(numbers, order, 1)
 
@@ -667,12 +692,7 @@ def _write_blocks(path: Path, blocks: Iterable[bytes | np.ndarray]) -> dict[str,
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "xxh3": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "xxh3": checksum(path)}
 
 
 def _mapped(path: Path, dimension: int) -> np.ndarray:
@@ -697,7 +717,7 @@ def _read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
         raise FileNotFoundError(f"no index at {show_path(folder)}")
     try:
         manifest = read_json(folder / MANIFEST)
-        version, checksum = manifest["format"], manifest["xxh3"]
+        version, stated = manifest["format"], manifest["xxh3"]
         newer = version > _FORMAT
     except FileNotFoundError:
         raise UnusableIndexError(f"{where} is missing: this is no index, build it anew") from None
@@ -708,7 +728,7 @@ def _read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
             f"{where} has format {version}, of a newer version of this project: update it, or "
             "build the index anew"
         )
-    if checksum != _checksum_of_manifest(manifest):
+    if stated != _checksum_of_manifest(manifest):
         raise UnusableIndexError(f"{where} is damaged (its checksum differs): build it anew")
     if model not in (None, manifest["model"]):
         raise UnusableIndexError(
@@ -735,7 +755,7 @@ def _read_part(
                 f"{show_path(path)} has {path.stat().st_size} bytes and should have "
                 f"{files[kind]['bytes']}: build the index anew"
             )
-        if (verify or kind in ("names", "live")) and _checksum(path) != files[kind]["xxh3"]:
+        if (verify or kind in ("names", "live")) and checksum(path) != files[kind]["xxh3"]:
             raise UnusableIndexError(
                 f"{show_path(path)} is damaged (its checksum differs): build the index anew"
             )

@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 import pandas as pd
 
-from lib.index import IndexSettings, similarities_of
+from lib.index import IndexSettings, nearest_of, similarities_of, train_and_add
 
 RERANK = (0, 2, 5, 10, 20, 40, 80)  # factors that are tried
 SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them
@@ -215,9 +215,7 @@ def search_exactly(
         found, at = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         similarities = np.concatenate([similarities, found], axis=1)
         places = np.concatenate([places, at + start], axis=1)
-        best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        similarities = np.take_along_axis(similarities, best, 1)
-        places = np.take_along_axis(places, best, 1)
+        similarities, places = nearest_of(similarities, places, k)
         seconds += time.perf_counter() - begin
     return places, seconds
 
@@ -248,8 +246,7 @@ def search_reranked(
         return places
     similarities = similarities_of(queries, vectors, np.where(places < 0, -1, rows[places]))
     similarities[places < 0] = -np.inf
-    best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(places, best, 1)
+    return nearest_of(similarities, places, k)[1]
 
 
 def shares_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -288,19 +285,6 @@ def list_count(n: int) -> int:
     return 2 ** int(np.log2(max(1, min(4 * np.sqrt(n), n / 39))))
 
 
-def build(vectors: np.ndarray, rows: np.ndarray, factory: str) -> faiss.Index:
-    """A Faiss index of ``vectors[rows]`` by inner product, read in blocks."""
-    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    lists = faiss.try_extract_index_ivf(index)
-    # As PhotoIndex.build trains, whose index this foretells.
-    learnt = max(65_536, 64 * lists.nlist if lists else 0)
-    chosen = np.random.default_rng(0).permutation(len(rows))[:learnt]
-    index.train(vectors[rows[np.sort(chosen)]])
-    for start in range(0, len(rows), _BLOCK):
-        index.add(vectors[rows[start : start + _BLOCK]])
-    return index
-
-
 def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
     """Kinds of index but Flat that suit n vectors of dimension d, the same ones for each n.
 
@@ -325,7 +309,7 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
 def _measure(trial: _Trial, factory: str, target_recall: float) -> pd.DataFrame:
     """Build a kind of index, and search with its parameters from the fastest to the best."""
     start = time.perf_counter()
-    index = build(trial.vectors, trial.rows, factory)
+    index = train_and_add(trial.vectors, IndexSettings(factory), trial.rows)
     build_seconds, size = time.perf_counter() - start, memory_of(index)
     space = faiss.ParameterSpace()
     space.initialize(index)
