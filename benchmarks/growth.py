@@ -1,7 +1,7 @@
 """How do building, searching and memory grow with the number of photos?
 
-    python -m benchmarks.growth                        # 10,000 to 1,000,000 descriptors
-    python -m benchmarks.growth --kind IVF2048,SQ4     # what is tuned for 762,000
+    python -m benchmarks.growth                           # 10,000 to 1,000,000 descriptors
+    python -m benchmarks.growth --kind IVF2048,RaBitQfs   # what is tuned for 762,000
     python -m benchmarks.growth --most 100000 --name growth_small
 
 Descriptors are sampled by :mod:`benchmarks.big_sets`. The kind of index is what
@@ -19,27 +19,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import time
-from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "agg")
 
 import faiss
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
 from benchmarks.big_sets import sample_file
-from lib.plots import set_style
-from lib.storage import project_root, replacing, write_json
+from lib.plots import COSTS, plot_growth, set_style
+from lib.storage import project_root, write_json
 from lib.tuning import list_count, tune
 
 LEAST, MOST, STEPS, QUERIES, TARGET, SHARE = 10_000, 1_000_000, 5, 500, 0.99, 0.25
 TUNED_AT = 100_000
-COSTS = {"build_seconds": "seconds to build", "query_ms": "ms per query", "bytes": "bytes"}
 
 
 def measure(vectors: np.ndarray, queries: np.ndarray, kind: str) -> list[dict]:
@@ -94,24 +91,6 @@ def exponents(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     return result
 
 
-def draw(table: pd.DataFrame, fits: dict, path: Path) -> None:
-    """A panel for each cost, with its lines."""
-    set_style()
-    _, axes = plt.subplots(1, len(COSTS), figsize=(14, 4))
-    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for number, (side, rows) in enumerate(table.groupby("side")):
-            line = fits[side][cost]
-            n, colour = rows["photos"].to_numpy(float), f"C{number}"
-            title = f"{side}: n^({line['exponent']:.2f} ± {line['error']:.2f})"
-            axis.plot(n, rows[cost], "o", color=colour, label=title)
-            axis.plot(n, line["factor"] * n ** line["exponent"], color=colour, linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="photos", title=label)
-        axis.legend(fontsize=9)
-    with replacing(path) as part:
-        plt.savefig(part, format="png")
-    plt.close()
-
-
 def main() -> None:
     """Measure, draw, write and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth")
@@ -139,7 +118,8 @@ def report(
     table = pd.DataFrame(rows)
     fits = exponents(table)
     results = project_root() / "benchmarks" / "results"
-    draw(table, fits, results / f"{options.name}.png")
+    set_style()
+    plot_growth(table, fits, save=results / f"{options.name}.png")
     summary = {"target_recall": TARGET, "memory_share": SHARE, "kind": kind, "exponents": fits}
     write_json(results / f"{options.name}.json", summary | {"rows": rows})
     print(json.dumps(summary))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,9 @@ import seaborn as sns
 
 from lib.metrics import Interval
 from lib.storage import replacing
+
+if TYPE_CHECKING:  # figures need no Faiss
+    from lib.compression import Loss
 
 RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
 
@@ -488,4 +492,70 @@ def plot_frontier(frontier: pd.DataFrame, *, save: Path | None = None) -> None:
     axis.set(xlabel="recall", ylabel="queries per second, 2 threads", yscale="log")
     for handle in axis.legend(fontsize=9, loc="lower left").legend_handles:
         handle.set_sizes([40])
+    _finish(save)
+
+
+COSTS = {"build_seconds": "seconds to build", "query_ms": "ms per query", "bytes": "bytes"}
+
+
+def plot_growth(
+    table: pd.DataFrame,
+    fits: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    save: Path | None = None,
+) -> None:
+    """Costs by the number of photos on logarithmic axes, where n^a is a line of slope a.
+
+    Args:
+        table: columns ``side``, ``photos``, and those of ``COSTS``.
+        fits: side -> cost -> ``exponent``, its standard ``error``, and ``factor``, as
+            ``python -m benchmarks.growth`` fits them.
+        save: a file to write the figure to.
+    """
+    _, axes = plt.subplots(1, len(COSTS), figsize=(14, 4))
+    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
+        for number, (side, rows) in enumerate(table.groupby("side")):
+            line = fits[side][cost]
+            n, colour = rows["photos"].to_numpy(float), f"C{number}"
+            name = f"{side}: n^({line['exponent']:.2f} ± {line['error']:.2f})"
+            axis.plot(n, rows[cost], "o", color=colour, label=name)
+            axis.plot(n, line["factor"] * n ** line["exponent"], color=colour, linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="photos", title=label)
+        axis.legend(fontsize=9)
+    _finish(save)
+
+
+def plot_probes(table: pd.DataFrame, *, save: Path | None = None) -> None:
+    """What an inverted file finds and what share of the time it takes, by lists visited.
+
+    Args:
+        table: by number of lists visited (index): ``recall``, and ``time``, a share of that of
+            comparing everything.
+        save: a file to write the figure to.
+    """
+    _, axis = plt.subplots(figsize=(7.5, 4))
+    axis.plot(table.index, table["recall"], "o-", label="of the ten nearest, found")
+    axis.plot(table.index, table["time"], "s--", label="of the time of comparing everything")
+    axis.set(xscale="log", xlabel="lists visited", ylabel="share", ylim=(0, 1.05))
+    axis.set_xticks(table.index, labels=map(str, table.index), minor=False)
+    axis.legend()
+    _finish(save)
+
+
+def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> None:
+    """Similarities as compressed indexes have them, against the true ones.
+
+    Args:
+        losses: of :func:`lib.compression.compression_losses`, a panel each.
+        save: a file to write the figure to.
+    """
+    size = (3.4 * len(losses), 3.8)
+    _, axes = plt.subplots(1, len(losses), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, loss in zip(axes[0], losses, strict=True):
+        axis.scatter(loss.exact, loss.found, 3, alpha=0.2, linewidth=0, rasterized=True)
+        axis.axline((1, 1), slope=1, color="black", linewidth=1)
+        title = f"{loss.factory}: {loss.bytes_each} bytes a photo"
+        axis.set(title=f"{title}\nrecall {loss.recall:.2f}, re-ranked {loss.reranked:.2f}")
+        axis.set(xlabel="true similarity", aspect="equal")
+    axes[0, 0].set_ylabel("similarity in the index")
     _finish(save)

@@ -23,10 +23,11 @@ import pandas as pd
 
 from lib.index import IndexSettings, nearest_of, similarities_of, train_and_add
 
-RERANK = (0, 2, 5, 10, 20, 40, 80)  # factors that are tried
+RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
 SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them
 _BLOCK = 16_384  # rows that are handled together
 _LITTLE = 0.001  # recall that is not worth more time
+_FAR_SLOWER = 3
 _SURE = 1.645  # standard errors: one-sided 95 %
 
 
@@ -160,8 +161,9 @@ def tune(
     if by_sample:
         wanted = SHORTLIST
         trial = _Trial.of(vectors, np.sort(order[:sample]), queries, k)[0]
-        tables = [_measure(trial, of, target_recall) for of in _kinds(sample, n, d, most_bytes)]
-        fastest = [t.loc[t["recall_low"] >= target_recall, "qps_2"].max() for t in tables]
+        for kind in _kinds(sample, n, d, most_bytes):
+            tables.append(_measure(trial, kind, target_recall, _fastest(tables, target_recall)))
+        fastest = [_fastest([of], target_recall) for of in tables]
         # A kind that does not get there with a sample won't with more neighbours to confuse.
         able = [kinds[i] for i in np.argsort(-np.array(fastest)) if fastest[i] > 0]
         # If none does, the most able one tells what is possible.
@@ -169,12 +171,14 @@ def tune(
         kinds = able or [kinds[i] for i in most_able]
     trial, flat = _Trial.of(vectors, np.sort(order), queries, k)
     tables.append(flat)
+    full = []
     for kind in kinds:
         # Some that got there with a sample may not any more: the next ones take their turn.
-        tables.append(_measure(trial, kind, target_recall))
-        wanted -= bool((tables[-1]["recall_low"] >= target_recall).any())
+        full.append(_measure(trial, kind, target_recall, _fastest(full, target_recall)))
+        wanted -= _fastest(full[-1:], target_recall) > 0
         if not wanted:
             break
+    tables += full
     table = pd.concat(tables, ignore_index=True)
     table["fits"] = True if most_bytes is None else table["bytes"] <= most_bytes
     of_choice = table[(table["vectors"] == n) & table["fits"]]
@@ -296,6 +300,8 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
         f"IVF{lists},Flat": 4 * d + 8,
         f"IVF{lists},SQ8": d + 8,
         f"IVF{lists},SQ4": d / 2 + 8,
+        # One bit a dimension, and four numbers: Gao and Long, "RaBitQ", SIGMOD 2024.
+        f"IVF{lists},RaBitQfs": d / 8 + 24,
         "HNSW32": 4 * d + 272,
     }
     if d % halves == 0:
@@ -306,30 +312,56 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
     return [kind for kind, each in kinds.items() if not most_bytes or n_full * each <= most_bytes]
 
 
-def _measure(trial: _Trial, factory: str, target_recall: float) -> pd.DataFrame:
-    """Build a kind of index, and search with its parameters from the fastest to the best."""
+def _fastest(tables: Sequence[pd.DataFrame], target_recall: float) -> float:
+    """Queries per second of the fastest setting that reaches the target; 0 if none does."""
+    reached = [of.loc[of["recall_low"] >= target_recall, "qps_2"] for of in tables]
+    return max((float(qps.max()) for qps in reached if len(qps)), default=0.0)
+
+
+def _measure(
+    trial: _Trial, factory: str, target_recall: float, enough: float = 0.0
+) -> pd.DataFrame:
+    """Build a kind of index, and search with its parameters from the fastest to the best.
+
+    Settings far slower than ``enough``, the queries per second with which the target has been
+    reached, are left out.
+    """
     start = time.perf_counter()
     index = train_and_add(trial.vectors, IndexSettings(factory), trial.rows)
     build_seconds, size = time.perf_counter() - start, memory_of(index)
-    space = faiss.ParameterSpace()
-    space.initialize(index)
+    space = _search_space(index)
     rows, before = [], 0.0
     for number in range(space.n_combinations()):
         space.set_index_parameters(index, number)
-        recall = 0.0
+        recall, first = 0.0, len(rows)
         for rerank in RERANK:
             row = trial.row(index, rerank)
             rows.append(row | {"search": space.combination_name(number), "rerank": rerank})
             gained, recall = row["recall"] - recall, row["recall"]
             # More candidates than are needed only cost time.
-            if gained < _LITTLE or row["recall_low"] >= target_recall:
+            if row["recall_low"] >= target_recall:
+                enough = max(enough, row["qps_2"])
                 break
-        # So do more lists, or a wider walk through the graph.
-        if recall - before < _LITTLE or (rows[-1]["recall_low"] >= target_recall and rerank == 0):
+            if gained < _LITTLE or row["qps_2"] < enough / _FAR_SLOWER:
+                break
+        # So do more lists, or a wider walk through the graph; those to come are slower still.
+        if recall - before < _LITTLE or rows[first]["qps_2"] < enough / _FAR_SLOWER:
             break
         before = recall
     table = pd.DataFrame(rows)
     return table.assign(factory=factory, bytes=size, build_seconds=build_seconds)
+
+
+def _search_space(index: faiss.Index) -> faiss.ParameterSpace:
+    """The parameters of a search, and the values to try: Faiss's own, and one between each two."""
+    space = faiss.ParameterSpace()
+    space.initialize(index)
+    for i in range(space.parameter_ranges.size()):
+        found = space.parameter_ranges.at(i)  # a copy
+        own = faiss.vector_to_array(found.values)
+        between = np.floor((own[1:] + own[:-1]) / 2)
+        faiss.copy_array_to_vector(np.union1d(own, between), space.add_range(found.name).values)
+    return space
 
 
 def _undominated(table: pd.DataFrame) -> list[int]:

@@ -49,6 +49,7 @@ RECALL = {
     IndexSettings("PQ8x4", rerank=20): 0.85,
     IndexSettings("PCAR16,IVF8,SQ8", search="nprobe=8", rerank=20): 0.95,
     IndexSettings("IVF8,PQ8x4fs", search="nprobe=8", rerank=40): 0.85,
+    IndexSettings("IVF8,RaBitQfs", search="nprobe=8", rerank=40): 0.85,
     IndexSettings("NSG16"): 0.85,
 }
 

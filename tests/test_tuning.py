@@ -1,6 +1,7 @@
 """Tests of choosing an index: it finds enough, fits, and the truth is told about it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import unit
 
@@ -81,13 +82,14 @@ def test_a_sample_chooses_the_kinds_that_are_built_with_all(world):
 def test_mapped_vectors_give_the_same_recall(world, tmp_path):
     np.save(tmp_path / "vectors.npy", world[0])
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    columns = ["factory", "search", "rerank", "recall"]
 
     def of(vectors):
         table = tune(vectors, 0.95, N * (D + 8)).frontier
-        return table.loc[table["factory"].str.contains("SQ4"), columns].reset_index(drop=True)
+        return table.set_index(["factory", "search", "rerank"])["recall"]
 
-    assert of(mapped).equals(of(world[0]))
+    both = pd.concat([of(mapped), of(world[0])], axis=1, join="inner")  # where to end, time tells
+    assert len(both) >= 10
+    np.testing.assert_array_equal(both.iloc[:, 0], both.iloc[:, 1])
 
 
 def test_impossible_demands_tell_what_is_possible(world):

@@ -1,0 +1,131 @@
+"""Made-up descriptors with the structure of real ones, to try an index at any size.
+
+    model = fit(descriptors, landmarks)                    # real ones: float32 (15,275, 512)
+    vectors = model.sample(762_000, seed=0)
+
+White noise would be the wrong test: in 512 dimensions all of its points are equally far from each
+other, so nothing can be left out of a search and nothing compressed. Real descriptors share a mean,
+have most of their variance in a few dimensions, and lie in clusters, the landmarks. So a sampled
+descriptor is
+
+    mean_c + between_c^(1/2) z_landmark + spread_landmark * within^(1/2) z_photo,      of unit norm,
+
+z from a normal distribution, with the covariances between and within the landmarks of the real set
+(the components of variance of one-way analysis: Searle, Casella, McCulloch, "Variance Components",
+1992, chapter 3). Landmarks lie in clusters themselves, so theirs is a mixture, of components c.
+Each landmark's spread is drawn from those of real landmarks, and their sizes have a Pareto tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+LARGEST = 10_000  # photos of a landmark; the most that Google Landmarks v2 has of one
+_ROWS = 65_536  # sampled at a time
+
+
+@dataclass(frozen=True)
+class DescriptorModel:
+    """A distribution of descriptors: a mixture of normal ones for landmarks, and photos round them.
+
+    Attributes:
+        shares: float (c,), of the landmarks in each component of the mixture.
+        means: float32 (c, d), of the components.
+        between: float32 (c, d, d), matrices that normal numbers are multiplied by: square roots of
+            the covariances of the landmarks in a component.
+        within: float32 (d, d), the same of the photos of a landmark.
+        spreads: float32 (m,), how far photos of a landmark scatter, relative to ``within``.
+    """
+
+    shares: np.ndarray
+    means: np.ndarray
+    between: np.ndarray
+    within: np.ndarray
+    spreads: np.ndarray
+
+    def sample(self, n: int, seed: int, sizes: np.ndarray | None = None) -> np.ndarray:
+        """Draw descriptors.
+
+        Args:
+            n: how many.
+            seed: of the draw. Equal arguments give equal descriptors.
+            sizes: int (m,), photos of each landmark, at least n in all; drawn with a heavy tail if
+                None.
+
+        Returns:
+            float32 (n, d) of unit norm, in random order.
+        """
+        rng = np.random.default_rng(seed)
+        if sizes is None:  # one landmark for each photo would be more than enough
+            tail = np.floor(5.0 * rng.pareto(1.1, n) + 0.9)
+            sizes = 1 + np.minimum(tail, LARGEST - 1).astype(np.int64)
+        sizes = sizes[: np.searchsorted(np.cumsum(sizes), n) + 1]
+        landmark = rng.permutation(np.repeat(np.arange(len(sizes)), sizes)[:n])
+        d = self.means.shape[1]
+        component = rng.choice(len(self.shares), len(sizes), p=self.shares)
+        centres = np.empty((len(sizes), d), np.float32)
+        for c, (mean, root) in enumerate(zip(self.means, self.between, strict=True)):
+            rows = np.flatnonzero(component == c)
+            centres[rows] = rng.standard_normal((len(rows), d), np.float32) @ root + mean
+        spread = rng.choice(self.spreads, len(sizes))
+        vectors = np.empty((n, d), np.float32)
+        for start in range(0, n, _ROWS):
+            block, which = vectors[start : start + _ROWS], landmark[start : start + _ROWS]
+            block[:] = rng.standard_normal(block.shape, np.float32) @ self.within
+            block *= spread[which, None]
+            block += centres[which]
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+        return vectors
+
+
+def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) -> DescriptorModel:
+    """Estimate the distribution.
+
+    Args:
+        descriptors: float32 (n, d) of unit norm.
+        landmarks: int (n,), which show the same.
+        components: of the mixture, found by k-means among the landmarks' means; fewer if there are
+            less than 8 landmarks for each.
+
+    Raises:
+        ValueError: no landmark has two photos.
+    """
+    x = np.asarray(descriptors, np.float64)
+    _, landmark, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
+    centres = np.zeros((len(counts), x.shape[1]))
+    np.add.at(centres, landmark, x)
+    centres /= counts[:, None]
+    residuals = x - centres[landmark]
+    several = counts > 1
+    if not several.any():
+        raise ValueError("no landmark has two photos: how they scatter is not to be seen")
+    within = residuals.T @ residuals / np.sum(counts - 1)
+    scatter = np.bincount(landmark, weights=np.sum(residuals**2, axis=1))[several]
+    spreads = np.sqrt(scatter / (counts[several] - 1) / np.trace(within))
+
+    components = min(components, max(1, len(centres) // 8))
+    component = KMeans(components, n_init=1, random_state=0).fit_predict(centres)
+    means, roots = np.empty((components, x.shape[1]), np.float32), []
+    for c in range(components):
+        inside = component == c
+        means[c] = centres[inside].mean(axis=0)
+        deviations = centres[inside] - means[c]
+        # The mean of a landmark's photos scatters by its photos, too.
+        noise = within * np.mean(1 / counts[inside])
+        roots.append(_root(deviations.T @ deviations / np.sum(inside) - noise))
+    return DescriptorModel(
+        shares=np.bincount(component, minlength=components) / len(component),
+        means=means,
+        between=np.stack(roots),
+        within=_root(within),
+        spreads=spreads.astype(np.float32),
+    )
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return root.astype(np.float32)
