@@ -96,10 +96,10 @@ active-conda:
 	  exit 1; }
 	@touch $@
 
-demo: setup ## Run notebooks 01-04 on generated data (profile demo) into runs/
+demo: setup ## Run notebooks 01-05 on generated data (profile demo) into runs/
 	$(PY) -m lib.pipeline
 
-# 04 evaluates the model that 02 trained: the order matters. 01 and 04 must reproduce their saved
+# 04 and 05 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
 # outputs; training (02, 03) must run, but its numbers may differ from machine to machine.
 NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
@@ -113,8 +113,8 @@ test: setup ## Check style, run the tests, run every notebook against its saved 
 	$(NBVAL) --nbval notebooks/01*.ipynb
 	@echo "== 4/5 notebooks 02 and 03, run"
 	$(NBVAL) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== 5/5 notebook 04, compared with its saved outputs"
-	$(NBVAL) --nbval notebooks/04*.ipynb
+	@echo "== 5/5 notebooks 04 and 05, compared with their saved outputs"
+	$(NBVAL) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends

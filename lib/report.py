@@ -46,6 +46,7 @@ NOTEBOOKS = {
     "02_triplet_training": Notebook("02 · Training with triplets", "training"),
     "03_gem_ablation": Notebook("03 · What GeM pooling is worth", "gem_ablation"),
     "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
+    "05_index_at_scale": Notebook("05 · An index at scale", "index"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -375,6 +376,31 @@ CAPTIONS = {
     "04_map": (
         "All unseen landmarks by t-SNE; point at a dot to see its photo.",
         "Interactive scatter plot of embeddings.",
+    ),
+    "05_made_up": (
+        "Made-up descriptors are as similar to each other as real ones.",
+        "Histograms of the similarity to the nearest and to any other photo.",
+    ),
+    "05_probes": (
+        "An inverted file: what it finds, and in what time, by the number of lists visited.",
+        "Two curves over the lists visited; recall rises faster than time.",
+    ),
+    "05_compression": (
+        "Similarities as compressed indexes have them: fewer bytes, wider clouds.",
+        "Scatter plots of similarity in the index against true similarity, one for each kind.",
+    ),
+    "05_lost": (
+        "The query for which compression loses most: found by exact search (above) and by the "
+        "compressed index (below).",
+        "Two rows of photos behind the same query; green frames show its landmark.",
+    ),
+    "05_frontier": (
+        "Kinds of index and settings: what is found, how fast, in how much memory (area).",
+        "Marks of settings by recall and queries per second, with the line of the best ones.",
+    ),
+    "05_growth": (
+        "How building, searching and memory grow with the number of photos.",
+        "Three panels with lines on logarithmic axes, for flat and for tuned search.",
     ),
 }
 
