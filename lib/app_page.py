@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gallery", default="Dataset/demo_world/unseen", help="folder of photos to search in"
     )
+    parser.add_argument(
+        "--folders-root", default="", help="own folders must lie below it; default: your home"
+    )
     parser.add_argument("--port", type=int, default=PORT, help="where it is served")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     options = parser.parse_args(arguments)
@@ -47,7 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (FileNotFoundError, FolderError, EngineError) as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
-    parameters = {"run_dir": str(run), "gallery_dir": options.gallery}
+    parameters = {
+        "run_dir": str(run),
+        "gallery_dir": options.gallery,
+        "folders_root": options.folders_root,
+    }
     page = write_page_notebook(root / "notebooks" / NOTEBOOK, run / PAGE, parameters)
     serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
     return 0

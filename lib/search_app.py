@@ -131,12 +131,12 @@ class SearchApp(widgets.VBox):
         self._progress = widgets.HTML()
 
         left = _box("left", self._drop, self._shown, self._why)
-        right = _box("right", self._status, self._grid)
         controls = _box("controls", self._k, self._kind, self._rerank, self._where)
+        right = _box("right", self._status, controls, self._grid)
         own = _box("own", self._folder, self._open, self._progress)
         main = _box("main", left, right)
         style = widgets.HTML(STYLE)
-        super().__init__([style, self._head, self._samples, main, controls, own])
+        super().__init__([style, self._head, self._samples, main, own])
         self.add_class("search-app")
 
         for control in (self._k, self._kind, self._rerank):
@@ -254,7 +254,7 @@ class SearchApp(widgets.VBox):
     def _new_cell(self, rank: int) -> widgets.Box:
         """A place of the grid. It stays; what it shows changes."""
         more = widgets.Button(description="More like this")
-        why = widgets.Button(description="What matched?")
+        why = widgets.Button(description="Why?")
         more.on_click(lambda _: self._on_gallery_photo(self.answer.names[rank]))
         why.on_click(lambda _: self._on_why(rank))
         return _box("cell", widgets.HTML(), _box("buttons", more, why))
@@ -267,8 +267,9 @@ class SearchApp(widgets.VBox):
             f'<div class="caption"><span>{rank + 1}. {html.escape(title)}</span>'
             f"<span>{similarity:.2f}</span></div>{_bar(similarity)}"
         )
-        for button in buttons.children:
-            button.tooltip = f"{button.description} (result {rank + 1}, {title})"
+        more, why = buttons.children
+        more.tooltip = f"Search with result {rank + 1}, {title}"
+        why.tooltip = f"Show what matched in result {rank + 1}, {title}"
 
     def _new_sample(self, name: str) -> widgets.Box:
         # A photo is the background of a real button, as in lib.labelling.
@@ -278,7 +279,8 @@ class SearchApp(widgets.VBox):
         button.add_class("sample")
         button.add_class(style)
         button.on_click(lambda _: self._on_gallery_photo(name))
-        rule = f".{style} {{ background-image: url({self._thumbnail(self._path(name))}) }}"
+        uri = self._thumbnail(self._path(name))
+        rule = f".search-app .sample.{style} {{ background-image: url({uri}) }}"
         return _box("sample-box", widgets.HTML(f"<style>{rule}</style>"), button)
 
     def _path(self, name: str) -> Path:
@@ -416,8 +418,9 @@ STYLE = """<style>
 .search-app .why p { font-size: 13px; }
 .search-app .status { padding: 8px 12px; border-radius: 8px; background: #eef4ff; font-size: 16px; }
 .search-app .status.failed { background: #fdecea; color: #8c1d18; }
-.search-app .app-controls, .search-app .app-own { flex-wrap: wrap; gap: 10px 22px;
-  align-items: center; padding-top: 12px; border-top: 1px solid #e5e7eb; }
+.search-app .app-controls, .search-app .app-own { flex-wrap: wrap; gap: 6px 20px;
+  align-items: center; }
+.search-app .app-own { padding-top: 14px; border-top: 1px solid #e5e7eb; }
 .search-app .app-controls .widget-label, .search-app .app-own .widget-label { width: auto;
   color: #1f2937; font-size: 14px; margin-right: 6px; }
 .search-app .widget-dropdown { width: auto; }
