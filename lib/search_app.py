@@ -246,9 +246,10 @@ class SearchApp(widgets.VBox):
         self._grid.children = self._cells[: len(answer.names)]
         best = next(iter(answer.votes), "")
         found = f"Looks most like {_title(best)}." if best else "The photos most like it:"
+        how = question.kind + f", {question.rerank}" * (question.rerank != "none")
         self._tell(
             f"{found} {_count(len(self.search.gallery.names), 'photo')} searched in "
-            f"{1000 * answer.seconds:.0f} ms."
+            f"{1000 * answer.seconds:.0f} ms ({how})."
         )
 
     def _new_cell(self, rank: int) -> widgets.Box:
