@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 
 from lib.engine import ENGINE, Engine, EngineError, export_engine, load_engine
-from lib.search import JOBS, FolderError, open_gallery
+from lib.search import JOBS, SearchError, open_gallery
 from lib.storage import project_root, replacing, show_path
 
 NOTEBOOK = "06_search_app.ipynb"
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = (root / options.run_dir).resolve()
         engine = open_engine(run)
         open_gallery(engine, root / options.gallery, run / JOBS)
-    except (FileNotFoundError, FolderError, EngineError) as error:
+    except (FileNotFoundError, SearchError, EngineError) as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
     parameters = {

@@ -73,7 +73,7 @@ export default { render };
 
 STYLE = """
 .photo-drop { display: flex; align-items: center; justify-content: center; text-align: center;
-  box-sizing: border-box; min-height: 108px; padding: 12px; cursor: pointer; border-radius: 10px;
+  box-sizing: border-box; min-height: 92px; padding: 12px; cursor: pointer; border-radius: 10px;
   border: 2px dashed #6b7280; background: #f8fafc; color: #1f2937; line-height: 1.6; }
 .photo-drop:hover, .photo-drop.over { border-color: #2563c9; background: #eef4ff; }
 .photo-drop:focus-within { outline: 3px solid #2563c9; outline-offset: 2px; }

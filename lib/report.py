@@ -46,6 +46,7 @@ NOTEBOOKS = {
     "02_triplet_training": Notebook("02 · Training with triplets", "training"),
     "03_gem_ablation": Notebook("03 · What GeM pooling is worth", "gem_ablation"),
     "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
+    "06_search_app": Notebook("06 · The search app", "search_app"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -375,6 +376,14 @@ CAPTIONS = {
     "04_map": (
         "All unseen landmarks by t-SNE; point at a dot to see its photo.",
         "Interactive scatter plot of embeddings.",
+    ),
+    "06_answer": (
+        "An answer of the search app: the query (blue) and what was found for it.",
+        "Grid of photos with similarities; a green frame marks the query's landmark.",
+    ),
+    "06_what_matched": (
+        "What the query and a photo found have in common, by covering parts of each.",
+        "Rows of the query and a photo found, each beside its heat map.",
     ),
 }
 

@@ -13,6 +13,7 @@ folder that a photo lies in is taken for its landmark. Neither TensorFlow nor Ke
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,19 +25,21 @@ from lib.embedding import embed_job, photos_below
 from lib.engine import Engine
 from lib.index import IndexSettings, PhotoIndex
 from lib.occlusion import occlusion_heat
-from lib.photos import TestSetError, read_photo
+from lib.photos import PhotoError, TestSetError, read_photo
 from lib.rerank import expand_queries
 
 JOBS = "galleries"  # folder in a run, for the embeddings of the galleries that were opened
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
+log = logging.getLogger(__name__)
+
 _BATCH = 32  # photos between two reports of progress
 _NEIGHBOURS = 3  # that a query is moved towards: a landmark often has no more photos
 
 
-class FolderError(ValueError):
-    """A folder can't be searched in; the message may be shown, and names no path."""
+class SearchError(ValueError):
+    """A folder or a photo can't be used; the message may be shown to anybody, and names no path."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def folder_below(root: Path, typed: str) -> Path:
         typed: a path, seen from ``root`` or whole.
 
     Raises:
-        FolderError: no folder that may be searched in; why is not told.
+        SearchError: no folder that may be searched in; why is not told.
     """
     try:
         root = Path(root).resolve()
@@ -128,7 +131,7 @@ def folder_below(root: Path, typed: str) -> Path:
             return folder
     except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte, an unknown user
         pass
-    raise FolderError("There is no such folder that may be searched in.")
+    raise SearchError("There is no such folder that may be searched in.")
 
 
 def open_gallery(
@@ -146,18 +149,18 @@ def open_gallery(
         on_progress: see :func:`lib.embedding.embed_job`.
 
     Raises:
-        FolderError: no photo in the folder, or none that can be read.
+        SearchError: no photo in the folder, or none that can be read.
         EmbeddingJobError: another process embeds the same photos.
     """
     try:
         source = photos_below(folder)
     except TestSetError:
-        raise FolderError("There are no photos in this folder, nor in the folders in it.") from None
+        raise SearchError("There are no photos in this folder, nor in the folders in it.") from None
     key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {source.digest}".encode())
     job = Path(jobs) / key.hexdigest()[:16]
     embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
     if not names:
-        raise FolderError("None of the photos in this folder can be read.")
+        raise SearchError("None of the photos in this folder can be read.")
     return Gallery(Path(folder), names, embeddings, len(skipped))
 
 
@@ -197,9 +200,13 @@ class Search:
         """A photo of the gallery as the network sees it, uint8 (s, s, 3).
 
         Raises:
-            PhotoError: it can't be read any more.
+            SearchError: it can't be read any more.
         """
-        return read_photo(self.gallery.folder / name, self.engine.image_size)
+        try:
+            return read_photo(self.gallery.folder / name, self.engine.image_size)
+        except PhotoError as error:
+            log.info("a photo of the gallery can't be read any more: %s", error)
+            raise SearchError("This photo can't be read any more.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What two photos, uint8 (s, s, 3), have in common in the network's eyes.

@@ -26,20 +26,20 @@ from lib.embedding import EmbeddingJobError
 from lib.engine import Engine
 from lib.failures import overlay
 from lib.photo_drop import PhotoDrop
-from lib.photos import PhotoError, picture_of
+from lib.photos import picture_of
 from lib.search import (
     KINDS,
     RERANKINGS,
     Answer,
-    FolderError,
     Gallery,
     Question,
     Search,
+    SearchError,
     folder_below,
     landmark_of,
     open_gallery,
 )
-from lib.upload import read_upload
+from lib.upload import UploadError, read_upload
 
 SAMPLES = 8  # photos to begin with
 NUMBERS = (4, 8, 12, 24)  # of photos to find
@@ -71,7 +71,7 @@ def _guarded(method: Callable) -> Callable:
     def guarded(self: SearchApp, *arguments) -> None:
         try:
             method(self, *arguments)
-        except (PhotoError, FolderError) as error:
+        except (UploadError, SearchError) as error:
             self._tell(str(error), failed=True)
         except Exception:
             log.exception("a callback of the search app failed")
@@ -187,14 +187,14 @@ class SearchApp(widgets.VBox):
     def _on_folder(self) -> None:
         typed = self._folder.value.strip()
         if not typed:
-            raise FolderError("Type the name of a folder first.")
+            raise SearchError("Type the name of a folder first.")
         folder = folder_below(self._folders_root, typed)
         self._open.disabled = True
         try:
             gallery = open_gallery(self.search.engine, folder, self._jobs, self._show_progress)
         except EmbeddingJobError:
             log.info("a folder is being embedded elsewhere", exc_info=True)
-            raise FolderError(
+            raise SearchError(
                 "This folder is being read in another window: try again in a moment."
             ) from None
         finally:
@@ -397,7 +397,7 @@ STYLE = """<style>
   background: #e5e7eb center / cover no-repeat; }
 .search-app .sample:hover { box-shadow: 0 0 0 3px #2563c9; }
 .search-app .app-main { gap: 28px; align-items: flex-start; flex-wrap: wrap; }
-.search-app .app-left { flex: 1 1 280px; max-width: 340px; flex-direction: column; gap: 12px; }
+.search-app .app-left { flex: 1 1 260px; max-width: 300px; flex-direction: column; gap: 12px; }
 .search-app .app-right { flex: 3 1 520px; flex-direction: column; gap: 10px; min-width: 0; }
 .search-app .app-grid { display: grid; width: 100%; gap: 18px 16px;
   grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); }
@@ -411,8 +411,8 @@ STYLE = """<style>
 .search-app .votes ol { list-style: none; margin: 0; padding: 0; }
 .search-app .votes li:first-child { font-weight: 650; }
 .search-app .app-buttons { gap: 6px; }
-.search-app .app-buttons button { flex: 1; width: auto; margin: 0; padding: 0 4px; font-size: 13px;
-  border-radius: 6px; background: #f3f4f6; color: #1f2937; }
+.search-app .app-buttons button { flex: 1 1 auto; width: auto; margin: 0; padding: 0 4px;
+  font-size: 13px; border-radius: 6px; background: #f3f4f6; color: #1f2937; }
 .search-app .pair { display: flex; gap: 10px; }
 .search-app .pair figure { flex: 1; margin: 0; }
 .search-app .pair figcaption { font-size: 13px; color: #4b5563; }

@@ -1,8 +1,8 @@
 """The pictures of the README, from the newest run: ``make screenshots``.
 
-The app is started as ``make app`` starts it, a photo is handed to it, and what a person would see is
-saved; the other two are figures of the run. It needs a demo (``make demo``) and Chromium (``make
-browser``).
+The app is started as ``make app`` starts it, a photo is handed to it, and what a person would see
+is saved; the other two are figures of the run. It needs a demo (``make demo``) and Chromium
+(``make browser``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import sys
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from lib.demo_data import DemoSettings
+from lib.demo_world import render_jpegs
 from lib.storage import open_run, project_root
 from tests.test_browser import find_chromium
 
 ROOT = project_root()
 IMAGES = ROOT / "notebooks" / "images"
-PHOTO = ROOT / "Dataset" / "demo_world" / "unseen" / "landmark_017" / "2.jpg"
+LANDMARK, VIEW = 1_000_017, 9  # a photo of an unseen landmark that is not in the gallery
 FIGURES = {
     "02_training_curves.png": "training_curves.png",
     "04_retrieval_grid.png": "retrieval_grid.png",
@@ -57,14 +59,16 @@ def take(address: str) -> None:
         browser = playwright.chromium.launch(
             executable_path=find_chromium(playwright), args=options
         )
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_page(viewport={"width": 1200, "height": 1080})
         page.goto(address)
         page.get_by_text("photos ready.").wait_for()
-        page.locator(".photo-drop input").set_input_files(PHOTO)
+        (photo,) = render_jpegs(DemoSettings().seed, LANDMARK, [VIEW])
+        file = {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photo}
+        page.locator(".photo-drop input").set_input_files(file)
         page.get_by_text("Looks most like").wait_for()
         page.get_by_title(re.compile("Show what matched in result 2,")).click()
         page.locator(".why img").nth(1).wait_for()
-        page.screenshot(path=IMAGES / "search_app.png", full_page=True)
+        page.screenshot(path=IMAGES / "search_app.png")
         browser.close()
     with Image.open(IMAGES / "search_app.png") as shot:  # a quarter of the bytes
         small = shot.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)

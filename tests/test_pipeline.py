@@ -85,6 +85,7 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
     sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
+    sections |= {"search_app"}
     assert set(metrics) == sections
     assert metrics["post_processing"]["as trained"]["gain"]["value"] == 0
     assert metrics["training"]["epochs"] == 2

@@ -45,6 +45,7 @@ METRICS = {
         "map": {"trained": INTERVAL, "raw_pixels": INTERVAL},
         "map_at_10": {"trained": INTERVAL, "raw_pixels": INTERVAL},
     },
+    "search_app": {"photos": 500, "landmark_named_first": 0.99},
 }
 HOSTILE = "<script>alert('x')</script>&\"\ud800"
 INTERACTIVE = '<!doctype html><script>document.title = "a" + \'b\' && "</iframe>"</script>'

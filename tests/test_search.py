@@ -14,10 +14,10 @@ from lib.engine import Engine
 from lib.occlusion import occlusion_heat
 from lib.search import (
     KINDS,
-    FolderError,
     Gallery,
     Question,
     Search,
+    SearchError,
     folder_below,
     landmark_of,
     open_gallery,
@@ -148,10 +148,10 @@ def test_a_gallery_is_embedded_once_and_says_how_far_it_is(folder, tmp_path):
 
 def test_folders_without_photos_are_refused_without_a_path(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FolderError, match=r"^There are no photos in this folder"):
+    with pytest.raises(SearchError, match=r"^There are no photos in this folder"):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
     (tmp_path / "empty" / "a.jpg").write_text("no photo")
-    with pytest.raises(FolderError, match=r"^None of the photos"):
+    with pytest.raises(SearchError, match=r"^None of the photos"):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
 
 
@@ -185,7 +185,7 @@ def test_no_other_folder_is(tmp_path, typed):
     (root / "link").symlink_to(tmp_path / "outside")
     (root / "loop").symlink_to(root / "loop")
     (root / "file.jpg").touch()
-    with pytest.raises(FolderError, match=r"^There is no such folder that may be searched in\.$"):
+    with pytest.raises(SearchError, match=r"^There is no such folder that may be searched in\.$"):
         folder_below(root, typed)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib import upload
-from lib.photos import PhotoError, read_photo
-from lib.upload import MOST_BYTES, MOST_PIXELS, SHOWN, read_upload
+from lib.photos import read_photo
+from lib.upload import MOST_BYTES, MOST_PIXELS, SHOWN, UploadError, read_upload
 
 
 def encoded(image, kind="PNG", **options):
@@ -62,7 +62,7 @@ def test_the_picture_is_upright_and_small_ones_stay_as_they_are():
 
 
 def test_too_many_bytes_are_not_even_looked_at():
-    with pytest.raises(PhotoError, match=r"This file has 21 MB; up to 20 MB"):
+    with pytest.raises(UploadError, match=r"This file has 21 MB; up to 20 MB"):
         read_upload(bytes(MOST_BYTES + 2**20), 32)
 
 
@@ -74,19 +74,19 @@ def test_a_bomb_is_refused_before_it_goes_off(side, message, monkeypatch):
     assert len(content) < 300_000 and side * side > MOST_PIXELS
     monkeypatch.setattr(upload, "square_of", None)  # would be called to decode it
     start = time.monotonic()
-    with pytest.raises(PhotoError, match=message):
+    with pytest.raises(UploadError, match=message):
         read_upload(content, 32)
     assert time.monotonic() - start < 1
 
 
 def test_what_other_programs_would_have_to_open_is_no_picture():
-    with pytest.raises(PhotoError, match="no picture that can be read"):
+    with pytest.raises(UploadError, match="no picture that can be read"):
         read_upload(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", 32)
 
 
 def test_half_a_picture_is_damaged():
     content = encoded(noise(300, 300))
-    with pytest.raises(PhotoError, match="damaged"):
+    with pytest.raises(UploadError, match="damaged"):
         read_upload(content[: len(content) // 2], 32)
 
 
@@ -99,7 +99,7 @@ def test_any_bytes_give_a_photo_or_a_friendly_line(data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
         found = read_upload(bytes(content), 32)
-    except PhotoError as error:
+    except UploadError as error:
         assert str(error)[:5] == "This " and str(error)[-1] == "." and "0x" not in str(error)
     else:
         assert found.square.shape == (32, 32, 3) and max(found.picture.shape) <= SHOWN
