@@ -118,7 +118,8 @@ def run(tmp_path):
     folder.mkdir()
     write_json(folder / "metrics.json", METRICS)
     record_environment(folder, "gldv2.yaml")
-    for name in ("01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"):
+    names = ["01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"]
+    for name in (*names, "06_answer"):
         save_figure(folder / "figures" / f"{name}.png")
     for name in NOTEBOOKS:
         execute(folder / f"{name}.ipynb")
