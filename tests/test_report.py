@@ -182,6 +182,7 @@ def test_figures_stand_in_order_with_captions(run):
             "02_triplets_after",
             "02_mining",
             "03_ablation",
+            "06_answer",
         )
     ] + ["Figure: New thing."]
     assert "Other figures" in page.text
