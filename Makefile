@@ -7,7 +7,7 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test backends browser notebooks lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo app test backends browser notebooks screenshots lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -96,11 +96,14 @@ active-conda:
 	  exit 1; }
 	@touch $@
 
-demo: setup ## Run notebooks 01-05 on generated data (profile demo) into runs/
+demo: setup ## Run notebooks 01-06 on generated data (profile demo) into runs/
 	$(PY) -m lib.pipeline
 
-# 04 and 05 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
-# outputs; training (02, 03) must run, but its numbers may differ from machine to machine.
+app: setup ## Search with a photo: opens the search app, a page for this machine alone
+	$(PY) -m lib.app_page
+
+# 04 to 06 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
+# outputs; training (02, 03) and the app (06) must run, but its numbers may differ from machine to machine.
 NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
 test: setup ## Check style, run the tests, run every notebook against its saved outputs
@@ -113,8 +116,9 @@ test: setup ## Check style, run the tests, run every notebook against its saved 
 	$(NBVAL) --nbval notebooks/01*.ipynb
 	@echo "== 4/5 notebooks 02 and 03, run"
 	$(NBVAL) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== 5/5 notebooks 04 and 05, compared with their saved outputs"
+	@echo "== 5/5 notebooks 04 and 05, compared with their saved outputs; 06, run"
 	$(NBVAL) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
+	$(NBVAL) --nbval-lax notebooks/06*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
@@ -149,13 +153,17 @@ browser: setup ## Get Chromium if there is none: make test skips some tests with
 # sees it, would find the saved outputs wanting.
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
 	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb
+	  --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.store_widget_state=False notebooks/0*.ipynb
 	$(PY) -m nbconvert --coalesce-streams --inplace notebooks/0*.ipynb  # of a progress bar, one line
 	$(PY) -m ruff format notebooks
 	mkdir -p notebooks/images
 	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png
 	cp runs/latest/figures/02_ladder.png notebooks/images/ladder.png
 	cp runs/latest/figures/04_post_processing.png notebooks/images/post_processing.png
+
+screenshots: setup ## Take the README's pictures from the newest run (needs a browser)
+	$(PY) -m tests.screenshots
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

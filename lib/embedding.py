@@ -180,7 +180,11 @@ def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Emb
 
 
 def embed_job(
-    engine: Engine, source: PhotoSource, out_folder: Path, batch_size: int = 128
+    engine: Engine,
+    source: PhotoSource,
+    out_folder: Path,
+    batch_size: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Embedded:
     """Embed pictures to a file, or find them embedded.
 
@@ -192,6 +196,8 @@ def embed_job(
         source: from :func:`photos_below`, :func:`photos_at` or :func:`photos_in_shards`.
         out_folder: of this job alone; made if absent.
         batch_size: pictures that are read together and counted as done together.
+        on_progress: is told after each batch how many pictures are done, and of how many; None
+            draws a bar in the terminal or the notebook.
 
     Raises:
         EmbeddingJobError: the folder holds another job (another engine, other pictures), or another
@@ -212,7 +218,7 @@ def embed_job(
     busy = f"another process works in {show_path(folder)}: wait for its end"
     with only_writer(folder, EmbeddingJobError(busy)):
         _claim(folder, job)
-        names, skipped = _go_on(folder, engine, source, batch_size)
+        names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
     return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
 
 
@@ -243,7 +249,11 @@ def _claim(folder: Path, job: dict) -> None:
 
 
 def _go_on(
-    folder: Path, engine: Engine, source: PhotoSource, batch_size: int
+    folder: Path,
+    engine: Engine,
+    source: PhotoSource,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> tuple[list[str], list[str]]:
     """Embed what is not embedded yet; returns names and messages of all."""
     for name in (EMBEDDINGS, PROGRESS):
@@ -254,7 +264,8 @@ def _go_on(
         if not done:
             _write_header(rows, (0, engine.dimension))
         if done < len(source):
-            for batch in _embed(engine, source, done, len(skipped), batch_size):
+            silent = on_progress is not None
+            for batch in _embed(engine, source, done, len(skipped), batch_size, silent):
                 # Written, not mapped: a disk that fills up is an error then, not a crash. The line
                 # comes last; rows that no line vouches for do not count.
                 rows.write(batch.embeddings)
@@ -263,6 +274,8 @@ def _go_on(
                 progress.flush()
                 names += batch.names
                 skipped += batch.skipped
+                if on_progress is not None:
+                    on_progress(len(names) + len(skipped), len(source))
         os.fsync(progress.fileno())
         os.fsync(rows.fileno())
         _write_header(rows, (len(names), engine.dimension))
@@ -312,13 +325,19 @@ def _write_header(rows, shape: tuple[int, int]) -> None:
 
 
 def _embed(
-    engine: Engine, source: PhotoSource, done: int, failed: int, batch_size: int
+    engine: Engine,
+    source: PhotoSource,
+    done: int,
+    failed: int,
+    batch_size: int,
+    silent: bool = False,
 ) -> Iterator[Embedded]:
     """Embed the pictures of a source, batch by batch, and show progress.
 
     Args:
         done: how many pictures to leave out at the beginning, since they are embedded.
         failed: how many of these could not be read.
+        silent: show none.
     """
 
     def read(number: int) -> np.ndarray | PhotoError:
@@ -329,7 +348,9 @@ def _embed(
 
     with (
         ThreadPoolExecutor(_THREADS) as threads,
-        tqdm(total=len(source), initial=done, desc="embedding", unit=" photos") as bar,
+        tqdm(
+            total=len(source), initial=done, desc="embedding", unit=" photos", disable=silent
+        ) as bar,
     ):
 
         def read_ahead(start: int) -> list:

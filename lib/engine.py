@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what runs an exported tower does without Keras
     import keras
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+ENGINE = "tower.engine"  # name of a run's exported tower
 
 _FORMAT = 1
 _BATCH = 64  # photos that go through the network together

@@ -80,35 +80,64 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            # A JPEG file is made smaller as the training photos are, see lib.decoding.
-            factor = reduction(*image.size, image_size)
-            image.draft(None, tuple(side // factor for side in image.size))
-            large = image.width * image.height > _LARGE
-            with _one_large_photo if large else contextlib.nullcontext():
-                return _square(image, image_size)
+            return square_of(image, image_size)
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise whatever they like
         raise PhotoError(f"{show_path(path)} is not a readable picture ({error})") from None
 
 
-def _square(image: Image.Image, image_size: int) -> np.ndarray:
-    """A picture upright as uint8 (image_size, image_size, 3) RGB, with few copies on the way."""
+def square_of(image: Image.Image, image_size: int) -> np.ndarray:
+    """An opened picture as the network wants it: see :func:`read_photo`, which opens it itself.
+
+    Raises:
+        Exception: whatever the decoder of a damaged file likes.
+    """
+    # A JPEG file is made smaller as the training photos are, see lib.decoding.
+    factor = reduction(*image.size, image_size)
+    image.draft(None, tuple(side // factor for side in image.size))
+    with _in_turn(image):
+        image = _upright(image)
+        factor = min(image.size) // (2 * image_size)
+        if image.width * image.height > _LARGE and factor > 1:
+            image = image.reduce(factor)  # an array of it would be two more copies
+        return resize(np.asarray(image), image_size)
+
+
+def picture_of(image: Image.Image, longest: int) -> Image.Image:
+    """An opened picture as people want it: upright, not squashed, small enough for a page.
+
+    Args:
+        image: as opened by Pillow.
+        longest: pixels of the longer side, at most; a smaller picture stays as it is.
+
+    Raises:
+        Exception: whatever the decoder of a damaged file likes.
+    """
+    image.draft(None, (longest, longest))
+    with _in_turn(image):
+        image = _upright(image)
+        image.thumbnail((longest, longest))
+        return image
+
+
+def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
+    large = image.width * image.height > _LARGE
+    return _one_large_photo if large else contextlib.nullcontext()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture in RGB, turned by its EXIF orientation, with few copies on the way."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # I;16 and its like: grey in 16 bits
         grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return resize(np.repeat(grey[..., None], 3, axis=2), image_size)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
-        image = white
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    factor = min(image.size) // (2 * image_size)
-    if image.width * image.height > _LARGE and factor > 1:
-        image = image.reduce(factor)  # an array of it would be two more copies
-    return resize(np.asarray(image), image_size)
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, list[Path], list[str]]:

@@ -86,6 +86,7 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
                     kernel_name="python3",
                     cwd=str(notebooks),
                     progress_bar=False,
+                    store_widget_state=False,  # photos, once more, that no page shows
                 )
             finally:
                 if target.is_file():

@@ -47,6 +47,7 @@ NOTEBOOKS = {
     "03_gem_ablation": Notebook("03 · What GeM pooling is worth", "gem_ablation"),
     "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
     "05_index_at_scale": Notebook("05 · An index at scale", "index"),
+    "06_search_app": Notebook("06 · The search app", "search_app"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -401,6 +402,14 @@ CAPTIONS = {
     "05_growth": (
         "How building, searching and memory grow with the number of photos.",
         "Three panels with lines on logarithmic axes, for flat and for tuned search.",
+    ),
+    "06_answer": (
+        "An answer of the search app: the query (blue) and what was found for it.",
+        "Grid of photos with similarities; a green frame marks the query's landmark.",
+    ),
+    "06_what_matched": (
+        "What the query and a photo found have in common, by covering parts of each.",
+        "Rows of the query and a photo found, each beside its heat map.",
     ),
 }
 

@@ -34,6 +34,35 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, or a skipped test that names the way to it."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
+    from test_browser import find_chromium
+
+    with api.sync_playwright() as playwright:
+        path = find_chromium(playwright)
+        if path is None:
+            pytest.skip("needs Chromium: make browser")
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]  # for containers and root
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page of its own; what the browser reports as an error fails the test."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(60_000)  # a busy machine is slow
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: m.type == "error" and errors.append(f"{m.text} {m.location}"))
+    yield page
+    page.close()
+    assert errors == []
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Divide by the length along the last axis."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

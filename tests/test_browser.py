@@ -3,6 +3,7 @@
 Run as a program, it says by its exit status whether a browser is there (see `make browser`).
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -65,31 +66,6 @@ def find_chromium(playwright) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with api.sync_playwright() as playwright:
-        path = find_chromium(playwright)
-        if path is None:
-            pytest.skip("needs Chromium: make browser")
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]  # for containers and root
-        browser = playwright.chromium.launch(executable_path=path, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser):
-    """A page of its own; what the browser reports as an error fails the test."""
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(60_000)  # a busy machine is slow
-    errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda m: m.type == "error" and errors.append(f"{m.text} {m.location}"))
-    yield page
-    page.close()
-    assert errors == []
-
-
 def scene(number: int, landmark: int) -> np.ndarray:
     """A photo of something: uint8 (96, 96, 3)."""
     rng = np.random.default_rng(landmark)
@@ -126,8 +102,13 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(browser, project, tmp_path_factory):
+    with start_lab(project, tmp_path_factory.mktemp("home")) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def start_lab(project, home):
     """JupyterLab's address, as a function of the notebook's name; nothing of the user's is used."""
-    home = tmp_path_factory.mktemp("home")
     settings = home / "config" / "labconfig" / "page_config.json"
     settings.parent.mkdir(parents=True)
     # It would ask whether it may fetch news.

@@ -39,6 +39,7 @@ PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protob
     "tensorboard",
     "ir-measures",
     "playwright",
+    "axe-playwright-python",
 }
 # Conda's name where it is not PyPI's.
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "python-xxhash": "xxhash"}

@@ -90,7 +90,8 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
     sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
-    assert set(metrics) == sections | {"index"}
+    sections |= {"index", "search_app"}
+    assert set(metrics) == sections
     assert (
         0.85 < metrics["index"]["tuned"]["recall@10"] <= 1 == metrics["index"]["flat"]["recall@10"]
     )

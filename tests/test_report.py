@@ -45,6 +45,7 @@ METRICS = {
         "map": {"trained": INTERVAL, "raw_pixels": INTERVAL},
         "map_at_10": {"trained": INTERVAL, "raw_pixels": INTERVAL},
     },
+    "search_app": {"photos": 500, "landmark_named_first": 0.99},
 }
 HOSTILE = "<script>alert('x')</script>&\"\ud800"
 INTERACTIVE = '<!doctype html><script>document.title = "a" + \'b\' && "</iframe>"</script>'
@@ -117,7 +118,8 @@ def run(tmp_path):
     folder.mkdir()
     write_json(folder / "metrics.json", METRICS)
     record_environment(folder, "gldv2.yaml")
-    for name in ("01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"):
+    names = ["01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"]
+    for name in (*names, "06_answer"):
         save_figure(folder / "figures" / f"{name}.png")
     for name in NOTEBOOKS:
         execute(folder / f"{name}.ipynb")
@@ -164,7 +166,7 @@ def test_the_page_needs_no_other_file(run):
 
 
 def test_figures_stand_in_order_with_captions(run):
-    save_figure(run / "figures" / "05_new_thing.png")
+    save_figure(run / "figures" / "99_new_thing.png")
     save_figure(run / "figures" / "02_triplets_after.png")
     save_figure(run / "figures" / "02_triplets_before.png")
     save_figure(run / "figures" / ".part-x-02_mining.png")  # left behind by a crash
@@ -180,6 +182,7 @@ def test_figures_stand_in_order_with_captions(run):
             "02_triplets_after",
             "02_mining",
             "03_ablation",
+            "06_answer",
         )
     ] + ["Figure: New thing."]
     assert "Other figures" in page.text
