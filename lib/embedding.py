@@ -366,7 +366,7 @@ def embed_pictures(engine: Engine, source: PhotoSource, numbers: Sequence[int]) 
 def _reading(
     threads: ThreadPoolExecutor, source: PhotoSource, numbers: Sequence[int], image_size: int
 ) -> list[Future]:
-    """Begin to read pictures; each comes to uint8 (s, s, 3), or to the error it can't be read by."""
+    """Begin to read pictures; each comes to uint8 (s, s, 3), or to the error that says why not."""
 
     def read(number: int) -> np.ndarray | PhotoError:
         try:
