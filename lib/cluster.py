@@ -146,6 +146,7 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         # By this Ray takes 127.0.0.1 for the address of this machine, as it does on a Mac.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_TOKEN_PATH": str(Path(home) / "token"),
+        "RAY_worker_niceness": "0",  # by default Ray lets every other process go first
         # A worker that is killed while it trains leaves the others waiting for it.
         "JAX_DISTRIBUTED_SHUTDOWN_TIMEOUT_S": "2",
     }
@@ -322,7 +323,8 @@ def _train_in_worker(config: dict) -> None:
     task: _Task = ray.get(config["task"])
     if jax.process_count() != task.workers:
         raise ClusterError(f"{jax.process_count()} processes train together, not {task.workers}")
-    with together() as number, tempfile.TemporaryDirectory() as own:
+    seed = task.handler.settings.seed
+    with together(seed) as number, tempfile.TemporaryDirectory() as own:
         # The first process writes the run's folder. What the others write, they alone need: each
         # goes on from a copy of the checkpoint, so that none reads what the first is writing.
         run = Path(own) / "run" if number else Path(task.run)

@@ -1,7 +1,8 @@
 """Several processes that train one model together, as Keras' JAX backend does it.
 
     jax.distributed.initialize(...)                 # of whoever starts them, see lib/cluster.py
-    with together():
+    with together(seed=1):
+        tower = load_tower(path)
         train(tower, handler, validation, settings, run)       # the same call in every process
 
 Each process holds all weights and computes its rows of every batch. The loss sees the embeddings of
@@ -25,8 +26,12 @@ _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def together() -> Iterator[int]:
+def together(seed: int) -> Iterator[int]:
     """Models made in the block are trained by all processes of ``jax.distributed``.
+
+    Args:
+        seed: of Keras' random numbers, the same in all of them: weights must not differ, not even
+            those that a model has before its file is read.
 
     Yields:
         the number of this process, from 0.
@@ -44,6 +49,7 @@ def together() -> Iterator[int]:
     before = keras.distribution.distribution()
     # Every process makes its own rows of a batch, so Keras has nothing to divide.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+    keras.utils.set_random_seed(seed)
     try:
         yield jax.process_index()
     finally:
