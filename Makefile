@@ -7,7 +7,7 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test backends browser notebooks lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo test backends cluster test-cluster browser notebooks lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -58,7 +58,7 @@ FIND_PYTHON = found=; py=; \
 	fi
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 # `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
 setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment
@@ -125,6 +125,18 @@ backends: setup ## Add PyTorch to .venv: make test skips some tests without it
 	  exit 1; }
 	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[backends]'
 	$(PY) -c 'import torch, pytorch_metric_learning'
+
+# The constraint keeps every locked package at its version here as well.
+cluster: setup ## Add Ray, JAX and Milvus to .venv: training, embedding and search past one machine
+	@[ "$(CONDA_ACTIVE)" != yes ] || { \
+	  echo "cluster: Ray and Milvus are for .venv only: run 'conda deactivate' first." >&2; \
+	  exit 1; }
+	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[cluster,milvus]'
+	$(PY) -c 'import ray, jax, pymilvus, milvus_lite'
+
+test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 07
+	$(PY) -m pytest tests -m cluster
+	$(NBVAL) --nbval-lax notebooks/07*.ipynb
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.

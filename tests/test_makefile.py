@@ -54,6 +54,8 @@ def test_help_lists_the_commands(tmp_path):
         "demo",
         "test",
         "backends",
+        "cluster",
+        "test-cluster",
         "browser",
         "notebooks",
         "lab",
