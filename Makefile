@@ -58,7 +58,7 @@ FIND_PYTHON = found=; py=; \
 	fi
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
 setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment

@@ -183,6 +183,24 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
                 os.environ[name] = value
 
 
+def busy_processes(kind: str) -> list[int]:
+    """Processes of the emulated cluster that do a kind of work, to see what happens if one dies.
+
+    Args:
+        kind: as Ray calls the actor: "RayTrainWorker" trains, "MapWorker" embeds.
+
+    Returns:
+        their ids, on Linux; elsewhere none are found.
+    """
+    found, home = [], f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR')}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            title, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            if title.startswith(f"ray::{kind}".encode()) and home in variables:
+                found.append(int(path.name))
+    return found
+
+
 @contextlib.contextmanager
 def _connected_to(ray, address: str, **options: Any) -> Iterator[None]:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)

@@ -25,6 +25,7 @@ from lib.cluster import (
     PARTS,
     ClusterError,
     ClusterSettings,
+    busy_processes,
     embed,
     embedded_parts,
     emulated_cluster,
@@ -102,22 +103,10 @@ def processes_with(*words: str) -> list[int]:
     return found
 
 
-def of_our_cluster(pids: list[int]) -> list[int]:
-    """Those that belong to the emulated cluster of this process."""
-    home = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode()
-    ours = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if home in Path(f"/proc/{pid}/environ").read_bytes():
-                ours.append(pid)
-    return ours
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    """Three nodes, of which one may be lost."""
     assert "RAY_TMPDIR" not in os.environ
-    with emulated_cluster(nodes=3, cpus=1) as cluster:
+    with emulated_cluster(nodes=2, cpus=1) as cluster:
         yield cluster
 
 
@@ -182,7 +171,7 @@ def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one
     def kill_one() -> None:
         history = run / HISTORY
         wait_for(lambda: history.is_file() and len(history.read_text().splitlines()) >= 3)
-        workers = of_our_cluster(processes_with("ray::RayTrainWorker"))
+        workers = busy_processes("RayTrainWorker")
         killed.extend(workers[-1:])
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
@@ -206,7 +195,7 @@ def test_workers_that_fail_say_why(cluster, start, shards, tmp_path):
     from lib.cluster import train as train_on_cluster
 
     handler, validation = data_of(shards)
-    settings = ClusterSettings(workers=3, restarts=0)
+    settings = ClusterSettings(workers=3, restarts=0, share_of_processor=0.5)
     with pytest.raises(ClusterError, match="16 can't be divided evenly among 3 devices"):
         train_on_cluster(load_tower(start), handler, validation, SETTINGS, tmp_path, None, settings)
 
@@ -265,7 +254,7 @@ def test_a_killed_actor_makes_no_difference(cluster, engine, shards, expected, t
     killed = []
 
     def kill_one() -> None:
-        killed.extend(of_our_cluster(processes_with("ray::MapWorker"))[:1])
+        killed.extend(busy_processes("MapWorker")[:1])
         os.kill(killed[0], signal.SIGKILL)
 
     thread = when_begun(tmp_path, kill_one)
@@ -301,10 +290,11 @@ def test_rows_that_were_written_twice_count_once(engine, shards, expected, tmp_p
 
 
 def test_a_killed_node_makes_no_difference(cluster, engine, shards, expected, tmp_path):
+    """It comes last, for the cluster has one node less from then on."""
     nodes = set(cluster.worker_nodes)
 
     def kill_one() -> None:
-        busy = of_our_cluster(processes_with("ray::MapWorker"))
+        busy = busy_processes("MapWorker")
         parents = [int(re.search(r"PPid:\s*(\d+)", status_of(pid))[1]) for pid in busy]
         (node,) = (n for n in nodes if raylet_of(n) == parents[0])
         cluster.remove_node(node, allow_graceful=False)
