@@ -5,11 +5,11 @@
 All workers share this machine's cores: two can't be faster than one, and what is measured is what
 the cluster takes for itself. Its start is not counted; that of its workers is, and named.
 
-* Embedding: the demo's pictures, in turn and again, at 128 pixels through ResNet50 (random weights),
-  exported: the plain loop of :func:`lib.embedding.embed_job`, and Ray with 1 and 2 workers.
-* Training: that of notebook 02 on the demo world, with its parameters (``--steps`` in an epoch): the
-  head from the feature cache, then the last block; on this process (Keras on TensorFlow) and on 1
-  and 2 workers (JAX). Rates are those of the epochs of the last block from its second on.
+* Embedding: the demo's pictures, again and again, at 128 pixels through an exported ResNet50 of
+  random weights: the plain loop of :func:`lib.embedding.embed_job`, and Ray with 1 and 2 workers.
+* Training: that of notebook 02 on the demo world, with its parameters (``--steps`` in an epoch):
+  the head from the feature cache, then the last block; on this process (Keras on TensorFlow) and
+  on 1 and 2 workers (JAX). Rates are those of the last block's epochs from its second on.
 
 Prints tables, and as its last line one JSON object: ``embedding`` and ``training`` with photos per
 second, ``overhead`` (the plain loop's rate over that of Ray with one worker), and ``val_map`` of
