@@ -269,12 +269,20 @@ def train(
         cluster: see :class:`ClusterSettings`.
 
     Raises:
-        ClusterError: Ray is not installed; workers died, or failed, more often than ``restarts``.
+        ClusterError: Ray is not installed; a batch can't be divided among the workers; they died,
+            or failed, more often than ``restarts``.
         TrainingError: as :func:`lib.training.train` does.
     """
     from lib.model import save_tower
     from lib.training import train as train_here
 
+    rows = handler.settings.batch_size * max(handler.settings.pictures_per_landmark, 1)
+    if rows % (cluster.workers * max(cluster.gpus, 1)):
+        raise ClusterError(
+            f"a batch of {rows} can't be divided evenly among {cluster.workers} workers"
+            + (f" of {cluster.gpus} GPUs" if cluster.gpus > 1 else "")
+            + ": choose another batch_size, or other workers"
+        )
     run = Path(run).resolve()
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -500,7 +508,7 @@ def _read_rows(folder: Path) -> Iterator[tuple[np.ndarray, list[str], np.ndarray
         numbers = table["number"].to_numpy()
         # A worker that died after it had written may have been followed by one that wrote again.
         first = [i for i, n in enumerate(numbers.tolist()) if n not in seen and not seen.add(n)]
-        table = table.take(first)
+        table = table.take(np.array(first, np.int64))
         column = table["embedding"].combine_chunks()
         yield (
             numbers[first],

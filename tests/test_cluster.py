@@ -191,13 +191,13 @@ def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one
     assert not list(run.glob(".part-*"))
 
 
-def test_workers_that_fail_say_why(cluster, start, shards, tmp_path):
+def test_a_batch_that_can_not_be_divided_is_refused_at_once(start, shards, tmp_path):
     from lib.cluster import train as train_on_cluster
 
     handler, validation = data_of(shards)
-    settings = ClusterSettings(workers=3, restarts=0, share_of_processor=0.5)
-    with pytest.raises(ClusterError, match="16 can't be divided evenly among 3 devices"):
-        train_on_cluster(load_tower(start), handler, validation, SETTINGS, tmp_path, None, settings)
+    task = (load_tower(start), handler, validation, SETTINGS, tmp_path, None)
+    with pytest.raises(ClusterError, match="16 can't be divided evenly among 3 workers"):
+        train_on_cluster(*task, ClusterSettings(workers=3))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,12 +212,17 @@ def engine(start) -> Path:
     return path
 
 
-def slow_source(shards) -> PhotoSource:
-    """The pictures of shards; each takes its time, and one can't be read."""
+def slow_source(shards, begun: Path | None = None) -> PhotoSource:
+    """The pictures of shards; each takes its time, and one can't be read.
+
+    A file is made when the first is read.
+    """
     source = photos_in_shards(build_catalogue([Path(shard) for shard in shards]))
 
     def read(number: int, image_size: int) -> np.ndarray:
-        time.sleep(0.1)
+        if begun:
+            begun.touch()
+        time.sleep(0.2)
         if number == 7:
             raise PhotoError("picture 7 can't be read")
         return source.read(number, image_size)
@@ -238,11 +243,11 @@ def assert_each_once(found, expected, folder: Path) -> None:
     assert [m for part in parts for m in part.skipped] == expected.skipped
 
 
-def when_begun(folder: Path, act) -> threading.Thread:
-    """Act once a file is written, in a thread."""
+def when(condition, act) -> threading.Thread:
+    """Act once a condition holds, in a thread."""
 
     def watch() -> None:
-        wait_for(lambda: list((folder / PARTS).glob("*.parquet")))
+        wait_for(condition)
         act()
 
     thread = threading.Thread(target=watch)
@@ -251,14 +256,15 @@ def when_begun(folder: Path, act) -> threading.Thread:
 
 
 def test_a_killed_actor_makes_no_difference(cluster, engine, shards, expected, tmp_path):
-    killed = []
+    begun, killed = tmp_path / "begun", []
 
     def kill_one() -> None:
+        time.sleep(1)
         killed.extend(busy_processes("MapWorker")[:1])
         os.kill(killed[0], signal.SIGKILL)
 
-    thread = when_begun(tmp_path, kill_one)
-    found = embed(engine, slow_source(shards), tmp_path, 8)
+    thread = when(begun.exists, kill_one)
+    found = embed(engine, slow_source(shards, begun), tmp_path, 8)
     thread.join()
     assert killed
     assert_each_once(found, expected, tmp_path)
@@ -269,16 +275,16 @@ def test_a_killed_actor_makes_no_difference(cluster, engine, shards, expected, t
 def test_a_killed_driver_is_followed_by_one_that_goes_on(
     cluster, engine, shards, expected, tmp_path
 ):
-    folder = tmp_path / "job"
-    driver = program("embed", cluster.address, engine, folder, *shards)
-    when_begun(folder, driver.kill).join()
+    parts = tmp_path / PARTS
+    driver = program("embed", cluster.address, engine, tmp_path, *shards)
+    when(lambda: list(parts.glob("*.parquet")), driver.kill).join()
     assert driver.wait() == -signal.SIGKILL
     time.sleep(3)  # its tasks end with it
-    before = {path.name for path in (folder / PARTS).iterdir()}
-    (folder / PARTS / "torn.parquet").write_bytes(b"PAR1")  # as by a writer that was killed
-    found = embed(engine, slow_source(shards), folder, 8)
-    assert len(before) > 0 and before < {path.name for path in (folder / PARTS).iterdir()}
-    assert_each_once(found, expected, folder)
+    before = {path.name for path in parts.iterdir()}
+    (parts / "torn.parquet").write_bytes(b"PAR1")  # as by a writer that was killed
+    found = embed(engine, slow_source(shards), tmp_path, 8)
+    assert before and before < {path.name for path in parts.iterdir()}
+    assert_each_once(found, expected, tmp_path)
 
 
 def test_rows_that_were_written_twice_count_once(engine, shards, expected, tmp_path, cluster):
@@ -291,27 +297,19 @@ def test_rows_that_were_written_twice_count_once(engine, shards, expected, tmp_p
 
 def test_a_killed_node_makes_no_difference(cluster, engine, shards, expected, tmp_path):
     """It comes last, for the cluster has one node less from then on."""
-    nodes = set(cluster.worker_nodes)
+    begun, nodes = tmp_path / "begun", list(cluster.worker_nodes)
+    assert len(nodes) == 2
 
     def kill_one() -> None:
-        busy = busy_processes("MapWorker")
-        parents = [int(re.search(r"PPid:\s*(\d+)", status_of(pid))[1]) for pid in busy]
-        (node,) = (n for n in nodes if raylet_of(n) == parents[0])
-        cluster.remove_node(node, allow_graceful=False)
+        time.sleep(2)
+        assert len(busy_processes("MapWorker")) == 2  # one on each node
+        cluster.remove_node(nodes[0], allow_graceful=False)
 
-    thread = when_begun(tmp_path, kill_one)
-    found = embed(engine, slow_source(shards), tmp_path, 8)
+    thread = when(begun.exists, kill_one)
+    found = embed(engine, slow_source(shards, begun), tmp_path, 8)
     thread.join()
-    assert len(cluster.worker_nodes) == len(nodes) - 1
+    assert list(cluster.worker_nodes) == nodes[1:]
     assert_each_once(found, expected, tmp_path)
-
-
-def status_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/status").read_text()
-
-
-def raylet_of(node) -> int:
-    return node.all_processes["raylet"][0].process.pid
 
 
 # --------------------------------------------------------------------------------------------------
