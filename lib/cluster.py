@@ -147,6 +147,8 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_TOKEN_PATH": str(Path(home) / "token"),
         "RAY_worker_niceness": "0",  # by default Ray lets every other process go first
+        # Ray tells at length of each process that has died. Who emulates a cluster has killed it.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
         # A worker that is killed while it trains leaves the others waiting for it.
         "JAX_DISTRIBUTED_SHUTDOWN_TIMEOUT_S": "2",
     }
@@ -351,8 +353,9 @@ def _train_in_worker(config: dict) -> None:
         raise ClusterError(f"{jax.process_count()} processes train together, not {task.workers}")
     seed = task.handler.settings.seed
     with together(seed) as number, tempfile.TemporaryDirectory() as own:
-        # The first process writes the run's folder. What the others write, they alone need: each
-        # goes on from a copy of the checkpoint, so that none reads what the first is writing.
+        # The first process writes the run's folder, which takes no other one: each has all weights.
+        # What the others write, they alone need. They go on from a copy of the checkpoint, so that
+        # none reads what the first is writing.
         run = Path(own) / "run" if number else Path(task.run)
         run.mkdir(exist_ok=True)
         path = run / CHECKPOINT
