@@ -7,7 +7,8 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test backends browser notebooks screenshots lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo app test backends cluster test-cluster browser notebooks screenshots
+.PHONY: lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -58,7 +59,7 @@ FIND_PYTHON = found=; py=; \
 	fi
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
 setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment
@@ -103,7 +104,7 @@ app: setup ## Search with a photo: opens the search app, a page for this machine
 	$(PY) -m lib.app_page
 
 # 04 to 06 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
-# outputs; training (02, 03) and the app (06) must run, but its numbers may differ from machine to machine.
+# outputs; training (02, 03) and the app (06) must run, but numbers may differ from machine to machine.
 NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
 test: setup ## Check style, run the tests, run every notebook against its saved outputs
@@ -130,6 +131,18 @@ backends: setup ## Add PyTorch to .venv: make test skips some tests without it
 	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[backends]'
 	$(PY) -c 'import torch, pytorch_metric_learning'
 
+# The constraint keeps every locked package at its version here as well.
+cluster: setup ## Add Ray, JAX and Milvus to .venv: training, embedding and search past one machine
+	@[ "$(CONDA_ACTIVE)" != yes ] || { \
+	  echo "cluster: Ray and Milvus are for .venv only: run 'conda deactivate' first." >&2; \
+	  exit 1; }
+	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[cluster,milvus]'
+	$(PY) -c 'import ray, jax, pymilvus, milvus_lite'
+
+test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 07
+	$(PY) -m pytest tests -m cluster
+	$(NBVAL) --nbval-lax notebooks/07*.ipynb
+
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
 browser: setup ## Get Chromium if there is none: make test skips some tests without it
@@ -151,11 +164,13 @@ browser: setup ## Get Chromium if there is none: make test skips some tests with
 
 # As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
 # sees it, would find the saved outputs wanting.
+# Without notebook 07, which needs `make cluster`: make notebooks NOTEBOOKS=notebooks/07*.ipynb
+NOTEBOOKS ?= $(filter-out notebooks/07%,$(wildcard notebooks/0*.ipynb))
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
 	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False \
-	  --ExecutePreprocessor.store_widget_state=False notebooks/0*.ipynb
-	$(PY) -m nbconvert --coalesce-streams --inplace notebooks/0*.ipynb  # of a progress bar, one line
+	  --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
+	$(PY) -m nbconvert --coalesce-streams --inplace $(NOTEBOOKS)  # of a progress bar, one line
 	$(PY) -m ruff format notebooks
 	mkdir -p notebooks/images
 	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png

@@ -21,6 +21,7 @@ import pandas as pd
 
 from lib.decoding import Augmentation, Variation, decode_batch, draw_variations
 from lib.landmarks import Catalogue
+from lib.processes import own_rows
 from lib.sampling import SamplingError, landmark_batches, triplet_batches, usable_triplets
 
 _THREADS = os.cpu_count() or 1
@@ -147,12 +148,15 @@ class DatasetHandler:
         """
         return self._decode(pictures, image_size or self.settings.image_size, None)
 
-    def batch(self, pictures: np.ndarray, rng: np.random.Generator) -> tuple:
+    def batch(
+        self, pictures: np.ndarray, rng: np.random.Generator, rows: slice = slice(None)
+    ) -> tuple:
         """Pictures for training: augmented, and with their groups.
 
         Args:
             pictures: int (...), rows of the catalogue's pictures.
             rng: of the augmentation.
+            rows: make only these of the batch, as they are in the whole of it.
 
         Returns:
             photos, uint8 (..., s, s, 3); groups, int32 (...): photos of different groups show
@@ -160,8 +164,15 @@ class DatasetHandler:
         """
         augmentation = self.settings.augmentation
         variations = augmentation and draw_variations(rng, pictures.size, augmentation)
-        photos = self._decode(pictures, self.settings.image_size, variations)
-        return photos, self._group[pictures]
+        if variations:
+            photos_a_row = pictures[0].size
+            variations = [
+                variations[row * photos_a_row + i]
+                for row in range(len(pictures))[rows]
+                for i in range(photos_a_row)
+            ]
+        photos = self._decode(pictures[rows], self.settings.image_size, variations)
+        return photos, self._group[pictures[rows]]
 
     def _decode(self, pictures, size: int, variations: list[Variation] | None) -> np.ndarray:
         places = [self.catalogue.places[picture] for picture in np.ravel(pictures).tolist()]
@@ -181,6 +192,8 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 class Batches(keras.utils.PyDataset):
     """The batches of one epoch, for ``fit`` on every Keras backend; each is made when asked for.
 
+    Of several processes that train together, each makes its own rows (:mod:`lib.processes`).
+
     Args:
         handler: makes the batches.
         plan: int64 (steps, ...), the pictures of each batch.
@@ -191,6 +204,9 @@ class Batches(keras.utils.PyDataset):
         # Threads, not processes: decoding releases Python's lock, and no pixels need to be copied.
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
         self._handler, self.plan, self._epoch = handler, plan, epoch
+        self._rows = own_rows(
+            plan.shape[1]
+        )  # asked here: the threads can't see what Keras is set to
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -199,7 +215,7 @@ class Batches(keras.utils.PyDataset):
         """Photos and groups of one batch, see :meth:`DatasetHandler.batch`."""
         # Each batch has randomness of its own: it does not matter which thread makes it, and when.
         rng = np.random.default_rng([self._handler.settings.seed, self._epoch, int(step)])
-        return self._handler.batch(self.plan[step], rng)
+        return self._handler.batch(self.plan[step], rng, self._rows)
 
     def as_tf_data(self):
         """The same batches as a ``tf.data.Dataset``, made by all processor cores, in order."""

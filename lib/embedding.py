@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -204,7 +204,18 @@ def embed_job(
             process works on this one.
     """
     folder = Path(out_folder)
-    job = {
+    job = describe_job(engine, source, batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another process works in {show_path(folder)}: wait for its end"
+    with only_writer(folder, EmbeddingJobError(busy)):
+        claim_folder(folder, job)
+        names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
+    return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
+
+
+def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
+    """What a job is made of; one that goes on must be made of the same."""
+    return {
         "format": _FORMAT,
         "tower": engine.fingerprint,
         "engine": engine.name,
@@ -214,16 +225,14 @@ def embed_job(
         "digest": source.digest,
         "batch_size": batch_size,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process works in {show_path(folder)}: wait for its end"
-    with only_writer(folder, EmbeddingJobError(busy)):
-        _claim(folder, job)
-        names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
-    return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
 
 
-def _claim(folder: Path, job: dict) -> None:
-    """Make the folder the job's own, if it is not that of another one."""
+def claim_folder(folder: Path, job: dict) -> None:
+    """Make the folder the job's own.
+
+    Raises:
+        EmbeddingJobError: it is that of another one.
+    """
     for part in folder.glob(".part-*"):  # of a process that was killed
         part.unlink()
     if (folder / JOB).exists():
@@ -339,13 +348,6 @@ def _embed(
         failed: how many of these could not be read.
         silent: show none.
     """
-
-    def read(number: int) -> np.ndarray | PhotoError:
-        try:
-            return source.read(number, engine.image_size)
-        except PhotoError as error:
-            return error
-
     with (
         ThreadPoolExecutor(_THREADS) as threads,
         tqdm(
@@ -353,21 +355,59 @@ def _embed(
         ) as bar,
     ):
 
-        def read_ahead(start: int) -> list:
-            return [threads.submit(read, n) for n in range(len(source))[start : start + batch_size]]
+        def read_ahead(start: int) -> list[Future]:
+            numbers = range(len(source))[start : start + batch_size]
+            return _reading(threads, source, numbers, engine.image_size)
 
         ahead = read_ahead(done)
         for start in range(done, len(source), batch_size):
-            results = [task.result() for task in ahead]
+            pictures = [task.result() for task in ahead]
             ahead = read_ahead(start + batch_size)
-            good = [i for i, result in enumerate(results) if not isinstance(result, PhotoError)]
-            photos = np.empty((len(good), *[engine.image_size] * 2, 3), np.uint8)
-            for place, i in enumerate(good):
-                photos[place] = results[i]
-            skipped = [str(result) for result in results if isinstance(result, PhotoError)]
-            names = [source.names[start + i] for i in good]
-            failed += len(skipped)
+            numbers = range(start, start + len(pictures))
+            batch = _embed_read(engine, source, numbers, pictures)
+            failed += len(batch.skipped)
             if failed:
                 bar.set_postfix(skipped=failed, refresh=False)
-            yield Embedded(engine.embed(photos), names, skipped)
-            bar.update(len(results))
+            yield batch
+            bar.update(len(pictures))
+
+
+def embed_pictures(engine: Engine, source: PhotoSource, numbers: Sequence[int]) -> Embedded:
+    """Embed some pictures of a source, as :func:`embed_job` does a batch of them.
+
+    Args:
+        engine, source: see :func:`embed_job`.
+        numbers: which of the source's pictures.
+    """
+    with ThreadPoolExecutor(_THREADS) as threads:
+        tasks = _reading(threads, source, numbers, engine.image_size)
+        return _embed_read(engine, source, numbers, [task.result() for task in tasks])
+
+
+def _reading(
+    threads: ThreadPoolExecutor, source: PhotoSource, numbers: Sequence[int], image_size: int
+) -> list[Future]:
+    """Begin to read pictures; each comes to uint8 (s, s, 3), or to the error that says why not."""
+
+    def read(number: int) -> np.ndarray | PhotoError:
+        try:
+            return source.read(number, image_size)
+        except PhotoError as error:
+            return error
+
+    return [threads.submit(read, number) for number in numbers]
+
+
+def _embed_read(
+    engine: Engine,
+    source: PhotoSource,
+    numbers: Sequence[int],
+    pictures: list[np.ndarray | PhotoError],
+) -> Embedded:
+    """Embed those of the pictures that could be read."""
+    good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
+    photos = np.empty((len(good), *[engine.image_size] * 2, 3), np.uint8)
+    for place, i in enumerate(good):
+        photos[place] = pictures[i]
+    skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
+    return Embedded(engine.embed(photos), [source.names[numbers[i]] for i in good], skipped)

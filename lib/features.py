@@ -35,6 +35,7 @@ from lib.dataset import DatasetHandler
 from lib.engine import compile_network, export_network, fast_precision, import_openvino
 from lib.landmarks import UNKNOWN
 from lib.model import fingerprint
+from lib.processes import own_rows
 from lib.sampling import SamplingError
 from lib.storage import checksum, only_writer, read_json, replacing, show_path, write_json
 
@@ -160,6 +161,10 @@ class FeatureCache:
         self._row = np.full(len(handler.catalogue.pictures), -1)
         self._row[pictures] = np.arange(len(pictures))
 
+    def __getstate__(self) -> dict:
+        """For other processes: the files are theirs to open, not sent along."""
+        return {name: value for name, value in vars(self).items() if name != "_maps"}
+
     @property
     def bytes_per_map(self) -> int:
         """Bytes of the maps of one photo."""
@@ -239,6 +244,7 @@ class FeatureBatches(keras.utils.PyDataset):
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
         self._cache, self.plan, self._epoch = cache, plan, epoch
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
+        self._rows = own_rows(plan.shape[1])
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -251,6 +257,7 @@ class FeatureBatches(keras.utils.PyDataset):
         seed = self._cache.handler.settings.seed
         rng = np.random.default_rng([seed, self._epoch, int(step)])
         variants = rng.integers(self._cache.variants, size=pictures.shape)
+        pictures, variants = pictures[self._rows], variants[self._rows]
         return self._cache.maps(pictures, variants), self._group[pictures]
 
 

@@ -171,7 +171,7 @@ class PhotoIndex:
                 that comes twice; settings that Faiss does not know, or too few photos to train such
                 an index.
         """
-        vectors, names = _checked(embeddings, names)
+        vectors, names = checked_vectors(embeddings, names)
         index = cls([], model, settings, vectors.shape[1])
         if names:
             live = np.ones(len(names), bool)
@@ -243,7 +243,7 @@ class PhotoIndex:
             UnusableIndexError: what is on the disk by now is damaged or another model's.
             OSError: the disk is full; nothing has been added.
         """
-        vectors, names = _checked(embeddings, names)
+        vectors, names = checked_vectors(embeddings, names)
         with self._changing() as folder:
             if vectors.shape[1] != self.dimension:
                 raise ValueError(
@@ -442,8 +442,18 @@ class PhotoIndex:
             return index
 
 
-def _checked(embeddings: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Embeddings, float32 (n, d), and names, as a list, if they are fit for an index."""
+def checked_vectors(embeddings: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Embeddings and names, if they are fit for an index.
+
+    Args:
+        embeddings, names: see :meth:`PhotoIndex.build`.
+
+    Returns:
+        float32 (n, d), without a copy if it was that before; and the names as a list.
+
+    Raises:
+        ValueError: as :meth:`PhotoIndex.build` does.
+    """
     # A float32 array is not copied here, mapped or not.
     vectors, names = np.ascontiguousarray(embeddings, dtype=np.float32), list(names)
     if np.ndim(embeddings) != 2:

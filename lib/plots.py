@@ -559,3 +559,23 @@ def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> Non
         axis.set(xlabel="true similarity", aspect="equal")
     axes[0, 0].set_ylabel("similarity in the index")
     _finish(save)
+
+
+def plot_capacity(table: pd.DataFrame, *, save: Path | None = None) -> None:
+    """Time and room against the number of photos, both axes logarithmic.
+
+    Args:
+        table: from :func:`lib.capacity.capacity`.
+        save: a file to write the figure to.
+    """
+    _, (hours, room) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for axis, columns, scale, label in (
+        (hours, ("training_hours", "embedding_hours"), 1, "hours"),
+        (room, ("photo_bytes", "embedding_bytes", "index_bytes"), 1e12, "10^12 bytes"),
+    ):
+        for column in columns:
+            name = column.rpartition("_")[0]
+            axis.loglog(table.index, table[column] / scale, marker="o", label=name)
+        axis.set(xlabel="photos", ylabel=label)
+        axis.legend()
+    _finish(save)

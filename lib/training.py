@@ -50,6 +50,7 @@ from lib.losses import (
 from lib.metrics import average_precision, pair_hits
 from lib.model import Siamese, embed, feature_maps, gem_exponent, save_tower
 from lib.monitoring import HISTORY, TENSORBOARD, TrainingLog
+from lib.processes import as_the_first, by_itself
 from lib.storage import replacing, show_path
 
 CHECKPOINT, MODEL = "checkpoint.npz", "model.keras"
@@ -267,15 +268,19 @@ def train(
         compile_siamese(siamese, settings, stage)
         done = sum(row["stage"] == number for row in history) * stage.steps_per_epoch
         checkpoint.restore(tower, loss, siamese.optimizer if done else None)
-        triplets = validation if model is tower else feature_maps(tower, validation)
+        triplets = validation
+        if model is not tower:
+            with by_itself(tower) as local:
+                triplets = feature_maps(local, validation)
         with log.progress(f"{number} {stage.train}", stage.steps, done):
             while not _is_over(history, number, settings):
                 epoch = len(history) + 1
                 batches = batches_of(epoch - 1, stage.steps_per_epoch)
                 row, weights = _train_epoch(siamese, batches, epoch, log)
                 # As long as the model holds the moving average of its weights, if there is one:
-                embeddings = _embed_triplets(model, triplets)
-                row |= _measure(embeddings) | {"p": gem_exponent(tower)}
+                with by_itself(model) as local:
+                    embeddings = _embed_triplets(local, triplets)
+                row |= as_the_first(_measure(embeddings)) | {"p": gem_exponent(tower)}
                 history.append({"epoch": epoch, "stage": number} | row)
                 is_best = _epochs_since_best(history) == 0
                 with _writing(run, epoch - 1):

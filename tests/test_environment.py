@@ -140,7 +140,7 @@ def test_every_declared_dependency_is_bounded_and_says_where_it_is_used():
     everything = declared(*PROJECT["optional-dependencies"])
     assert all(requirement.specifier for requirement in everything)
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lines = re.findall(r'(?m)^    "[a-z0-9-]+(?:\[[a-z-]+\])?[~=<>].*$', text)
+    lines = re.findall(r'(?m)^    "[a-z0-9-]+(?:\[[a-z,-]+\])?[~=<>].*$', text)
     assert len(lines) == len(everything)
     for line in lines:
         assert re.search(r'", # \S', line), f"no comment: {line}"
@@ -218,9 +218,11 @@ def test_installed_versions_are_the_locked_ones():
     expected = pins(extra, default_environment())
     assert {package: installed.get(package) for package in expected} == expected
     assert len({"tensorflow", "tensorflow-cpu"} & set(installed)) == 1
-    backends = {name(r): r for r in declared_in("backends")}
-    for package in backends.keys() & installed.keys():
-        assert installed[package] in backends[package].specifier, "make backends"
+    commands = {"backends": "make backends", "cluster": "make cluster", "milvus": "make cluster"}
+    for optional, command in commands.items():
+        of_extra = {name(r): r for r in declared_in(optional)}
+        for package in of_extra.keys() & installed.keys():
+            assert installed[package] in of_extra[package].specifier, command
 
 
 # ---- imports
@@ -257,6 +259,7 @@ def is_import(node):
 
 BACKENDS = {name(r) for r in declared_in("backends")}
 RIVALS = {name(r) for r in declared_in("rivals")}
+CLUSTER = {name(r) for extra in ("cluster", "milvus") for r in declared_in(extra)}
 LOCAL_MODULES = {"lib", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
 
@@ -288,11 +291,22 @@ def test_every_imported_package_is_declared():
     packages = metadata.packages_distributions()
     for path, modules in IMPORTS.items():
         extra = {"tests": BACKENDS, "benchmarks": RIVALS}
-        allowed = direct | extra.get(path.partition("/")[0], set())
+        allowed = direct | CLUSTER | extra.get(path.partition("/")[0], set())
         for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
             # What is not installed (the extra `backends`) is called as its module is.
             owners = {canonicalize_name(owner) for owner in packages.get(module, [module])}
             assert owners & allowed, f"{path} imports {module}, which pyproject.toml does not list"
+
+
+def test_ray_jax_and_milvus_are_imported_only_when_needed():
+    places = {"ray": {"lib/cluster.py"}, "pymilvus": {"lib/milvus_index.py"}}
+    places["jax"] = {"lib/processes.py", "lib/cluster.py"}
+    for module, allowed in places.items():
+        assert {p for p in importers(module) if p.startswith("lib/")} == allowed
+        for path, tree in sources():
+            if path in allowed:
+                top = imported(ast.Module([n for n in tree.body if is_import(n)], type_ignores=[]))
+                assert module not in set(top), f"{path} imports {module} for those without it, too"
 
 
 def test_tests_that_need_the_extra_backends_are_skipped_without_it():

@@ -55,6 +55,8 @@ def test_help_lists_the_commands(tmp_path):
         "app",
         "test",
         "backends",
+        "cluster",
+        "test-cluster",
         "browser",
         "notebooks",
         "screenshots",

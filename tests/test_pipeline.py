@@ -45,7 +45,9 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*PATHS, ROOT / "notebooks" / "07_past_one_machine.ipynb"], ids=lambda path: path.stem
+)
 def test_notebooks_have_the_common_form(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.kernelspec.name == "python3"

@@ -1,0 +1,149 @@
+"""What does Ray cost on one machine, and does a training on two processes end where one does?
+
+    python -m benchmarks.cluster [--photos 2000] [--steps 100] [--precision float32]
+
+All workers share this machine's cores: two can't be faster than one, and what is measured is what
+the cluster takes for itself. Its start is not counted; that of its workers is, and named.
+
+* Embedding: the demo's pictures, again and again, at 128 pixels through an exported ResNet50 of
+  random weights: the plain loop of :func:`lib.embedding.embed_job`, and Ray with 1 and 2 workers.
+* Training: that of notebook 02 on the demo world, with its parameters (``--steps`` in an epoch):
+  the head from the feature cache, then the last block; on this process (Keras on TensorFlow) and
+  on 1 and 2 workers (JAX). Rates are those of the last block's epochs from its second on.
+
+Prints tables, and as its last line one JSON object: ``embedding`` and ``training`` with photos per
+second, ``overhead`` (the plain loop's rate over that of Ray with one worker), and ``val_map`` of
+each training with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+from lib import cluster
+from lib.dataset import DatasetHandler, DataSettings
+from lib.demo_data import make_demo_data
+from lib.embedding import PhotoSource, embed_job, photos_in_shards
+from lib.engine import export_engine, load_engine
+from lib.features import build_cache
+from lib.landmarks import Catalogue, open_catalogue, split_landmarks
+from lib.metrics import average_precision, interval, pair_hits
+from lib.model import TowerSettings, build_tower, embed, load_tower, save_tower
+from lib.storage import project_root
+from lib.training import Stage, TrainingSettings, train
+
+BATCH = 64
+HERE = "this process"
+
+
+def repeated(source: PhotoSource, n: int) -> PhotoSource:
+    """So many pictures, the given ones again and again under new names."""
+    names, read = [f"{i}-{source.names[i % len(source)]}" for i in range(n)], source.read
+    return PhotoSource(names, lambda i, size: read(i % len(source), size), source.digest)
+
+
+def measure_embedding(catalogue: Catalogue, folder: Path, n: int) -> dict[str, float]:
+    """Photos per second of each way, the start of Ray's workers included."""
+    tower = build_tower(TowerSettings(image_size=128, weights=""))
+    path = folder / "tower.engine"
+    export_engine(tower, path)
+    source = repeated(photos_in_shards(catalogue), n)
+    seconds = {}
+    start = time.perf_counter()
+    expected = embed_job(load_engine(path), source, folder / "plain", BATCH)
+    seconds[HERE] = time.perf_counter() - start
+    for workers in (1, 2):
+        settings = cluster.ClusterSettings(workers=workers)
+        with cluster.emulated_cluster(nodes=workers):
+            start = time.perf_counter()
+            found = cluster.embed(path, source, folder / f"ray-{workers}", BATCH, settings)
+            seconds[f"Ray, workers: {workers}"] = time.perf_counter() - start
+        assert found.names == expected.names
+        assert np.einsum("nd,nd->n", found.embeddings, expected.embeddings).min() > 0.99
+    return {name: n / s for name, s in seconds.items()}
+
+
+def measure_training(
+    catalogue: Catalogue, root: Path, folder: Path, steps: int, precision: str
+) -> tuple[dict[str, float], dict[str, dict]]:
+    """Photos per second, and validation mAP with its interval, of each way."""
+    part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
+    data = DataSettings(image_size=32, batch_size=32, seed=1)
+    handler = DatasetHandler(catalogue, data, part == "train")
+    held_back = DatasetHandler(catalogue, data, part == "validation")
+    validation = held_back.photos(held_back.validation_triplets(400))
+    settings = TrainingSettings(
+        stages=(Stage("head", 6, steps, 3e-3), Stage("last-block", 3, steps, 5e-4)), patience=4
+    )
+    weights = str(root / "weights" / "demo_resnet50.weights.h5")
+    keras.utils.set_random_seed(1)
+    tower = build_tower(
+        TowerSettings(image_size=32, last_stage=3, weights=weights, precision=precision)
+    )
+    save_tower(tower, folder / "start.keras")
+    cache = build_cache(tower.get_layer("trunk"), handler, folder / "features", 2)
+    rates, maps = {}, {}
+    for name, workers in {HERE: 0, "Ray, workers: 1": 1, "Ray, workers: 2": 2}.items():
+        tower, run = load_tower(folder / "start.keras"), folder / f"run-{workers}"
+        task = (tower, handler, validation, settings, run, cache)
+        if workers:
+            of_cluster = cluster.ClusterSettings(workers=workers)
+            with cluster.emulated_cluster(nodes=workers):
+                cluster.train(*task, of_cluster)
+        else:
+            train(*task)
+        ends = [path.stat().st_mtime for path in sorted(run.glob("tensorboard/events*"))]
+        photos = (len(ends) - 7) * steps * data.batch_size * 3
+        rates[name] = photos / (ends[-1] - ends[6])
+        anchors, positives = (embed(tower, validation[:, role]) for role in (0, 1))
+        maps[name] = interval(average_precision(pair_hits(anchors, positives)))._asdict()
+    return rates, maps
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster")
+    parser.add_argument("--photos", type=int, default=2000, help="to embed")
+    parser.add_argument("--steps", type=int, default=100, help="in an epoch of the training")
+    parser.add_argument("--precision", default="mixed_bfloat16", help="of the backbone in training")
+    options = parser.parse_args()
+    root = project_root()
+    make_demo_data(root)
+    catalogue = open_catalogue(root / "Dataset" / "demo_world")
+    (root / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root / "runs") as name:
+        embedding = measure_embedding(catalogue, Path(name), options.photos)
+        print(f"\n{options.photos} photos embedded, ResNet50 at 128 pixels, photos per second:")
+        for way, rate in embedding.items():
+            print(f"{way:<16} {rate:8.1f}   {rate / embedding[HERE]:5.2f}")
+        training, maps = measure_training(
+            catalogue, root, Path(name), options.steps, options.precision
+        )
+    print("\nthe last block trained, as in notebook 02, photos per second, and validation mAP:")
+    for way, rate in training.items():
+        found = maps[way]
+        print(
+            f"{way:<16} {rate:8.1f}   {rate / training[HERE]:5.2f}   {found['value']:.3f} "
+            f"[{found['low']:.3f}, {found['high']:.3f}]"
+        )
+    result = {
+        "embedding": {way: round(rate, 1) for way, rate in embedding.items()},
+        "training": {way: round(rate, 1) for way, rate in training.items()},
+        "overhead": round(embedding[HERE] / embedding["Ray, workers: 1"], 2),
+        "val_map": maps,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
