@@ -26,6 +26,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from lib.engine import fast_precision
 from lib.losses import MetricLoss
 from lib.pooling import make_pooling
 from lib.storage import replacing, show_path
@@ -162,6 +163,17 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     trunk = keras.Model(photos, maps, name="trunk")
     head = build_head(trunk.output_shape[1:], settings)
     return keras.Model(photos, head(trunk(photos)), name="tower")
+
+
+def fast_policy() -> str:
+    """What this machine trains fast in, of ``PRECISIONS``.
+
+    A GPU is taken to be fast in bfloat16. Processors without instructions for it emulate it, many
+    times slower than float32.
+    """
+    on_processor = "cpu" in str(ops.zeros(1).device).lower()
+    slow = on_processor and fast_precision() != "bfloat16"
+    return "float32" if slow else "mixed_bfloat16"
 
 
 @contextlib.contextmanager

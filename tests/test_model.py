@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from lib import model as model_module
 from lib.losses import LossSettings, MetricLoss
 from lib.model import (
     BACKBONES,
@@ -304,3 +305,14 @@ def test_a_resized_tower_keeps_weights_and_takes_photos_of_another_size(tower, m
         other.set_weights([w + 1 for w in other.get_weights()])
         for a, b in zip(before, one.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("processor", "policy"), [("float32", "float32"), ("bfloat16", "mixed_bfloat16")]
+)
+def test_training_computes_in_what_the_processor_is_fast_in(processor, policy, monkeypatch):
+    monkeypatch.setattr(model_module, "fast_precision", lambda: processor)
+    if "cpu" in str(ops.zeros(1).device).lower():
+        assert model_module.fast_policy() == policy
+    else:
+        assert model_module.fast_policy() == "mixed_bfloat16"
