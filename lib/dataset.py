@@ -204,9 +204,8 @@ class Batches(keras.utils.PyDataset):
         # Threads, not processes: decoding releases Python's lock, and no pixels need to be copied.
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
         self._handler, self.plan, self._epoch = handler, plan, epoch
-        self._rows = own_rows(
-            plan.shape[1]
-        )  # asked here: the threads can't see what Keras is set to
+        # Asked here: the threads that make the batches can't see what Keras is set to.
+        self._rows = own_rows(plan.shape[1])
 
     def __len__(self) -> int:
         return len(self.plan)

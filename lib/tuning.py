@@ -27,7 +27,7 @@ RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
 SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them
 _BLOCK = 16_384  # rows that are handled together
 _LITTLE = 0.001  # recall that is not worth more time
-_FAR_SLOWER = 3
+_FAR_SLOWER = 3  # times slower than what has reached the target: not tried any further
 _SURE = 1.645  # standard errors: one-sided 95 %
 
 
