@@ -29,16 +29,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.embedding import (
-    Embedded,
-    EmbeddingJobError,
-    PhotoSource,
-    claim_folder,
-    describe_job,
-    embed_pictures,
-)
+from lib.embedding import Embedded, PhotoSource, claimed, describe_job, embed_pictures
 from lib.engine import Engine, keras_engine, load_engine
-from lib.storage import only_writer, show_path
 
 if TYPE_CHECKING:  # who only embeds does without them
     import keras
@@ -445,10 +437,8 @@ def embed(
     """
     folder, tower = Path(out_folder).resolve(), Path(tower).resolve()
     job = {"rows": "parquet"} | describe_job(_load(tower), source, batch_size)
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    busy = f"another process works in {show_path(folder)}: wait for its end"
-    with only_writer(folder, EmbeddingJobError(busy)):
-        claim_folder(folder, job)
+    with claimed(folder, job):
+        (folder / PARTS).mkdir(exist_ok=True)
         missing = _missing(folder, len(source))
         if len(missing):
             with _connected(cluster) as ray:

@@ -14,6 +14,7 @@ The folder of a job holds ``job.json``, what it is made of; ``embeddings.npy``, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -205,10 +206,7 @@ def embed_job(
     """
     folder = Path(out_folder)
     job = describe_job(engine, source, batch_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process works in {show_path(folder)}: wait for its end"
-    with only_writer(folder, EmbeddingJobError(busy)):
-        claim_folder(folder, job)
+    with claimed(folder, job):
         names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
     return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
 
@@ -227,12 +225,26 @@ def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
     }
 
 
-def claim_folder(folder: Path, job: dict) -> None:
-    """Make the folder the job's own.
+@contextlib.contextmanager
+def claimed(folder: Path, job: dict) -> Iterator[None]:
+    """Work in a folder that is the job's own, and keep other processes out of it.
+
+    Args:
+        folder: made if absent.
+        job: from :func:`describe_job`.
 
     Raises:
-        EmbeddingJobError: it is that of another one.
+        EmbeddingJobError: it is that of another job, or another process works in it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another process works in {show_path(folder)}: wait for its end"
+    with only_writer(folder, EmbeddingJobError(busy)):
+        _claim(folder, job)
+        yield
+
+
+def _claim(folder: Path, job: dict) -> None:
+    """Make the folder the job's own, if it is not that of another one."""
     for part in folder.glob(".part-*"):  # of a process that was killed
         part.unlink()
     if (folder / JOB).exists():
