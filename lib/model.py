@@ -329,7 +329,7 @@ def resized(tower: keras.Model, image_size: int) -> keras.Model:
 def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:
     """Embed photos: uint8 (n, h, w, 3) RGB at the tower's size -> float32 (n, d) of unit norm."""
     if len(photos) == 0:
-        return np.empty((0, tower.output_shape[-1]), dtype=np.float32)
+        return np.empty((0, *tower.output_shape[1:]), dtype=np.float32)
     return np.asarray(tower.predict(photos, batch_size=batch_size, verbose=0), dtype=np.float32)
 
 

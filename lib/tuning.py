@@ -255,8 +255,7 @@ def search_reranked(
 
 def shares_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Recall of each query: int (q, k) and int (q, k) -> float64 (q,) from 0 to 1."""
-    pairs = zip(exact, found, strict=True)
-    return np.array([np.isin(right, some).mean() for right, some in pairs])
+    return (exact[:, :, None] == found[:, None, :]).any(axis=2).mean(axis=1)
 
 
 def memory_of(index: faiss.Index) -> int:
