@@ -7,8 +7,8 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test backends cluster test-cluster browser notebooks screenshots
-.PHONY: lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo app test test-style test-lib test-notebooks backends cluster test-cluster
+.PHONY: browser notebooks screenshots lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -76,23 +76,27 @@ active-conda:
 	  echo "setup: of environment.yml, or run 'conda deactivate' to let make build .venv." >&2; \
 	  exit 1; }
 
+# uv installs in half a minute what takes pip some minutes. It does not read pip's settings (another
+# index, for instance), so pip has a try where uv fails.
+define INSTALL
+{ command -v uv >/dev/null 2>&1 && \
+  uv pip install --quiet --compile-bytecode --python .venv/bin/python $(1); } || \
+.venv/bin/python -m pip install --quiet $(1)
+endef
+
 # Always built from scratch: the packages of the two lock files must never mix. The stamp comes last,
 # so a set-up that failed or was interrupted starts anew.
 .venv/.stamp-$(EXTRA): $(LOCK)
 	@$(FIND_PYTHON); \
 	echo "setup: building .venv with Python $$version from $(LOCK): about 3 GB (with CUDA more), some minutes"; \
 	rm -rf .venv; \
-	if command -v uv >/dev/null 2>&1; then \
-	  py=`"$$py" -c 'import sys; print(sys.executable)'`; \
-	  uv venv --quiet --seed --python "$$py" .venv && \
-	  uv pip install --quiet --compile-bytecode --python .venv/bin/python --requirement $(LOCK); \
-	else \
-	  "$$py" -c 'import ensurepip' && "$$py" -m venv .venv || { \
-	    echo "setup: $$py (Python $$version) cannot build virtual environments: it lacks venv or ensurepip." >&2; \
-	    echo "setup: on Debian and Ubuntu: apt install python$${version%.*}-venv" >&2; \
-	    exit 1; }; \
-	  .venv/bin/python -m pip install --quiet --requirement $(LOCK); \
-	fi || { \
+	{ command -v uv >/dev/null 2>&1 && \
+	  uv venv --quiet --seed --python `"$$py" -c 'import sys; print(sys.executable)'` .venv; } || \
+	{ "$$py" -c 'import ensurepip' && "$$py" -m venv --clear .venv; } || { \
+	  echo "setup: $$py (Python $$version) cannot build virtual environments: it lacks venv or ensurepip." >&2; \
+	  echo "setup: on Debian and Ubuntu: apt install python$${version%.*}-venv" >&2; \
+	  exit 1; }; \
+	$(call INSTALL,--requirement $(LOCK)) || { \
 	  echo "setup: installing $(LOCK) failed, see above. Is a package index reachable?" >&2; \
 	  exit 1; }
 	@touch $@
@@ -107,37 +111,51 @@ app: setup ## Search with a photo: opens the search app, a page for this machine
 # outputs; training (02, 03) and the app (06) must run, but numbers may differ from machine to machine.
 NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
-test: setup ## Check style, run the tests, run every notebook against its saved outputs
-	@echo "== 1/5 style"
+test: test-style test-lib test-notebooks ## Check style, run the tests and the notebooks
+# Threads that wait sleep, rather than take the cores from tests that run beside them.
+test-lib test-notebooks test-cluster: export OMP_WAIT_POLICY := PASSIVE
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+test-notebooks test-cluster: | test-lib  # which has all cores busy; with -j, the two run side by side
+endif
+
+test-style: setup
+	@echo "== style"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@echo "== 2/5 tests"
+
+test-lib: setup
+	@echo "== tests"
 	$(PY) -m pytest tests --numprocesses=auto --dist=loadgroup
-	@echo "== 3/5 notebook 01, compared with its saved outputs"
+
+test-notebooks: setup
+	@echo "== notebook 01, compared with its saved outputs"
 	$(NBVAL) --nbval notebooks/01*.ipynb
-	@echo "== 4/5 notebooks 02 and 03, run"
+	@echo "== notebooks 02 and 03, run"
 	$(NBVAL) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== 5/5 notebooks 04 and 05, compared with their saved outputs; 06, run"
+	@echo "== notebooks 04 and 05, compared with their saved outputs; 06, run"
 	$(NBVAL) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
 	$(NBVAL) --nbval-lax notebooks/06*.ipynb
 
-# For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without:
+# For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
-# The constraint keeps every locked package at its version.
-backends: setup ## Add PyTorch to .venv: make test skips some tests without it
-	@[ "$(CONDA_ACTIVE)" != yes ] || { \
-	  echo "backends: PyTorch is for .venv only: run 'conda deactivate' first." >&2; \
-	  exit 1; }
-	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[backends]'
-	$(PY) -c 'import torch, pytorch_metric_learning'
+# and with uv:
+#   UV_TORCH_BACKEND=cpu make backends
+backends: .venv/.added-backends ## Add PyTorch to .venv: make test skips some tests without it
+.venv/.added-backends: EXTRAS = backends
+.venv/.added-backends: MODULES = torch, pytorch_metric_learning
 
-# The constraint keeps every locked package at its version here as well.
-cluster: setup ## Add Ray, JAX and Milvus to .venv: training, embedding and search past one machine
+cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, embedding and search past one machine
+.venv/.added-cluster: EXTRAS = cluster,milvus
+.venv/.added-cluster: MODULES = ray, jax, pymilvus, milvus_lite
+
+# The constraint keeps every locked package at its version.
+.venv/.added-backends .venv/.added-cluster: pyproject.toml | setup
 	@[ "$(CONDA_ACTIVE)" != yes ] || { \
-	  echo "cluster: Ray and Milvus are for .venv only: run 'conda deactivate' first." >&2; \
+	  echo "make $(subst .venv/.added-,,$@) is for .venv only: run 'conda deactivate' first." >&2; \
 	  exit 1; }
-	$(PY) -m pip install --quiet --constraint $(LOCK) --editable '.[cluster,milvus]'
-	$(PY) -c 'import ray, jax, pymilvus, milvus_lite'
+	@$(call INSTALL,--constraint $(LOCK) --editable '.[$(EXTRAS)]')
+	$(PY) -c 'import $(MODULES)'
+	@touch $@
 
 test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 07
 	$(PY) -m pytest tests -m cluster
@@ -146,17 +164,17 @@ test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
 browser: setup ## Get Chromium if there is none: make test skips some tests without it
-	@$(PY) tests/test_browser.py || { \
+	@$(PY) tests/chromium.py || { \
 	  sudo=; [ "`id -u`" = 0 ] || sudo="sudo -n"; \
 	  command -v apt-get >/dev/null 2>&1 && \
 	  echo "browser: installing the system's package chromium" && \
 	  $$sudo apt-get update -qq && \
 	  $$sudo apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core && \
-	  $(PY) tests/test_browser.py; \
+	  $(PY) tests/chromium.py; \
 	} || { \
 	  echo "browser: fetching Playwright's Chromium instead" && \
 	  $(PY) -m playwright install chromium && \
-	  $(PY) tests/test_browser.py; \
+	  $(PY) tests/chromium.py; \
 	} || { \
 	  echo "browser: no Chromium that starts, see above. If libraries are missing:" >&2; \
 	  echo "browser: sudo $(PY) -m playwright install-deps chromium" >&2; \
@@ -172,10 +190,6 @@ notebooks: setup ## Run the notebooks and save their outputs in place (before a 
 	  --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
 	$(PY) -m nbconvert --coalesce-streams --inplace $(NOTEBOOKS)  # of a progress bar, one line
 	$(PY) -m ruff format notebooks
-	mkdir -p notebooks/images
-	cp runs/latest/figures/04_retrieval_grid.png notebooks/images/retrieval_grid.png
-	cp runs/latest/figures/02_ladder.png notebooks/images/ladder.png
-	cp runs/latest/figures/04_post_processing.png notebooks/images/post_processing.png
 
 screenshots: setup ## Take the README's pictures from the newest run (needs a browser)
 	$(PY) -m tests.screenshots

@@ -1,6 +1,6 @@
 """What does Ray cost on one machine, and does a training on two processes end where one does?
 
-    python -m benchmarks.cluster [--photos 2000] [--steps 100] [--precision float32]
+    python -m benchmarks.cluster [--photos 2000] [--steps 100]
 
 All workers share this machine's cores: two can't be faster than one, and what is measured is what
 the cluster takes for itself. Its start is not counted; that of its workers is, and named.
@@ -38,7 +38,7 @@ from lib.engine import export_engine, load_engine
 from lib.features import build_cache
 from lib.landmarks import Catalogue, open_catalogue, split_landmarks
 from lib.metrics import average_precision, interval, pair_hits
-from lib.model import TowerSettings, build_tower, embed, load_tower, save_tower
+from lib.model import TowerSettings, build_tower, embed, fast_policy, load_tower, save_tower
 from lib.storage import project_root
 from lib.training import Stage, TrainingSettings, train
 
@@ -74,7 +74,7 @@ def measure_embedding(catalogue: Catalogue, folder: Path, n: int) -> dict[str, f
 
 
 def measure_training(
-    catalogue: Catalogue, root: Path, folder: Path, steps: int, precision: str
+    catalogue: Catalogue, root: Path, folder: Path, steps: int
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """Photos per second, and validation mAP with its interval, of each way."""
     part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
@@ -88,7 +88,7 @@ def measure_training(
     weights = str(root / "weights" / "demo_resnet50.weights.h5")
     keras.utils.set_random_seed(1)
     tower = build_tower(
-        TowerSettings(image_size=32, last_stage=3, weights=weights, precision=precision)
+        TowerSettings(image_size=32, last_stage=3, weights=weights, precision=fast_policy())
     )
     save_tower(tower, folder / "start.keras")
     cache = build_cache(tower.get_layer("trunk"), handler, folder / "features", 2)
@@ -115,7 +115,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster")
     parser.add_argument("--photos", type=int, default=2000, help="to embed")
     parser.add_argument("--steps", type=int, default=100, help="in an epoch of the training")
-    parser.add_argument("--precision", default="mixed_bfloat16", help="of the backbone in training")
     options = parser.parse_args()
     root = project_root()
     make_demo_data(root)
@@ -126,9 +125,7 @@ def main() -> None:
         print(f"\n{options.photos} photos embedded, ResNet50 at 128 pixels, photos per second:")
         for way, rate in embedding.items():
             print(f"{way:<16} {rate:8.1f}   {rate / embedding[HERE]:5.2f}")
-        training, maps = measure_training(
-            catalogue, root, Path(name), options.steps, options.precision
-        )
+        training, maps = measure_training(catalogue, root, Path(name), options.steps)
     print("\nthe last block trained, as in notebook 02, photos per second, and validation mAP:")
     for way, rate in training.items():
         found = maps[way]
@@ -141,6 +138,7 @@ def main() -> None:
         "training": {way: round(rate, 1) for way, rate in training.items()},
         "overhead": round(embedding[HERE] / embedding["Ray, workers: 1"], 2),
         "val_map": maps,
+        "precision": fast_policy(),
     }
     print(json.dumps(result))
 

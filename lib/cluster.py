@@ -103,9 +103,9 @@ def import_ray():
         import ray
         import ray.data
         import ray.train
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ClusterError(
-            f"{error.name or error} is not installed: it comes with the extra cluster, by "
+            f"{error.name} is not installed: it comes with the extra cluster, by "
             "`make cluster` or pip install '.[cluster]'"
         ) from None
     return ray

@@ -25,7 +25,7 @@ from lib import demo_world
 from lib.demo_world import render_jpegs  # in a module of its own: light to import in each process
 from lib.photos import GROUND_TRUTH
 from lib.records import Triplet, shard_name, write_shard
-from lib.storage import read_json, replacing, write_json
+from lib.storage import only_writer, read_json, replacing, write_json
 from lib.workers import process_pool
 
 FULL_SHARDS = 15  # ... which has 15 shards of equal size, and one for the remainder
@@ -103,6 +103,8 @@ def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
 def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
     """Write the demo world below ``root``, unless it is there already, whole and by these settings.
 
+    If another process is about to write it, this one waits and finds it.
+
     Returns:
         whether it was written now. The same settings give the same files, byte for byte, with the
         same version of Pillow.
@@ -113,6 +115,17 @@ def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
     manifest = asdict(settings) | {"drawn_by": _drawing_code_digest()}
     if _is_whole(dataset_dir, test_set_dir, manifest):
         return False
+    dataset_dir.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(dataset_dir.parent, busy=None):
+        if _is_whole(dataset_dir, test_set_dir, manifest):
+            return False
+        _write_world(dataset_dir, test_set_dir, settings, manifest)
+    return True
+
+
+def _write_world(
+    dataset_dir: Path, test_set_dir: Path, settings: DemoSettings, manifest: dict
+) -> None:
     for folder in (dataset_dir, test_set_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -131,7 +144,6 @@ def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
     _write_test_set(test_set_dir, roles, jpegs)
     manifest["files"] = _count_files(dataset_dir, test_set_dir)
     write_json(dataset_dir / _MANIFEST, manifest)
-    return True
 
 
 def _drawing_code_digest() -> str:

@@ -276,7 +276,7 @@ def _slices(n: int) -> Iterator[slice]:
 def _connect(uri: str, token: str) -> Any:
     try:
         from pymilvus import MilvusClient
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
             f"{error.name} is not installed: it comes with the extra milvus, by `make cluster` or "
             "pip install '.[milvus]'"

@@ -80,18 +80,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, busy: Exception) -> Iterator[None]:
+def only_writer(folder: Path, busy: Exception | None) -> Iterator[None]:
     """Keep other processes out; the system lifts the lock when this one ends, however it does.
 
     Args:
         folder: the lock is the file ``.lock`` in it.
-        busy: is raised if another process holds the lock.
+        busy: is raised if another process holds the lock; None: wait until it lets go.
     """
     import fcntl  # here: Windows has none, and does without what needs the lock
 
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise busy from None
         yield
@@ -164,10 +164,14 @@ def open_run(run_dir: str, *, start_new: bool = False) -> Path:
 
 
 def record_metrics(run: Path, **sections: Any) -> Path:
-    """Put named sections into the run's ``metrics.json``; its other sections stay."""
+    """Put named sections into the run's ``metrics.json``; its other sections stay.
+
+    Two notebooks may do so at once.
+    """
     path = Path(run) / "metrics.json"
-    metrics = read_json(path) if path.is_file() else {}
-    write_json(path, metrics | sections)
+    with only_writer(path.parent, busy=None):
+        metrics = read_json(path) if path.is_file() else {}
+        write_json(path, metrics | sections)
     return path
 
 

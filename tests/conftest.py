@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +41,13 @@ def rng() -> np.random.Generator:
 def browser():
     """Chromium, or a skipped test that names the way to it."""
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
-    from test_browser import find_chromium
+    from chromium import OPTIONS, find_chromium
 
     with api.sync_playwright() as playwright:
         path = find_chromium(playwright)
         if path is None:
             pytest.skip("needs Chromium: make browser")
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]  # for containers and root
-        browser = playwright.chromium.launch(executable_path=path, args=options)
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         yield browser
         browser.close()
 
@@ -61,6 +63,25 @@ def page(browser):
     yield page
     page.close()
     assert errors == []
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def end_server(server: subprocess.Popen) -> None:
+    """End a server that was started in a session of its own; it ends its kernels first."""
+    if server.poll() is not None:
+        return
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The pictures of the README, from the newest run: ``make screenshots``.
 
 The app is started as ``make app`` starts it, a photo is handed to it, and what a person would see
-is saved; the other two are figures of the run. It needs a demo (``make demo``) and Chromium
+is saved; the others are figures of the run. It needs a demo (``make demo``) and Chromium
 (``make browser``).
 """
 
@@ -19,14 +19,16 @@ from playwright.sync_api import sync_playwright
 from lib.demo_data import DemoSettings
 from lib.demo_world import render_jpegs
 from lib.storage import open_run, project_root
-from tests.test_browser import find_chromium
+from tests.chromium import OPTIONS, find_chromium
 
 ROOT = project_root()
 IMAGES = ROOT / "notebooks" / "images"
 LANDMARK, VIEW = 1_000_017, 9  # a photo of an unseen landmark that is not in the gallery
 FIGURES = {
     "02_training_curves.png": "training_curves.png",
+    "02_ladder.png": "ladder.png",
     "04_retrieval_grid.png": "retrieval_grid.png",
+    "04_post_processing.png": "post_processing.png",
 }
 
 
@@ -55,10 +57,8 @@ def main() -> int:
 def take(address: str) -> None:
     """Open the app, search with a photo, ask why, and save what is seen."""
     with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(playwright), args=options
-        )
+        path = find_chromium(playwright)
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1200, "height": 1080})
         page.goto(address)
         page.get_by_text("photos ready.").wait_for()

@@ -3,10 +3,8 @@
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from conftest import end_server
 from PIL import Image
 
 from lib.app_page import write_page_notebook
@@ -25,7 +24,7 @@ from lib.upload import MOST_BYTES
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-from test_browser import run_all, start_lab  # noqa: E402
+from test_browser import run_all, start_lab, wait_for  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -72,41 +71,32 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(browser, root, tmp_path_factory):
-    """The page's address, as `make app` prints it; nothing of the user's is used."""
+    """The page's address, as `make app` opens it in a browser; nothing of the user's is used."""
     home = tmp_path_factory.mktemp("home")
-    log = home / "log"
+    log, opened, user_browser = home / "log", home / "opened", home / "browser"
+    user_browser.write_text(f'#!/bin/sh\necho "$1" >{opened}.part && mv {opened}.part {opened}\n')
+    user_browser.chmod(0o755)
     folders = {f"JUPYTER_{kind}_DIR": str(home / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     with log.open("w") as output:
         server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "lib.app_page", "--no-browser", "--port=8950"),
+                *(sys.executable, "-m", "lib.app_page", "--port=8950"),
                 *("--run-dir", root / "run", "--gallery", root / "gallery"),
                 *("--folders-root", root / "home"),
             ],
-            env=os.environ | folders | {"HOME": str(home), "IPYTHONDIR": str(home)},
+            env=os.environ
+            | folders
+            | {"HOME": str(home), "IPYTHONDIR": str(home), "BROWSER": f"{user_browser} %s"},
             cwd=project_root(),
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     try:
-        yield wait_for_address(server, log)
+        wait_for(opened.is_file, server, log)
+        yield opened.read_text().strip()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # it ends its kernels first
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def wait_for_address(server, log):
-    for _ in range(600):
-        assert server.poll() is None, log.read_text()
-        if found := re.search(r"http://127\.0\.0\.1:\d+/\?token=\w+", log.read_text()):
-            return found[0]
-        time.sleep(0.1)
-    pytest.fail(log.read_text())
+        end_server(server)
 
 
 class App:
@@ -349,6 +339,7 @@ def request(url, **headers):
 
 def test_the_page_is_for_this_machine_and_this_user(address):
     base, _, token = address.partition("?token=")
+    assert base.startswith("http://127.0.0.1:") and len(token) > 30
     _, url, content = request(base)
     assert "/login" in url and "search-app" not in content  # without the token
     assert request(address, Host="example.org")[0] == 403  # another site's name for 127.0.0.1

@@ -1,7 +1,4 @@
-"""The widget and the map in a real browser: JupyterLab is started, and its user is played.
-
-Run as a program, it says by its exit status whether a browser is there (see `make browser`).
-"""
+"""The widget, the map and notebook 04 in a real browser: JupyterLab's user is played."""
 
 import contextlib
 import csv
@@ -10,20 +7,27 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 
+import keras
 import nbconvert
 import nbformat
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import SMALL_WORLD, end_server, free_port
+from nbconvert.preprocessors import ClearOutputPreprocessor
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from PIL import Image, ImageColor
 
+from lib import plots
 from lib.explorer import framed, picture_map
+from lib.model import TowerSettings, build_tower, save_tower
+from lib.storage import project_root
+from lib.training import MODEL
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 
@@ -54,16 +58,6 @@ photos = np.load("photos.npy")
 points = np.random.default_rng(0).normal(size=(len(photos), 2))
 HTML(framed(picture_map(points, photos, np.arange(len(photos)) % 5, title="A map")))
 """
-
-
-def find_chromium(playwright) -> str | None:
-    """A browser that does start: what Ubuntu calls chromium-browser may only say how to get one."""
-    own = playwright.chromium.executable_path
-    for name in (own, "chromium", "google-chrome", "chromium-browser"):
-        path = shutil.which(name)
-        if path and not subprocess.run([path, "--version"], capture_output=True).returncode:
-            return path
-    return None
 
 
 def scene(number: int, landmark: int) -> np.ndarray:
@@ -117,9 +111,7 @@ def start_lab(project, home):
     kinds = ("config", "data", "runtime")
     folders = {f"JUPYTER_{kind.upper()}_DIR": str(home / kind) for kind in kinds}
     token = secrets.token_hex()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
             [
@@ -128,7 +120,7 @@ def start_lab(project, home):
                 *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={project}"),
                 "--KernelManager.shutdown_wait_time=1",
             ],
-            env=os.environ
+            env={name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
             | folders
             | {"HOME": str(home), "IPYTHONDIR": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
             stdout=log,
@@ -137,26 +129,26 @@ def start_lab(project, home):
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        wait_for_server(f"{address}/api?token={token}", server, home / "log")
+        wait_for(lambda: answers(f"{address}/api?token={token}"), server, home / "log")
         yield lambda notebook: f"{address}/lab/tree/{notebook}.ipynb?token={token}&reset"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # it ends its kernels first
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+        end_server(server)
 
 
-def wait_for_server(address, server, log):
-    for _ in range(300):
-        assert server.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:  # it is not up yet
-            time.sleep(0.1)
-    pytest.fail(log.read_text())
+def answers(address) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(condition, server, log, seconds=60):
+    """Wait until a server is so far; it fails with what the server has said."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
 
 
 def run_all(page, address):
@@ -166,6 +158,51 @@ def run_all(page, address):
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def test_notebook_04_from_its_first_cell_to_its_last(browser, page, small_world, tmp_path):
+    """Opened in JupyterLab, with a small run and a small world; its user looks for the grid."""
+    shutil.copytree(small_world, tmp_path / "project")
+    root = tmp_path / "project"
+    (root / "environment.yml").touch()
+    (root / "run").mkdir()
+    for seed, name in enumerate((MODEL, "untrained.keras")):
+        keras.utils.set_random_seed(seed)
+        settings = TowerSettings(image_size=32, last_stage=3, embedding_size=16, weights="")
+        save_tower(build_tower(settings), root / "run" / name)
+    parameters = {
+        "run_dir": "run",
+        "demo": False,  # the small world is there
+        "validation_share": 0.3,
+        "view_sizes": [[24, 32]],
+        "photographs_result": "",
+    }
+    source = project_root() / "notebooks" / "04_faiss_evaluation.ipynb"
+    notebook = parameterize_notebook(load_notebook_node(str(source)), parameters)
+    nbformat.write(ClearOutputPreprocessor().preprocess(notebook, {})[0], root / "04.ipynb")
+    with start_lab(root, tmp_path / "home") as lab:
+        run_all(page, lab("04"))
+        # The last cell writes them; a cell that fails would be the last one.
+        for _ in range(1200):
+            if (root / "run" / "metrics.json").is_file():
+                break
+            page.wait_for_timeout(100)
+        metrics = json.loads((root / "run" / "metrics.json").read_text())
+        assert metrics["unseen"]["landmarks"] == SMALL_WORLD.unseen_landmarks
+        cell = page.locator(".jp-CodeCell", has_text="plots.plot_retrieval_grid(")
+        grid = cell.locator(".jp-OutputArea img")
+        panel = page.locator(".jp-WindowedPanel-outer")
+        for place in range(0, 20_000, 400):  # only what is near is on the page
+            panel.evaluate("(panel, place) => { panel.scrollTop = place }", place)
+            page.wait_for_timeout(100)
+            if grid.is_visible():
+                break
+        grid.scroll_into_view_if_needed()
+        seen = np.asarray(Image.open(io.BytesIO(grid.screenshot())).convert("RGB"), dtype=int)
+        page.goto("about:blank")  # it would complain about the end of the server
+    for colour in (plots.QUERY, plots.WRONG):  # the frames
+        near = np.abs(seen - ImageColor.getrgb(colour)).max(axis=-1) < 16
+        assert near.sum() > 200
 
 
 def roles(folder):
@@ -312,8 +349,3 @@ def test_map_in_a_notebook(lab, page):
     run_all(page, lab("map"))
     page.locator("iframe").wait_for()
     look_around(page.frame_locator("iframe"), page)
-
-
-if __name__ == "__main__":
-    with api.sync_playwright() as started:
-        sys.exit(find_chromium(started) is None)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -98,3 +99,11 @@ def test_a_whole_world_is_kept_and_a_damaged_one_made_anew(tmp_path):
     assert make_demo_data(tmp_path, tiny)
     again = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert again == first  # byte for byte
+
+
+def test_two_at_once_make_one_world(tmp_path):
+    tiny = DemoSettings(landmarks=20, unseen_landmarks=2, unseen_views=2, distractors=3)
+    with ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(make_demo_data, [tmp_path] * 2, [tiny] * 2))
+    assert sorted(made) == [False, True]
+    assert not make_demo_data(tmp_path, tiny)  # it is whole

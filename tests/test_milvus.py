@@ -1,21 +1,27 @@
-"""Milvus finds what Faiss finds, and keeps what it has acknowledged; by Milvus Lite.
+"""Milvus finds what Faiss finds, and keeps what it has acknowledged.
+
+It is Milvus Lite that answers, in this process and as a server.
 
 This file is also the program that a test kills while it adds photos.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import unit
+from conftest import end_server, free_port, unit
 
 from lib.index import PhotoIndex, UnusableIndexError
 from lib.milvus_index import MilvusIndex, MilvusSettings
@@ -39,17 +45,46 @@ def vectors_of(names: list[str]) -> np.ndarray:
     return np.array([vector_of(name) for name in names], np.float32).reshape(-1, D)
 
 
+@contextlib.contextmanager
+def running_server(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Milvus Lite's gRPC server over a folder, and its address."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "milvus_lite", "server", "--host=127.0.0.1"]
+    with (folder.parent / "server.log").open("a") as log:
+        server = subprocess.Popen(
+            [*command, f"--port={port}", f"--data-dir={folder}"],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            time.sleep(0.05)
+        yield server, f"http://127.0.0.1:{port}"
+    finally:
+        end_server(server)
+
+
 @pytest.fixture
 def uri(tmp_path) -> str:
     return str(tmp_path / "photos.db")
 
 
-@pytest.fixture
-def index(uri):
-    names = [str(i) for i in range(300)]
-    index = MilvusIndex.build(vectors_of(names), names, MODEL, uri)
-    yield index
-    index.close()
+@pytest.fixture(params=["in this process", "server"])
+def index(request, uri, tmp_path):
+    with contextlib.ExitStack() as stack:
+        if request.param == "server":
+            _, uri = stack.enter_context(running_server(tmp_path / "server"))
+        names = [str(i) for i in range(300)]
+        index = stack.enter_context(
+            contextlib.closing(MilvusIndex.build(vectors_of(names), names, MODEL, uri))
+        )
+        yield index
 
 
 def test_it_finds_what_faiss_finds_through_all_changes(index, rng):
@@ -172,6 +207,37 @@ def test_a_kill_while_photos_are_added_loses_nothing_acknowledged(uri, tmp_path)
     process = program(uri, journal, "--check")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-3000:]
+
+
+def test_a_server_that_is_killed_and_comes_back_has_lost_nothing(tmp_path):
+    from pymilvus import MilvusException
+
+    folder, port, acknowledged = tmp_path / "server", free_port(), []
+    batches = [[str(i) for i in range(start, start + ROWS)] for start in range(0, 2000, ROWS)]
+    with running_server(folder, port) as (server, uri):
+        index = MilvusIndex.build(np.empty((0, D), np.float32), [], MODEL, uri)
+
+        def kill() -> None:
+            while len(acknowledged) < 5:
+                time.sleep(0.001)
+            server.kill()
+
+        threading.Thread(target=kill).start()
+        with pytest.raises(MilvusException):
+            for batch in batches:
+                index.add(batch, vectors_of(batch))
+                acknowledged += [batch]
+        index.close()
+    assert 5 <= len(acknowledged) < len(batches)
+    names = [name for batch in acknowledged for name in batch]
+    with running_server(folder, port) as (_, uri):
+        index = MilvusIndex.load(MODEL, uri)
+        assert len(names) <= len(index) <= len(names) + ROWS
+        assert index.search(vectors_of(names), 1)[0] == [[name] for name in names]
+        for batch in batches[len(acknowledged) :]:  # the one that was not acknowledged, once more
+            index.add(batch, vectors_of(batch))
+        assert len(index) == sum(map(len, batches))
+        index.close()
 
 
 def program(uri: str, journal: Path, *more: str) -> subprocess.Popen:

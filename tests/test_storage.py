@@ -1,6 +1,7 @@
 """Files are whole or absent; runs get folders of their own."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
@@ -54,6 +55,15 @@ def test_metrics_of_one_notebook_leave_those_of_the_others(tmp_path):
     record_metrics(tmp_path, training={"loss": 0.5}, data={"records": 4})
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert content == {"data": {"records": 4}, "training": {"loss": 0.5}}
+
+
+def test_no_metrics_are_lost_if_notebooks_record_at_once(tmp_path):
+    def record(number):
+        record_metrics(tmp_path, **{f"notebook_{number}": {"value": number}})
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(record, range(40)))
+    assert len(read_json(tmp_path / "metrics.json")) == 40
 
 
 def test_runs_of_the_same_second_are_different_and_latest_is_the_newest(tmp_path):
