@@ -183,7 +183,7 @@ def test_notebook_04_from_its_first_cell_to_its_last(browser, page, small_world,
     with start_lab(root, tmp_path / "home") as lab:
         run_all(page, lab("04"))
         # The last cell writes them; a cell that fails would be the last one.
-        for _ in range(1200):
+        for _ in range(3000):
             if (root / "run" / "metrics.json").is_file():
                 break
             page.wait_for_timeout(100)
