@@ -255,6 +255,8 @@ def search_reranked(
 
 def shares_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Recall of each query: int (q, k) and int (q, k) -> float64 (q,) from 0 to 1."""
+    if len(exact) != len(found):
+        raise ValueError(f"{len(exact)} queries have an answer to compare with, {len(found)} one")
     return (exact[:, :, None] == found[:, None, :]).any(axis=2).mean(axis=1)
 
 

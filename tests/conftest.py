@@ -8,6 +8,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def wait_for(condition, server, log, seconds=60):
+    """Wait until a server is so far; it fails with what the server has said."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
 
 
 def end_server(server: subprocess.Popen) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from conftest import end_server
+from conftest import end_server, wait_for
 from PIL import Image
 
 from lib.app_page import write_page_notebook
@@ -24,7 +24,7 @@ from lib.upload import MOST_BYTES
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-from test_browser import run_all, start_lab, wait_for  # noqa: E402
+from test_browser import run_all, start_lab  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("browser")
 

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 
 import keras
@@ -17,7 +16,7 @@ import nbconvert
 import nbformat
 import numpy as np
 import pytest
-from conftest import SMALL_WORLD, end_server, free_port
+from conftest import SMALL_WORLD, end_server, free_port, wait_for
 from nbconvert.preprocessors import ClearOutputPreprocessor
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -141,14 +140,6 @@ def answers(address) -> bool:
     except OSError:
         return False
     return True
-
-
-def wait_for(condition, server, log, seconds=60):
-    """Wait until a server is so far; it fails with what the server has said."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
 
 
 def run_all(page, address):

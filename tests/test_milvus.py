@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import end_server, free_port, unit
+from conftest import end_server, free_port, unit, wait_for
 
 from lib.index import PhotoIndex, UnusableIndexError
 from lib.milvus_index import MilvusIndex, MilvusSettings
@@ -45,6 +45,11 @@ def vectors_of(names: list[str]) -> np.ndarray:
     return np.array([vector_of(name) for name in names], np.float32).reshape(-1, D)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def running_server(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen, str]]:
     """Milvus Lite's gRPC server over a folder, and its address."""
@@ -58,13 +63,7 @@ def running_server(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Pop
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            time.sleep(0.05)
+        wait_for(lambda: listens(port), server, folder.parent / "server.log", seconds=120)
         yield server, f"http://127.0.0.1:{port}"
     finally:
         end_server(server)
@@ -222,7 +221,7 @@ def test_a_server_that_is_killed_and_comes_back_has_lost_nothing(tmp_path):
                 time.sleep(0.001)
             server.kill()
 
-        threading.Thread(target=kill).start()
+        threading.Thread(target=kill, daemon=True).start()
         with pytest.raises(MilvusException):
             for batch in batches:
                 index.add(batch, vectors_of(batch))
