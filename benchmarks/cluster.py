@@ -44,6 +44,7 @@ from lib.storage import project_root
 from lib.training import Stage, TrainingSettings, train
 
 BATCH = 64
+CORES = os.cpu_count() or 1
 HERE = "this process"
 
 
@@ -77,10 +78,11 @@ def measure_embedding(catalogue: Catalogue, folder: Path, n: int) -> dict[str, R
         expected = embed_job(load_engine(path), source, folder / f"plain-{many}", BATCH)
         seconds[HERE, many] = time.perf_counter() - start
         for workers in (1, 2):
-            settings, out = cluster.ClusterSettings(workers=workers), f"ray-{workers}-{many}"
-            with cluster.emulated_cluster(nodes=workers):
+            cores, out = max(1, CORES // workers), folder / f"ray-{workers}-{many}"
+            settings = cluster.ClusterSettings(workers=workers, share_of_processor=cores)
+            with cluster.emulated_cluster(nodes=workers, cpus=cores):
                 start = time.perf_counter()
-                found = cluster.embed(path, source, folder / out, BATCH, settings)
+                found = cluster.embed(path, source, out, BATCH, settings)
                 seconds[f"Ray, workers: {workers}", many] = time.perf_counter() - start
             assert found.names == expected.names
             assert np.einsum("nd,nd->n", found.embeddings, expected.embeddings).min() > 0.99

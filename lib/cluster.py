@@ -2,7 +2,7 @@
 
     cluster = ClusterSettings(address="auto", workers=8, gpus=1)
     history = train(tower, handler, validation, settings, Path("/shared/run"), cluster=cluster)
-    found = embed(Path("/shared/tower.engine"), source, Path("/shared/photos"), cluster=cluster)
+    found = embed(Path("/shared/run/model.keras"), source, Path("/shared/photos"), cluster=cluster)
 
 ``lib.training.train`` runs in every worker as it is; Keras' JAX backend sums their gradients
 (:mod:`lib.processes`), Ray Train starts them all anew when one dies, and they go on from the last
@@ -61,7 +61,8 @@ class ClusterSettings:
         workers: processes that train or embed together.
         gpus: of each worker; 0: they compute on processors.
         restarts: how often a training may lose workers and start them anew.
-        share_of_processor: cores that Ray counts for a worker.
+        share_of_processor: cores that Ray counts for a worker. An exported tower computes on so
+            many threads.
 
     Raises:
         ValueError: no workers.
@@ -82,6 +83,11 @@ class ClusterSettings:
         """Of one worker, as Ray has them."""
         gpus = {"GPU": self.gpus} if self.gpus else {}
         return {"CPU": self.share_of_processor} | gpus
+
+    @property
+    def threads(self) -> int:
+        """That one worker computes on, without a GPU."""
+        return max(1, round(self.share_of_processor))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,6 +145,8 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_TOKEN_PATH": str(Path(home) / "token"),
         "RAY_worker_niceness": "0",  # by default Ray lets every other process go first
+        # By default a node of few cores ends a worker that waits, and starts one for the next task.
+        "RAY_num_workers_soft_limit": "8",
         # Ray tells at length of each process that has died. Who emulates a cluster has killed it.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
         # A worker that is killed while it trains leaves the others waiting for it.
@@ -371,10 +379,10 @@ def _train_in_worker(config: dict) -> None:
 class _Embedder:
     """A worker that embeds: loads the tower once, then takes batch after batch."""
 
-    def __init__(self, tower: str, source: Any):
+    def __init__(self, tower: str, source: Any, threads: int):
         import ray
 
-        self._engine, self._source = _load(Path(tower)), ray.get(source)
+        self._engine, self._source = _load(Path(tower), threads), ray.get(source)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         numbers = batch["number"]
@@ -399,9 +407,9 @@ class _Embedder:
         )
 
 
-def _load(tower: Path) -> Engine:
+def _load(tower: Path, threads: int | None = None) -> Engine:
     if tower.suffix != ".keras":
-        return load_engine(tower)
+        return load_engine(tower, threads=threads)
     from lib.model import load_tower
 
     return keras_engine(load_tower(tower))
@@ -432,10 +440,16 @@ def embed(
         :func:`embedded_parts`.
 
     Raises:
-        ClusterError: Ray is not installed, or pictures are missing in the end.
+        ClusterError: Ray is not installed; an exported tower where workers have GPUs; or pictures
+            are missing in the end.
         EmbeddingJobError: as :func:`lib.embedding.embed_job` does.
     """
     folder, tower = Path(out_folder).resolve(), Path(tower).resolve()
+    if cluster.gpus and tower.suffix != ".keras":
+        raise ClusterError(
+            f"{tower.name} is an exported tower, which no GPU computes: take the .keras file of "
+            "its run, or workers without GPUs"
+        )
     job = {"rows": "parquet"} | describe_job(_load(tower), source, batch_size)
     with claimed(folder, job):
         (folder / PARTS).mkdir(exist_ok=True)
@@ -468,7 +482,7 @@ def _embed_on(
     )
     rows = rows.map_batches(
         _Embedder,
-        fn_constructor_args=(str(tower), ray.put(source)),
+        fn_constructor_args=(str(tower), ray.put(source), cluster.threads),
         batch_size=batch_size,
         compute=ActorPoolStrategy(size=cluster.workers),
         num_cpus=cluster.share_of_processor,

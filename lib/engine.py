@@ -141,12 +141,14 @@ def export_engine(tower: keras.Model, path: Path) -> None:
             )
 
 
-def load_engine(path: Path, precision: str = "auto") -> Engine:
+def load_engine(path: Path, precision: str = "auto", threads: int | None = None) -> Engine:
     """Load a tower that :func:`export_engine` wrote, to run it on the processor.
 
     Args:
         path: of the file.
         precision: "float32", "bfloat16", or "auto": what this processor is fast in.
+        threads: to compute on, at least 1; None: one for each core, and bound to it. Where several
+            processes compute side by side, each should have its share.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,7 +174,7 @@ def load_engine(path: Path, precision: str = "auto") -> Engine:
             raise ValueError("the network has another checksum than the manifest says")
         size = manifest["image_size"]
         compute, name = compile_network(
-            ov.Core().read_model(xml, weights), (size, size, 3), precision
+            ov.Core().read_model(xml, weights), (size, size, 3), precision, threads
         )
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -221,14 +223,14 @@ def export_network(model: keras.Model, folder: Path) -> Path:
 
 
 def compile_network(
-    network, shape: tuple[int, ...], precision: str = "auto"
+    network, shape: tuple[int, ...], precision: str = "auto", threads: int | None = None
 ) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """Make a network ready to compute.
 
     Args:
         network: as OpenVINO has read it, of one input and one output.
         shape: of one row of the input, without the batch.
-        precision: as for :func:`load_engine`.
+        precision, threads: as for :func:`load_engine`.
 
     Returns:
         the function from a batch, uint8 (n, *shape), to float32 (n, ...), which threads may share;
@@ -236,8 +238,11 @@ def compile_network(
     """
     ov = import_openvino()
     network.reshape([-1, *shape])  # PyTorch's has lost it
-    asked = {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES.get(precision)}
-    compiled = ov.Core().compile_model(network, "CPU", {} if precision == "auto" else asked)
+    asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision]}
+    if threads:
+        # Bound to cores, the threads of all processes would be on the first ones.
+        asked |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    compiled = ov.Core().compile_model(network, "CPU", asked)
     request, lock = compiled.create_infer_request(), threading.Lock()
 
     def compute(batch: np.ndarray) -> np.ndarray:

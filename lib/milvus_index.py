@@ -281,8 +281,8 @@ def _connect(uri: str, token: str) -> Any:
             f"{error.name} is not installed: it comes with the extra milvus, by `make cluster` or "
             "pip install '.[milvus]'"
         ) from None
-    # A connection of its own, that begins anew. Else pymilvus gives out one that it has kept, and gRPC
-    # lets all connections to an address wait for each other's next try: for a while after a server
-    # has come back it would seem gone.
+    # A connection of its own, that begins anew. Else pymilvus gives out one that it has kept, and
+    # gRPC lets all connections to an address wait for each other's next try: for a while after a
+    # server has come back it would seem gone.
     options = {"grpc.use_local_subchannel_pool": 1}
     return MilvusClient(uri, token=token, dedicated=True, grpc_options=options)

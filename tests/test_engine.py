@@ -65,6 +65,23 @@ def test_auto_is_what_the_processor_is_fast_in(exported):
     assert load_engine(exported).name == f"openvino {engines.fast_precision()}"
 
 
+def test_an_engine_computes_on_as_many_threads_as_it_is_given(exported, photos, monkeypatch):
+    core, compiled = type(engines.import_openvino().Core()), []
+    compile_model = core.compile_model
+
+    def remembered(*args):
+        compiled.append(compile_model(*args))
+        return compiled[-1]
+
+    monkeypatch.setattr(core, "compile_model", remembered)
+    expected = load_engine(exported, "float32").embed(photos)
+    np.testing.assert_allclose(
+        load_engine(exported, "float32", threads=1).embed(photos), expected, atol=1e-5
+    )
+    assert compiled[1].get_property("INFERENCE_NUM_THREADS") == 1
+    assert not compiled[1].get_property("ENABLE_CPU_PINNING")
+
+
 def test_a_tower_in_memory_has_the_same_interface(tower, photos):
     engine = keras_engine(tower)
     assert least_cosine(engine.embed(photos), embed(tower, photos)) > 0.999999

@@ -12,7 +12,7 @@ from test_training import tiny_tower
 
 import lib.dataset
 import lib.features
-from lib.cluster import ClusterError, ClusterSettings, import_ray
+from lib.cluster import ClusterError, ClusterSettings, embed, import_ray
 from lib.dataset import DatasetHandler, DataSettings
 from lib.features import FeatureBatches, FeatureCache
 from lib.landmarks import build_catalogue
@@ -80,3 +80,14 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
         import_ray()
     with pytest.raises(ValueError, match="workers must be at least 1"):
         ClusterSettings(workers=0)
+
+
+def test_a_worker_computes_on_the_cores_that_are_counted_for_it():
+    threads = [ClusterSettings(share_of_processor=share).threads for share in (0.2, 1, 8)]
+    assert threads == [1, 1, 8]
+
+
+def test_no_gpu_is_taken_for_an_exported_tower(tmp_path):
+    with pytest.raises(ClusterError, match=r"tower\.engine .* take the \.keras file"):
+        embed(tmp_path / "tower.engine", None, tmp_path / "out", cluster=ClusterSettings(gpus=1))
+    assert not any(tmp_path.iterdir())
