@@ -8,7 +8,7 @@
 (:mod:`lib.processes`), Ray Train starts them all anew when one dies, and they go on from the last
 epoch. ``lib.embedding`` embeds in every worker; Ray Data hands out the pictures, and again those
 of a worker that has died. Folders, shards and photos must have the same paths on all machines. On
-one machine the local functions are faster: ``python -m benchmarks.cluster`` says by how much.
+one machine Ray gains nothing: ``python -m benchmarks.cluster`` says what it takes.
 
 Ray and JAX come with the extra ``cluster`` (``make cluster``); they are imported when needed.
 """
