@@ -102,10 +102,10 @@ endef
 	@touch $@
 
 demo: setup ## Run notebooks 01-06 on generated data (profile demo) into runs/
-	$(PY) -m lib.pipeline
+	$(PY) -m tools.pipeline
 
 app: setup ## Search with a photo: opens the search app, a page for this machine alone
-	$(PY) -m lib.app_page
+	$(PY) -m lib.app.page
 
 # 04 to 06 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
 # outputs; training (02, 03) and the app (06) must run, but numbers may differ from machine to machine.
@@ -201,10 +201,10 @@ tensorboard: setup ## Look at the training curves of all runs in TensorBoard
 	TF_CPP_MIN_LOG_LEVEL=3 $(PY) -m tensorboard.main --logdir runs
 
 report: setup ## Write report.html, one page about the newest run, anew
-	$(PY) -m lib.report
+	$(PY) -m tools.report
 
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
-	$(PY) -m lib.pretraining
+	$(PY) -m lib.demo.pretraining
 
 lint: setup ## Check style, and bring code and notebooks into the common format
 	$(PY) -m ruff check --fix .
@@ -223,5 +223,5 @@ lock: ## Resolve pyproject.toml into both lock files (with uv, fetched if absent
 
 clean: ## Remove .venv and caches (never runs/, Dataset/ or Test_set/)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
-	find lib notebooks tests benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	find lib tools notebooks tests benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 	  -prune -exec rm -rf {} +

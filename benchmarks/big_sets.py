@@ -5,7 +5,7 @@
 
     python -m benchmarks.big_sets     # compares a set of the same size with the real one
 
-They are sampled by :mod:`lib.descriptor_model`, which says why white noise would not do.
+They are sampled by :mod:`lib.studies.descriptor_model`, which says why white noise would not do.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import faiss
 import numpy as np
 
-from lib.descriptor_model import fit
-from lib.storage import project_root
+from lib.files import project_root
+from lib.studies.descriptor_model import fit
 
 
 class World(NamedTuple):
@@ -43,10 +43,10 @@ class World(NamedTuple):
 def read_world() -> World:
     """Descriptors of all pictures in the demo world's shards; it is drawn if it isn't there."""
     # Here, as TensorFlow takes seconds and memory that a benchmark without it saves.
-    from lib.dataset import DatasetHandler, DataSettings
-    from lib.demo_data import make_demo_data
-    from lib.landmarks import open_catalogue
-    from lib.model import TowerSettings, build_tower, embed
+    from lib.data.catalogue import open_catalogue
+    from lib.data.dataset import DatasetHandler, DataSettings
+    from lib.demo.data import make_demo_data
+    from lib.network.tower import TowerSettings, build_tower, embed
 
     root = project_root()
     make_demo_data(root)

@@ -6,7 +6,8 @@ All workers share this machine's cores: two can't be faster than one, and what i
 the cluster takes for itself. Its start is not counted; that of the workers stands by itself.
 
 * Embedding: the demo's pictures, again and again, at 128 pixels through an exported ResNet50 of
-  random weights: the plain loop of :func:`lib.embedding.embed_job`, and Ray with 1 and 2 workers.
+  random weights: the plain loop of :func:`lib.search.embedding.embed_job`, and Ray with 1 and 2
+  workers.
 * Training: that of notebook 02 on the demo world, with its parameters (``--steps`` in an epoch):
   the head from the feature cache, then the last block; on this process (Keras on TensorFlow) and
   on 1 and 2 workers (JAX). Rates are those of the last block's epochs from its second on.
@@ -31,17 +32,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from lib import cluster
-from lib.dataset import DatasetHandler, DataSettings
-from lib.demo_data import make_demo_data
-from lib.embedding import PhotoSource, embed_job, photos_in_shards
-from lib.engine import export_engine, load_engine
-from lib.features import build_cache
-from lib.landmarks import Catalogue, open_catalogue, split_landmarks
-from lib.metrics import average_precision, interval, pair_hits
-from lib.model import TowerSettings, build_tower, embed, fast_policy, load_tower, save_tower
-from lib.storage import project_root
-from lib.training import Stage, TrainingSettings, train
+from lib.cluster import ray as cluster
+from lib.data.catalogue import Catalogue, open_catalogue, split_landmarks
+from lib.data.dataset import DatasetHandler, DataSettings
+from lib.demo.data import make_demo_data
+from lib.evaluation.metrics import average_precision, interval, pair_hits
+from lib.files import project_root
+from lib.network.engine import export_engine, load_engine
+from lib.network.tower import TowerSettings, build_tower, embed, fast_policy, load_tower, save_tower
+from lib.search.embedding import PhotoSource, embed_job, photos_in_shards
+from lib.training.features import build_cache
+from lib.training.stages import Stage, TrainingSettings, train
 
 BATCH = 64
 CORES = os.cpu_count() or 1

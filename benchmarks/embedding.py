@@ -7,7 +7,7 @@ at 128 and 224 pixels and with the demo's backbone at 32:
 
 * Keras ``predict``, as most do it;
 * Keras, compiled: the tower as a ``tf.function``, without the loop around it;
-* the exported tower, :func:`lib.engine.load_engine`, in float32 and in bfloat16;
+* the exported tower, :func:`lib.network.engine.load_engine`, in float32 and in bfloat16;
 * ONNX Runtime in float32, if it and tf2onnx are installed. Its export runs in a process of its own
   that may take so much memory and no more.
 
@@ -46,11 +46,11 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.train_step import matrix_product, operations
-from lib.demo_data import make_demo_data
-from lib.engine import export_engine, load_engine
-from lib.model import TowerSettings, build_tower, embed, load_tower, save_tower
-from lib.photos import list_photos, read_gallery
-from lib.storage import project_root
+from lib.data.photos import list_photos, read_gallery
+from lib.demo.data import make_demo_data
+from lib.files import project_root
+from lib.network.engine import export_engine, load_engine
+from lib.network.tower import TowerSettings, build_tower, embed, load_tower, save_tower
 
 BATCH, NEAREST = 64, 10
 EXPORT_BYTES, EXPORT_SECONDS = 12 * 2**30, 300  # of the export to ONNX
@@ -68,16 +68,16 @@ START = {
     "exported": """
 import sys
 from pathlib import Path
-from lib.engine import load_engine
-from lib.photos import read_photo
+from lib.network.engine import load_engine
+from lib.data.photos import read_photo
 engine = load_engine(Path(sys.argv[1]))
 engine.embed(read_photo(Path(sys.argv[3]), engine.image_size)[None])
 """,
     "Keras": """
 import sys
 from pathlib import Path
-from lib.model import embed, load_tower
-from lib.photos import read_photo
+from lib.network.tower import embed, load_tower
+from lib.data.photos import read_photo
 tower = load_tower(Path(sys.argv[2]))
 embed(tower, read_photo(Path(sys.argv[3]), tower.input_shape[1])[None])
 """,

@@ -6,7 +6,7 @@ Writes random rankings to a temporary file of 2 GB (5,000 x 100,000 int32), with
 and up to 50 junk photos for each query, and evaluates them by the protocol of the revisited Oxford
 and Paris benchmarks:
 
-* ours: :func:`lib.metrics.query_table` on the memory-mapped file;
+* ours: :func:`lib.evaluation.metrics.query_table` on the memory-mapped file;
 * naive: a plain Python loop down each ranking, for some of the queries. It must come to the same
   numbers; its rate is the same all along, so all queries are reckoned up;
 * scikit-learn: ``average_precision_score`` for the same queries, ``np.isin`` having taken out the
@@ -32,8 +32,8 @@ import pandas as pd
 from sklearn.metrics import average_precision_score
 
 from benchmarks.memory import OwnMemory, memory_gb
-from lib.ground_truth import GroundTruth
-from lib.metrics import REVISITED, query_table
+from lib.evaluation.ground_truth import GroundTruth
+from lib.evaluation.metrics import REVISITED, query_table
 
 PARTS = 5  # of our queries, with some of the others' after each
 

@@ -5,8 +5,8 @@
 Trains the head (GeM's p and the projection) of a frozen ResNet50 with random weights on the demo
 world's triplets, for 20 epochs:
 
-* cached: :func:`lib.features.build_cache`, with two variants of each picture, then all epochs from
-  it. The time is all of it, from the first photo decoded to the last step;
+* cached: :func:`lib.training.features.build_cache`, with two variants of each picture, then all
+  epochs from it. The time is all of it, from the first photo decoded to the last step;
 * naive: a Keras model that passes anchor, positive and negative through the frozen network one
   after the other, in every step of every epoch. Its rate is the same all along, so it is measured
   over some steps, before, between and after what the other does, and 20 epochs are reckoned up.
@@ -34,13 +34,13 @@ import keras
 import numpy as np
 
 from benchmarks.memory import OwnMemory, memory_gb
-from lib.dataset import DatasetHandler, DataSettings
-from lib.demo_data import make_demo_data
-from lib.features import FrozenTrunk, build_cache
-from lib.landmarks import open_catalogue, split_landmarks
-from lib.losses import LossSettings, MetricLoss
-from lib.model import Siamese, TowerSettings, build_tower
-from lib.storage import project_root
+from lib.data.catalogue import open_catalogue, split_landmarks
+from lib.data.dataset import DatasetHandler, DataSettings
+from lib.demo.data import make_demo_data
+from lib.files import project_root
+from lib.network.losses import LossSettings, MetricLoss
+from lib.network.tower import Siamese, TowerSettings, build_tower
+from lib.training.features import FrozenTrunk, build_cache
 
 SIZE, BATCH, VARIANTS = 128, 64, 2
 LOSS = LossSettings(loss="triplet", mining="stored")

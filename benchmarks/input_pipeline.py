@@ -31,12 +31,12 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from benchmarks.memory import memory_gb
-from lib.dataset import Batches, DatasetHandler, DataSettings
-from lib.decoding import Augmentation
-from lib.demo_data import make_demo_data
-from lib.landmarks import open_catalogue
-from lib.records import FEATURES, read_picture
-from lib.storage import project_root
+from lib.data.catalogue import open_catalogue
+from lib.data.dataset import Batches, DatasetHandler, DataSettings
+from lib.data.decoding import Augmentation
+from lib.data.records import FEATURES, read_picture
+from lib.demo.data import make_demo_data
+from lib.files import project_root
 
 SIZE, BATCH, STEPS, ROUNDS = 128, 64, 75, 7  # size and batch of profiles/gldv2.yaml
 THREADS = os.cpu_count() or 1

@@ -4,8 +4,8 @@
 
 PHOTOS holds a folder of photos for each landmark, FILE the ImageNet weights, without top, of Keras'
 MobileNet of width 0.25 for 224 pixels (``mobilenet_2_5_224_tf_no_top.h5``). This network is frozen;
-heads are trained on its feature maps (7 x 7 x 256), see :mod:`lib.ladder`. All arms see the photos
-at 224 pixels, read alike: measured is what the pipeline did wrong, not its size of 128.
+heads are trained on its feature maps (7 x 7 x 256), see :mod:`lib.studies.fixes`. All arms see the
+photos at 224 pixels, read alike: measured is what the pipeline did wrong, not its size of 128.
 
 The landmarks are dealt into folds. Each fold's landmarks are searched once, by heads trained on
 those of all other folds: every photo of the fold is a query, its gallery all the other photos of
@@ -14,7 +14,8 @@ landmarks, with the first seed.
 
 Prints a table and, as its last line, one JSON object: the gain of the whole recipe over the
 original and over the frozen trunk. Writes ``benchmarks/results/ladder_<name>.json``: ``summary`` as
-made by :func:`lib.ladder.summarize`, and how it came about. Of the photographs nothing is kept.
+made by :func:`lib.studies.fixes.summarize`, and how it came about. Of the photographs nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ import keras
 import numpy as np
 import pandas as pd
 
-from lib.ladder import (
+from lib.data.photos import read_gallery
+from lib.files import project_root, show_path, write_json
+from lib.studies.fixes import (
     FIXES,
     FROZEN,
     FULL,
@@ -46,8 +49,6 @@ from lib.ladder import (
     run_ladder,
     summarize,
 )
-from lib.photos import read_gallery
-from lib.storage import project_root, show_path, write_json
 
 IMAGE_SIZE, ALPHA = 224, 0.25
 

@@ -10,8 +10,8 @@ descriptor is GeM (p = 3) of the last feature map.
 The protocol is that of INRIA Holidays: the first photo of each landmark is a query, all other
 photos are its gallery. The landmarks are dealt into folds; settings are chosen, and whitenings
 learned, on the landmarks of all other folds (each in turn a validation part), see
-:mod:`lib.postprocessing`. So no query is measured with a setting that its own landmark had a say
-in.
+:mod:`lib.studies.postprocessing`. So no query is measured with a setting that its own landmark had
+a say in.
 
 Prints a table and, as its last line, one JSON object. Writes
 ``benchmarks/results/postprocessing_<name>.json``. Of the photographs nothing is kept.
@@ -32,10 +32,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from lib.ladder import landmark_folds
-from lib.model import TowerSettings, WeightsUnavailableError, build_tower
-from lib.photos import read_gallery
-from lib.postprocessing import (
+from lib.data.photos import read_gallery
+from lib.files import project_root, show_path, write_json
+from lib.network.tower import TowerSettings, WeightsUnavailableError, build_tower
+from lib.studies.fixes import landmark_folds
+from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
     Fold,
@@ -47,7 +48,6 @@ from lib.postprocessing import (
     run_postprocessing,
     summarize,
 )
-from lib.storage import project_root, show_path, write_json
 
 OPTIONS = Options(
     image_size=224,

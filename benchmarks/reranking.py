@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.metrics import average_precision
-from lib.rerank import (
+from lib.evaluation.metrics import average_precision
+from lib.search.rerank import (
     augment_gallery,
     encode_reciprocal,
     expand_queries,

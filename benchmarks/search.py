@@ -7,10 +7,10 @@ Searches 762,000 descriptors of 512 dimensions, sampled by :mod:`benchmarks.big_
 others:
 
 * flat: Faiss's exact index, in memory;
-* tuned: what :func:`lib.tuning.tune` chooses for recall@10 of 0.99 in a quarter of flat's memory.
-  It re-ranks by vectors in a mapped file, which are stated apart: the system keeps in memory what
-  it has room for (here all, as the file has just been written). It is built anew after tuning and
-  asked queries that tuning has not seen;
+* tuned: what :func:`lib.search.tuning.tune` chooses for recall@10 of 0.99 in a quarter of flat's
+  memory. It re-ranks by vectors in a mapped file, which are stated apart: the system keeps in
+  memory what it has room for (here all, as the file has just been written). It is built anew after
+  tuning and asked queries that tuning has not seen;
 * hnswlib, usearch and autofaiss, those that can be imported and are named by ``--rivals``.
 
 Queries are given all at once ("batch") with 1 and 2 threads, or one after the other ("single", 2
@@ -31,8 +31,8 @@ import faiss
 import numpy as np
 
 from benchmarks.big_sets import sample_file
-from lib import tuning
-from lib.index import train_and_add
+from lib.search import tuning
+from lib.search.photo_index import train_and_add
 
 PHOTOS, QUERIES, K, TARGET, SHARE = 762_000, 1000, 10, 0.99, 0.25
 ROUNDS, SINGLE = 3, 100

@@ -28,17 +28,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.engine import ENGINE, load_engine
-from lib.search import JOBS, KINDS, RERANKINGS, open_gallery
-from lib.search_app import SearchApp
-from lib.storage import open_run, project_root
+from lib.app.answer import JOBS, KINDS, RERANKINGS, open_gallery
+from lib.app.widget import SearchApp
+from lib.files import open_run, project_root
+from lib.network.engine import ENGINE, load_engine
 
 START = """
 import sys
 from pathlib import Path
-from lib.engine import load_engine
-from lib.search import Question, Search, open_gallery
-from lib.search_app import SearchApp
+from lib.network.engine import load_engine
+from lib.app.answer import Question, Search, open_gallery
+from lib.app.widget import SearchApp
 engine = load_engine(Path(sys.argv[1]))
 gallery = open_gallery(engine, Path(sys.argv[2]), Path(sys.argv[3]), lambda done, of: None)
 app = SearchApp(engine, gallery, Path(sys.argv[3]))

@@ -6,11 +6,11 @@ Measures, in photos per second and interleaved in one run, at 128 pixels with th
 
 * frozen, three towers: a Keras model that passes anchor, positive and negative through the network
   one after the other; only the head is trained;
-* frozen, as here: all photos of the batch through :class:`lib.features.FrozenTrunk`, then a step of
-  the head;
+* frozen, as here: all photos of the batch through :class:`lib.training.features.FrozenTrunk`, then
+  a step of the head;
 * whole, three towers: the same as the first, and the whole network is trained;
-* whole, as here: all photos of the batch as one (:class:`lib.model.Siamese`), the backbone in
-  float32 and in mixed_bfloat16;
+* whole, as here: all photos of the batch as one (:class:`lib.network.tower.Siamese`), the backbone
+  in float32 and in mixed_bfloat16;
 * input: reading, decoding and augmenting alone.
 
 The processor's peak is the rate of a large float32 matrix product on all cores, in the same rounds.
@@ -37,13 +37,13 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from lib.dataset import DatasetHandler, DataSettings
-from lib.demo_data import make_demo_data
-from lib.features import FrozenTrunk
-from lib.landmarks import open_catalogue
-from lib.losses import LossSettings, MetricLoss
-from lib.model import Siamese, TowerSettings, build_tower
-from lib.storage import project_root
+from lib.data.catalogue import open_catalogue
+from lib.data.dataset import DatasetHandler, DataSettings
+from lib.demo.data import make_demo_data
+from lib.files import project_root
+from lib.network.losses import LossSettings, MetricLoss
+from lib.network.tower import Siamese, TowerSettings, build_tower
+from lib.training.features import FrozenTrunk
 
 SIZE, BATCH, STEPS, ROUNDS = 128, 32, 2, 5
 LOSS = LossSettings(loss="triplet", mining="stored")

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lib.metrics import Interval
-from lib.storage import replacing
+from lib.evaluation.metrics import Interval
+from lib.files import replacing
 
 if TYPE_CHECKING:  # figures need no Faiss
-    from lib.compression import Loss
+    from lib.search.compression import Loss
 
 RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
 
@@ -122,8 +122,8 @@ def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> 
     """Loss, what it does to the distances, and what it is worth on landmarks not trained on.
 
     Args:
-        history: from :func:`lib.training.train`, a row an epoch. A dotted line stands where a stage
-            ends and the next begins.
+        history: from :func:`lib.training.stages.train`, a row an epoch. A dotted line stands where
+            a stage ends and the next begins.
         save: a file to write the figure to.
     """
     begins = [i for a, i in pairwise(history.index) if history["stage"][a] != history["stage"][i]]
@@ -382,7 +382,7 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
     one, so the axis is logarithmic beyond 0.1.
 
     Args:
-        summaries: title -> from :func:`lib.ladder.summarize`; a row of panels each.
+        summaries: title -> from :func:`lib.studies.fixes.summarize`; a row of panels each.
         save: a file to write the figure to.
     """
     added, missed = sns.color_palette()[:2]
@@ -428,7 +428,7 @@ def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | N
     the milliseconds for one query, embedding and search together.
 
     Args:
-        summaries: title -> from :func:`lib.postprocessing.summarize`; a row of panels each.
+        summaries: title -> from :func:`lib.studies.postprocessing.summarize`; a row of panels each.
         save: a file to write the figure to.
     """
     colours = dict(zip(("descriptor", "re-ranking"), sns.color_palette(), strict=False))
@@ -475,8 +475,8 @@ def plot_frontier(frontier: pd.DataFrame, *, save: Path | None = None) -> None:
     """Recall against speed for every setting of an index; the larger a mark, the more memory.
 
     Args:
-        frontier: of :func:`lib.tuning.tune`. Marks of the full index only; the line joins those
-            that no other one beats, the ring is round the choice.
+        frontier: of :func:`lib.search.tuning.tune`. Marks of the full index only; the line joins
+            those that no other one beats, the ring is round the choice.
         save: a file to write the figure to.
     """
     table = frontier[frontier["vectors"] == frontier["vectors"].max()]
@@ -546,7 +546,7 @@ def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> Non
     """Similarities as compressed indexes have them, against the true ones.
 
     Args:
-        losses: of :func:`lib.compression.compression_losses`, a panel each.
+        losses: of :func:`lib.search.compression.compression_losses`, a panel each.
         save: a file to write the figure to.
     """
     size = (3.4 * len(losses), 3.8)
@@ -565,7 +565,7 @@ def plot_capacity(table: pd.DataFrame, *, save: Path | None = None) -> None:
     """Time and room against the number of photos, both axes logarithmic.
 
     Args:
-        table: from :func:`lib.capacity.capacity`.
+        table: from :func:`lib.cluster.capacity.capacity`.
         save: a file to write the figure to.
     """
     _, (hours, room) = plt.subplots(1, 2, figsize=(10, 3.6))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.demo_data import DemoSettings, make_demo_data
+from lib.demo.data import DemoSettings, make_demo_data
 
 SMALL_WORLD = DemoSettings(seed=3, landmarks=60, unseen_landmarks=6, unseen_views=3, distractors=20)
 

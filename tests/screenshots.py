@@ -16,9 +16,9 @@ import sys
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from lib.demo_data import DemoSettings
-from lib.demo_world import render_jpegs
-from lib.storage import open_run, project_root
+from lib.demo.data import DemoSettings
+from lib.demo.world import render_jpegs
+from lib.files import open_run, project_root
 from tests.chromium import OPTIONS, find_chromium
 
 ROOT = project_root()
@@ -40,7 +40,7 @@ def main() -> int:
         return 1
     for name, target in FIGURES.items():
         shutil.copy(figures / name, IMAGES / target)
-    command = [sys.executable, "-m", "lib.app_page", "--no-browser", "--port=8960"]
+    command = [sys.executable, "-m", "lib.app.page", "--no-browser", "--port=8960"]
     server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(server.stderr.readline, "")

@@ -230,7 +230,7 @@ def test_installed_versions_are_the_locked_ones():
 
 def sources():
     """Every Python source of the project as (path from the root, syntax tree)."""
-    for folder in ("lib", "benchmarks", "tests"):
+    for folder in ("lib", "tools", "benchmarks", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -260,7 +260,7 @@ def is_import(node):
 BACKENDS = {name(r) for r in declared_in("backends")}
 RIVALS = {name(r) for r in declared_in("rivals")}
 CLUSTER = {name(r) for extra in ("cluster", "milvus") for r in declared_in(extra)}
-LOCAL_MODULES = {"lib", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
+LOCAL_MODULES = {"lib", "tools", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
 
 
@@ -269,19 +269,20 @@ def importers(module):
 
 
 def test_faiss_is_imported_only_where_indexes_are_made():
-    # lib/index.py limits its threads on macOS, whose OpenMP does not bear a second copy.
+    # lib/search/photo_index.py limits its threads on macOS, whose OpenMP does not bear a second
+    # copy.
     assert {p for p in importers("faiss") if p.startswith("lib/")} == {
-        "lib/index.py",
-        "lib/tuning.py",
+        "lib/search/photo_index.py",
+        "lib/search/tuning.py",
     }
-    for path in importers("faiss") - {"lib/index.py"}:
+    for path in importers("faiss") - {"lib/search/photo_index.py"}:
         assert IMPORTS[path] & {"lib"}, path
 
 
 def test_tensorflow_is_imported_only_where_it_gets_its_batches():
     # Everything else goes through Keras, and so runs on its other backends as well.
     places = {path for path in importers("tensorflow") if not path.startswith("tests/")}
-    assert {p for p in places if p.startswith("lib/")} == {"lib/dataset.py"}
+    assert {p for p in places if p.startswith("lib/")} == {"lib/data/dataset.py"}
     compared = {"benchmarks/input_pipeline.py", "benchmarks/embedding.py"}
     assert {p for p in places if not p.startswith("lib/")} <= compared
 
@@ -299,8 +300,8 @@ def test_every_imported_package_is_declared():
 
 
 def test_ray_jax_and_milvus_are_imported_only_when_needed():
-    places = {"ray": {"lib/cluster.py"}, "pymilvus": {"lib/milvus_index.py"}}
-    places["jax"] = {"lib/processes.py", "lib/cluster.py"}
+    places = {"ray": {"lib/cluster/ray.py"}, "pymilvus": {"lib/cluster/milvus.py"}}
+    places["jax"] = {"lib/data_parallel.py", "lib/cluster/ray.py"}
     for module, allowed in places.items():
         assert {p for p in importers(module) if p.startswith("lib/")} == allowed
         for path, tree in sources():

@@ -1,0 +1,258 @@
+"""The trained system as one question and one answer: a photo in, the most similar photos out.
+
+    engine = load_engine(run / ENGINE)
+    gallery = open_gallery(engine, Path("Dataset/demo_world/unseen"), run / JOBS)
+    search = Search(engine, gallery)
+    answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
+    answer.names, answer.similarities, answer.votes
+
+A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`); the name of
+the folder that a photo lies in is taken for its landmark. Neither TensorFlow nor Keras is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.data.photos import PhotoError, TestSetError, read_photo
+from lib.evaluation.occlusion import occlusion_heat
+from lib.network.engine import Engine
+from lib.search.embedding import embed_job, photos_below
+from lib.search.photo_index import IndexSettings, PhotoIndex
+from lib.search.rerank import expand_queries
+
+JOBS = "galleries"  # folder in a run, for the embeddings of the galleries that were opened
+KINDS = ("exact", "inverted lists", "graph")
+RERANKINGS = ("none", "query expansion")
+
+log = logging.getLogger(__name__)
+
+_BATCH = 32  # photos between two reports of progress
+_NEIGHBOURS = 3  # that a query is moved towards: a landmark often has no more photos
+
+
+class SearchError(ValueError):
+    """A folder or a photo can't be used; the message may be shown to anybody, and names no path."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """How to search.
+
+    Attributes:
+        k: how many photos to find.
+        kind: of index: "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph"
+            (HNSW) look at few of them, which pays in large galleries.
+        rerank: "none", or "query expansion": search again with the mean of the photo and the first
+            photos found, see :func:`lib.search.rerank.expand_queries`. Its similarities are those
+            to that mean.
+
+    Raises:
+        ValueError: k below 1, or an unknown name.
+    """
+
+    k: int = 8
+    kind: str = "exact"
+    rerank: str = "none"
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.kind not in KINDS or self.rerank not in RERANKINGS:
+            raise ValueError(f"unknown kind {self.kind!r} or re-ranking {self.rerank!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What was found.
+
+    Attributes:
+        names: of the photos, the most similar first.
+        similarities: float32, cosines from -1 to 1.
+        votes: shares of the landmarks among these photos, weighed by similarity, the largest
+            first; they add up to 1. Empty if no photo lies in a landmark's folder.
+        seconds: that it took to embed the photo and to search.
+    """
+
+    names: list[str]
+    similarities: np.ndarray
+    votes: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """A folder of photos that can be searched in.
+
+    Attributes:
+        folder: that the names are seen from.
+        names: n paths within the folder.
+        embeddings: float32 (n, d) of unit norm.
+        unreadable: how many other photos could not be read.
+    """
+
+    folder: Path
+    names: list[str]
+    embeddings: np.ndarray
+    unreadable: int
+
+    def landmarks(self) -> list[str]:
+        """The landmarks, sorted: the folders that the photos lie in."""
+        return sorted({landmark_of(name) for name in self.names} - {""})
+
+
+def landmark_of(name: str) -> str:
+    """The landmark that a photo's name tells: its folder's name; "" if it lies in none."""
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
+def folder_below(root: Path, typed: str) -> Path:
+    """The folder that somebody means, if it may be searched in.
+
+    Args:
+        root: only folders below it are accepted, and none whose path has a name with a leading dot.
+        typed: a path, seen from ``root`` or whole.
+
+    Raises:
+        SearchError: no folder that may be searched in; why is not told.
+    """
+    try:
+        root = Path(root).resolve()
+        folder = (root / Path(typed.strip()).expanduser()).resolve()
+        parts = folder.relative_to(root).parts  # raises a ValueError outside
+        if parts and not any(part[0] == "." for part in parts) and folder.is_dir():
+            return folder
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte, an unknown user
+        pass
+    raise SearchError("There is no such folder that may be searched in.")
+
+
+def open_gallery(
+    engine: Engine,
+    folder: Path,
+    jobs: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Gallery:
+    """Embed the photos of a folder and of all folders in it, or find them embedded.
+
+    Args:
+        engine: from :func:`lib.network.engine.load_engine`.
+        folder: of photos.
+        jobs: a folder for the embeddings, which are kept: each set of photos gets a folder in it.
+        on_progress: see :func:`lib.search.embedding.embed_job`.
+
+    Raises:
+        SearchError: no photo in the folder, or none that can be read.
+        EmbeddingJobError: another process embeds the same photos.
+    """
+    try:
+        source = photos_below(folder)
+    except TestSetError:
+        raise SearchError("There are no photos in this folder, nor in the folders in it.") from None
+    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {source.digest}".encode())
+    job = Path(jobs) / key.hexdigest()[:16]
+    embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
+    if not names:
+        raise SearchError("None of the photos in this folder can be read.")
+    return Gallery(Path(folder), names, embeddings, len(skipped))
+
+
+class Search:
+    """Searches a gallery. Indexes are built when they are first asked for."""
+
+    def __init__(self, engine: Engine, gallery: Gallery):
+        """Search a gallery.
+
+        Args:
+            engine: the one that embedded the gallery.
+            gallery: from :func:`open_gallery`.
+        """
+        self.engine, self.gallery = engine, gallery
+        self._indexes: dict[str, PhotoIndex] = {}
+
+    def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
+        """Find the photos most similar to one.
+
+        Args:
+            photo: uint8 (s, s, 3), see :func:`lib.app.upload.read_upload`.
+            question: how to search.
+            without: name of a photo to pass over: the query itself, if it is of the gallery.
+        """
+        start = time.perf_counter()
+        index = self._index(question.kind)
+        query = self.engine.embed(photo[None])
+        if question.rerank == "query expansion" and self.gallery.names != [without]:
+            query = expand_queries(query, self._others(without), k=_NEIGHBOURS)
+        names, similarities = index.search(query, question.k + bool(without))
+        found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
+        names, similarities = [names[0][i] for i in found], similarities[0, found]
+        votes = _votes([landmark_of(name) for name in names], similarities)
+        return Answer(names, similarities, votes, time.perf_counter() - start)
+
+    def photo(self, name: str) -> np.ndarray:
+        """A photo of the gallery as the network sees it, uint8 (s, s, 3).
+
+        Raises:
+            SearchError: it can't be read any more.
+        """
+        try:
+            return read_photo(self.gallery.folder / name, self.engine.image_size)
+        except PhotoError as error:
+            log.info("a photo of the gallery can't be read any more: %s", error)
+            raise SearchError("This photo can't be read any more.") from None
+
+    def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What two photos, uint8 (s, s, 3), have in common in the network's eyes.
+
+        Returns:
+            a heat map of each, float32 (g, g), see :func:`lib.evaluation.occlusion.occlusion_heat`.
+        """
+        embeddings = self.engine.embed(np.stack([photo, other]))
+        return (
+            occlusion_heat(self.engine.embed, photo, embeddings[1]),
+            occlusion_heat(self.engine.embed, other, embeddings[0]),
+        )
+
+    def _index(self, kind: str) -> PhotoIndex:
+        if kind not in self._indexes:
+            gallery = self.gallery
+            self._indexes[kind] = PhotoIndex.build(
+                gallery.embeddings,
+                gallery.names,
+                self.engine.fingerprint,
+                _settings(kind, len(gallery.names)),
+            )
+        return self._indexes[kind]
+
+    def _others(self, without: str) -> np.ndarray:
+        """The embeddings of all photos but one: a query must not vote for itself."""
+        if not without:
+            return self.gallery.embeddings
+        return self.gallery.embeddings[[name != without for name in self.gallery.names]]
+
+
+def _settings(kind: str, n: int) -> IndexSettings:
+    """Settings of an index for n photos; Faiss wants 39 photos a list to learn the lists from."""
+    if kind == "exact":
+        return IndexSettings()
+    if kind == "graph":
+        return IndexSettings("HNSW32", "efSearch=64")
+    lists = max(1, min(round(n**0.5), n // 39))
+    return IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}")
+
+
+def _votes(landmarks: list[str], similarities: np.ndarray) -> dict[str, float]:
+    votes: dict[str, float] = {}
+    for landmark, similarity in zip(landmarks, similarities.tolist(), strict=True):
+        if landmark:
+            votes[landmark] = votes.get(landmark, 0.0) + max(similarity, 0.0)
+    total = sum(votes.values())
+    ranked = sorted(votes.items(), key=lambda vote: -vote[1])
+    return {landmark: vote / total for landmark, vote in ranked if vote > 0}

@@ -1,0 +1,411 @@
+"""Label a test set of one's own: click the photos that show the query's landmark, and save.
+
+Labeller(Path("Test_set"), names, embeddings)  # the last line of a notebook's cell
+
+It reads and writes the ``ground_truth.csv`` of :func:`lib.data.photos.read_test_set`.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from lib.data.photos import GROUND_TRUTH, read_test_set
+from lib.files import replacing, show_path
+from lib.plots import QUERY, RIGHT
+
+PAGE = 24  # photos shown at a time, however many there are
+SIDE = 150  # pixels of a photo's side
+
+
+# --------------------------------------------------------------------------------------------------
+# The labels, without a widget
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Labels:
+    """Which photo is searched for, and which others show its landmark.
+
+    Attributes:
+        query: a file name.
+        positives: file names; the query is none of them.
+    """
+
+    query: str
+    positives: set[str] = field(default_factory=set)
+
+    def copy(self) -> Labels:
+        """The same labels, not changed when these are."""
+        return Labels(self.query, set(self.positives))
+
+    def toggle(self, name: str) -> None:
+        """Make a photo a positive, or no longer one.
+
+        Raises:
+            ValueError: it is the query.
+        """
+        if name == self.query:
+            raise ValueError(f"{name!r} is the query: it can't be a positive as well")
+        self.positives ^= {name}
+
+    def make_query(self, name: str) -> set[str]:
+        """Search for another photo.
+
+        A positive shows the same landmark: the old query takes its place among the positives. Any
+        other photo may show another landmark: the positives, which were the old query's, go.
+
+        Returns:
+            the positives that are forgotten.
+        """
+        forgotten: set[str] = set()
+        if name in self.positives:
+            self.positives = self.positives - {name} | {self.query}
+        elif name != self.query:
+            forgotten, self.positives = self.positives, set()
+        self.query = name
+        return forgotten
+
+
+def read_labels(folder: Path, names: Sequence[str], query: int, positives: np.ndarray) -> Labels:
+    """The labels of a test set whose ground truth :func:`lib.data.photos.read_test_set` has
+    accepted.
+
+    Positives that can't be read at the moment are among them, so that saving does not lose them.
+
+    Args:
+        folder: holds ``ground_truth.csv``.
+        names: n file names, those of the photos that can be read.
+        query: index of the query.
+        positives: bool (n,).
+    """
+    table = pd.read_csv(folder / GROUND_TRUTH, dtype=str, keep_default_na=False)
+    unreadable = table[(table["role"] == "positive") & ~table["image"].isin(names)]
+    readable = {name for name, positive in zip(names, positives, strict=True) if positive}
+    return Labels(names[query], readable | set(unreadable["image"]))
+
+
+def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
+    """Write ``ground_truth.csv``, atomically: a row for each photo, sorted by name.
+
+    Args:
+        folder: of the photos.
+        names: file names of all photos; what is neither query nor positive is a distractor.
+        labels: of these photos.
+
+    Returns:
+        the file's path.
+
+    Raises:
+        OSError: it can't be written.
+        UnicodeEncodeError: a file's name is no valid Unicode.
+    """
+    path = Path(folder) / GROUND_TRUTH
+    roles = dict.fromkeys(names, "distractor") | dict.fromkeys(labels.positives, "positive")
+    roles[labels.query] = "query"
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "role"))
+        writer.writerows(sorted(roles.items()))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# The widget
+# --------------------------------------------------------------------------------------------------
+
+# A photo is the background of a toggle button: a real button can be reached by Tab and pressed by
+# the space bar, and a screen reader says its text, which stands in the strip below the photo.
+STYLE = f"""
+.labeller .labeller-photo {{
+  width: {SIDE}px; height: {SIDE + 28}px; margin: 0; padding: {SIDE}px 4px 0; line-height: 24px;
+  border: 3px solid transparent; box-sizing: border-box; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; background: no-repeat top / 100% {SIDE - 4}px var(--jp-layout-color2);
+  color: var(--jp-ui-font-color1); box-shadow: none; border-radius: 3px;
+}}
+.labeller .labeller-photo.mod-active {{
+  border-color: {RIGHT}; color: white; font-weight: bold;
+  background-color: color-mix(in srgb, {RIGHT} 72%, black);
+}}
+.labeller button:focus-visible {{
+  outline: 4px solid var(--jp-ui-font-color0) !important;
+  outline-offset: -4px; /* inside: a box clips its content */
+}}
+.labeller .labeller-swap {{
+  width: {SIDE}px; height: 24px; margin: 0; line-height: 22px; font-size: 11px;
+  background: none; color: var(--jp-ui-font-color1); border: 1px solid transparent;
+}}
+.labeller .labeller-swap:hover, .labeller .labeller-swap:focus-visible {{
+  border-color: var(--jp-border-color1); box-shadow: none;
+}}
+.labeller .labeller-head {{ display: flex; gap: 16px; line-height: 1.4; align-items: flex-start;
+  overflow-wrap: anywhere; }}
+.labeller .labeller-head .query {{ border: 4px solid {QUERY}; width: {SIDE}px; flex: none; }}
+.labeller .labeller-head .chosen {{ display: flex; flex-wrap: wrap; gap: 4px; max-height: 130px;
+  overflow-y: auto; margin-top: 6px; }}
+.labeller .labeller-head .chosen img {{ border: 2px solid {RIGHT}; width: 56px; height: 56px; }}
+.labeller .labeller-failed {{ color: var(--jp-error-color0, #b71c1c); font-weight: bold; }}
+"""
+
+
+class Labeller(widgets.VBox):
+    """A widget to choose the query and its positives, and to save them.
+
+    The photos stand in the order of their similarity to the query, so that most positives are on
+    the first page.
+
+    Attributes:
+        labels: as they are chosen at the moment, saved or not.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], embeddings: np.ndarray):
+        """Read the photos and, if there is one, the ground truth to go on from.
+
+        Args:
+            folder: of photos.
+            names: m file names that include all photos of the folder that can be read.
+            embeddings: float (m, d) of unit norm, in the order of ``names``.
+
+        Raises:
+            TestSetError: no readable photo, or a ground truth that does not fit them.
+            ValueError: a photo without an embedding, or embeddings that are not (m, d) and finite.
+        """
+        self._folder = Path(folder)
+        test_set = read_test_set(self._folder, SIDE)
+        self._names, self._photos = test_set.names, test_set.photos
+        self._embeddings = _embeddings_of(self._names, names, embeddings)
+        truth = show_path(self._folder / GROUND_TRUTH)
+        if test_set.positives is None:
+            self.labels = Labels(self._names[test_set.query])
+            self._saved: Labels | None = None
+            status = f"There is no {truth} yet: choose the query first, then its positives."
+        else:
+            self.labels = read_labels(self._folder, self._names, test_set.query, test_set.positives)
+            self._saved = self.labels.copy()
+            status = f"Read from {truth}: {self._count()}."
+
+        self._history: list[Labels] = []
+        self._style, self._head, self._status = (widgets.HTML() for _ in range(3))
+        self._style.layout.display = "none"  # a style sheet works from there as well
+        self._previous = widgets.Button(description="Previous page")
+        self._next = widgets.Button(description="Next page")
+        self._where = widgets.HTML()
+        self._save = widgets.Button(description="Save", button_style="primary")
+        self._undo = widgets.Button(description="Undo", disabled=True)
+        self._cells: dict[int, widgets.VBox] = {}
+        # It scrolls by itself, so that the query and what has been chosen stay in sight.
+        self._grid_layout = widgets.Layout(
+            grid_template_columns=f"repeat(auto-fill, {SIDE}px)",
+            grid_gap="8px",
+            padding="4px",
+            max_height="60vh",
+            overflow="auto",
+        )
+        bar = widgets.HBox(
+            [self._previous, self._where, self._next, self._undo, self._save],
+            layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
+        )
+        notice = widgets.HTML(_unreadable(test_set.skipped))
+        super().__init__([self._style, self._head, notice, bar, self._status, widgets.GridBox()])
+        self.add_class("labeller")
+
+        self._previous.on_click(lambda _: self._turn_to(self._page - 1))
+        self._next.on_click(lambda _: self._turn_to(self._page + 1))
+        self._save.on_click(lambda _: self._on_save())
+        self._undo.on_click(lambda _: self._on_undo())
+        self._rank()
+        self._tell(status)
+
+    def _count(self) -> str:
+        chosen = len(self.labels.positives & set(self._names))
+        return f"{chosen} positive{'' if chosen == 1 else 's'}"
+
+    # ---- What is shown
+
+    def _rank(self) -> None:
+        """Put the photos in the order of their similarity to the query, and show the first page."""
+        query = self._names.index(self.labels.query)
+        self._similarities = self._embeddings @ self._embeddings[query]
+        order = np.argsort(-self._similarities, kind="stable")
+        self._order = order[order != query]
+        self._turn_to(0)
+        self._draw_head()
+
+    def _turn_to(self, page: int) -> None:
+        pages = max(1, -(-len(self._order) // PAGE))
+        self._page = page
+        self._previous.disabled, self._next.disabled = page == 0, page == pages - 1
+        self._where.value = f"<span>Page {page + 1} of {pages}</span>"
+        self._shown = self._order[page * PAGE : (page + 1) * PAGE].tolist()
+        pictures = "".join(
+            f".labeller .labeller-photo.{self._photo_class(i)} "
+            f"{{ background-image: url({_data_uri(self._photos[i])}) }}\n"
+            for i in self._shown
+        )
+        self._style.value = f"<style>{STYLE}{pictures}</style>"
+        for i in self._shown:
+            if i not in self._cells:
+                self._cells[i] = self._new_cell(i)
+            self._draw_cell(i)
+        cells = [self._cells[i] for i in self._shown]
+        *others, old = self.children
+        self.children = (*others, widgets.GridBox(cells, layout=self._grid_layout))  # at its top
+        old.close()
+
+    def _photo_class(self, i: int) -> str:
+        return f"labeller-{self.model_id}-{i}"  # two labellers may stand on one page
+
+    def _new_cell(self, i: int) -> widgets.VBox:
+        """A photo and what can be done with it.
+
+        Each photo has widgets of its own: a click that comes late, when another page is shown
+        already, still counts for the photo that was clicked.
+        """
+        toggle = widgets.ToggleButton()
+        toggle.add_class("labeller-photo")
+        toggle.add_class(self._photo_class(i))
+        toggle.observe(lambda change: self._on_toggle(i, change.new), "value")
+        swap = widgets.Button(
+            description="Make it the query", tooltip=f"Make {_text(self._names[i])} the query"
+        )
+        swap.add_class("labeller-swap")
+        swap.on_click(lambda _: self._on_swap(self._names[i]))
+        return widgets.VBox([toggle, swap], layout=widgets.Layout(width=f"{SIDE}px"))
+
+    def _draw_cell(self, i: int) -> None:
+        toggle, name = self._cells[i].children[0], _text(self._names[i])
+        with toggle.hold_sync():
+            toggle.value = self._names[i] in self.labels.positives
+            toggle.description = f"✓ positive: {name}" if toggle.value else name
+            toggle.tooltip = f"{name}, similarity {self._similarities[i]:.2f}"
+
+    def _draw_head(self) -> None:
+        """The query, and all positives: those of the other pages are seen here."""
+        chosen = [i for i in self._order if self._names[i] in self.labels.positives]
+        self._head.value = (
+            f'<div class="labeller-head">{self._img(self.labels.query, "query")}'
+            f"<div><b>Query:</b> {_html(self.labels.query)}<br>"
+            f"<b>{self._count()} chosen</b><br>Click each photo that shows the query's "
+            "landmark; click it again to undo.<br>The photos most like the query come first."
+            f'<div class="chosen">{"".join(self._img(self._names[i]) for i in chosen)}</div>'
+            "</div></div>"
+        )
+
+    def _img(self, name: str, kind: str = "positive") -> str:
+        uri = _data_uri(self._photos[self._names.index(name)])
+        what = f"{kind} {_html(name)}"
+        return f'<img class="{kind}" src="{uri}" alt="{what}" title="{what}">'
+
+    def _tell(self, text: str, failed: bool = False) -> None:
+        """Show a line below the buttons, which a screen reader reads out."""
+        role = 'role="alert" class="labeller-failed"' if failed else 'role="status"'
+        self._status.value = f"<div {role}>{_html(text)}</div>"
+
+    # ---- What happens on a click
+
+    def _on_toggle(self, i: int, chosen: bool) -> None:
+        name = self._names[i]
+        if name == self.labels.query or chosen == (name in self.labels.positives):
+            return  # not a click: it is being drawn
+        self._remember()
+        self.labels.toggle(name)
+        self._draw_cell(i)
+        self._draw_head()
+        self._tell(f"{self._count()} chosen, {self._state()}.")
+
+    def _on_swap(self, name: str) -> None:
+        self._remember()
+        old = self.labels.query
+        lost = f"; Undo brings back what was chosen for {old}"
+        if not self.labels.make_query(name):
+            lost = ""
+        self._rank()
+        self._tell(f"The query is {name}: {self._count()} chosen, {self._state()}{lost}.")
+
+    def _remember(self) -> None:
+        self._history.append(self.labels.copy())
+        self._undo.disabled = False
+
+    def _on_undo(self) -> None:
+        query = self.labels.query
+        self.labels = self._history.pop()
+        self._undo.disabled = not self._history
+        if self.labels.query != query:
+            self._rank()
+        else:
+            for i in self._shown:
+                self._draw_cell(i)
+            self._draw_head()
+        self._tell(f"Undone: {self._count()} chosen, {self._state()}.")
+
+    def _state(self) -> str:
+        return "as saved" if self.labels == self._saved else "not saved yet"
+
+    def _on_save(self) -> None:
+        try:
+            path = write_labels(self._folder, self._names, self.labels)
+        except UnicodeEncodeError:
+            bad = next(name for name in self._names if name != _text(name))
+            self._tell_failure(f"the name of {bad} is no valid Unicode")
+        except OSError as error:
+            self._tell_failure(error.strerror or str(error))
+        else:
+            self._saved = self.labels.copy()
+            self._tell(f"Saved in {show_path(path)}: {self._count()}.")
+
+    def _tell_failure(self, reason: str) -> None:
+        path = show_path(self._folder / GROUND_TRUTH)
+        self._tell(
+            f"Not saved in {path}: {reason}. Your choices are still here: put that right, "
+            "then save again.",
+            failed=True,
+        )
+
+
+def _embeddings_of(
+    photos: Sequence[str], names: Sequence[str], embeddings: np.ndarray
+) -> np.ndarray:
+    """The rows of the embeddings that belong to the photos, in their order."""
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    if embeddings.ndim != 2 or len(embeddings) != len(names) or not np.isfinite(embeddings).all():
+        raise ValueError(f"embeddings must be finite and ({len(names)}, d), not {embeddings.shape}")
+    row = {name: i for i, name in enumerate(names)}
+    absent = [name for name in photos if name not in row]
+    if absent:
+        raise ValueError(f"{len(absent)} photos have no embedding, such as {absent[0]!r}")
+    return embeddings[[row[name] for name in photos]]
+
+
+def _text(name: str) -> str:
+    """A file's name as text that can be sent: one from an old system may be no valid Unicode."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _html(text: str) -> str:
+    return html.escape(_text(text))
+
+
+def _unreadable(skipped: list[str]) -> str:
+    if not skipped:
+        return ""
+    items = "".join(f"<li>{_html(message)}</li>" for message in skipped)
+    return (
+        f"<details><summary>{len(skipped)} of the folder's files can't be read</summary>"
+        f"<ul>{items}</ul></details>"
+    )
+
+
+def _data_uri(photo: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,592 @@
+"""The catalogue: which photo lies where in the shards, and which photos show the same landmark.
+
+The Kaggle records have no labels. But they repeat their pictures, byte for byte, and whatever is
+joined to the same picture shows the same landmark:
+
+    catalogue = open_catalogue(Path("Dataset"))    # one pass over the shards, kept as a file
+    catalogue.pictures                             # a row for each different picture
+    catalogue.triplets                             # a row for each record, as numbers of pictures
+    parts = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
+
+``python -m lib.data.catalogue Dataset`` makes it, and prints what was found.
+
+The file, ``landmarks.parquet`` beside the shards, has a row for every picture of every record, in
+file order, with the columns ``shard``, ``record``, ``offset`` (of the record), ``role``, ``image``
+(hash of the bytes), ``position`` and ``length`` (of the JPEG file within the shard), ``width``,
+``height``, ``perceptual_hash``, ``landmark`` and ``group`` (see :class:`Catalogue`), ``image_id``
+and ``landmark_id`` (where the shard states them); and a row for each record that can't be used,
+with its ``problem`` and ``detail``. Offsets and positions count bytes from the file's beginning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import simplejpeg
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from lib.data.records import (
+    FEATURES,
+    DatasetNotFoundError,
+    Frame,
+    Place,
+    RecordError,
+    find_shards,
+    image_hash,
+    message_offset,
+    parse_triplet,
+    read_message,
+    scan_frames,
+    shard_number,
+)
+from lib.files import replacing, show_path
+from lib.search.photo_index import near_duplicates
+from lib.workers import process_pool
+
+CATALOGUE = "landmarks.parquet"
+ROLES = tuple(name.removesuffix("_img") for name in FEATURES)
+
+MAX_PIXELS = 50_000_000  # a header that claims more is damaged or meant to harm
+UNKNOWN = -1  # landmark of a picture that occurs as a negative only
+
+_FORMAT = 1
+_CHUNK = 256  # records that a process takes at once
+_FEW = 2_000  # records that are read sooner than processes are started
+
+
+class CatalogueError(ValueError):
+    """A catalogue can't be read, or does not fit the shards."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What the shards hold.
+
+    Attributes:
+        shards: the files.
+        rows: a row for every picture of every usable record, three to a record (anchor, positive,
+            negative), with the columns of the file.
+        problems: a row for each record that can't be used: ``shard`` (its number in ``shards``),
+            ``record``, ``offset``, ``problem``, ``detail``.
+
+    Pictures of one ``landmark`` (a number) show the same one for sure; UNKNOWN means that nothing
+    is known. Pictures of different ``group`` show different landmarks; within a group they may. So
+    positives are sought in a landmark, negatives in other groups.
+    """
+
+    shards: list[Path]
+    rows: pd.DataFrame
+    problems: pd.DataFrame
+
+    @cached_property
+    def pictures(self) -> pd.DataFrame:
+        """A row for each different picture (by its bytes), where it occurs first."""
+        first = self.rows.loc[~self.rows["image"].duplicated()]
+        return first.drop(columns=["record", "offset", "role"]).reset_index(drop=True)
+
+    @cached_property
+    def triplets(self) -> pd.DataFrame:
+        """A row for each usable record: ``shard``, ``record`` (its number within the shard),
+        ``offset``, and ``anchor``, ``positive``, ``negative`` (rows of ``pictures``)."""
+        table = self.rows.loc[::3, ["shard", "record", "offset"]].reset_index(drop=True)
+        table[list(ROLES)] = pd.factorize(self.rows["image"])[0].reshape(-1, 3)
+        return table
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where each picture lies, for :func:`lib.data.records.read_picture`."""
+        shards = [(str(shard), shard.stat().st_mtime_ns) for shard in self.shards]
+        columns = (self.pictures[c].tolist() for c in ("shard", "position", "length", "image"))
+        return [Place(*shards[shard], *rest) for shard, *rest in zip(*columns, strict=True)]
+
+    @cached_property
+    def degenerate(self) -> np.ndarray:
+        """bool, for each triplet: whether the positive is the anchor itself."""
+        return (self.triplets["anchor"] == self.triplets["positive"]).to_numpy()
+
+    @cached_property
+    def false_negative(self) -> np.ndarray:
+        """bool, for each triplet: whether the negative shows the anchor's own landmark."""
+        landmark = self.pictures["landmark"].to_numpy()
+        return landmark[self.triplets["anchor"]] == landmark[self.triplets["negative"]]
+
+    def damage(self) -> pd.DataFrame:
+        """The records that can't be used by kind: how many, and where the first of them is."""
+        by_kind = self.problems.groupby("problem", sort=False)
+        table = by_kind.first().assign(records=by_kind.size())
+        table["shard"] = [self.shards[number].name for number in table["shard"]]
+        table = table.rename(columns={"shard": "first in", "record": "as record"})
+        return table[["records", "first in", "as record", "detail"]]
+
+    def report(self) -> pd.Series:
+        """The catalogue in numbers.
+
+        Of the degenerate triplets the positive is the anchor, of the false negatives the negative
+        shows the anchor's landmark; near-duplicates see
+        :func:`lib.search.photo_index.near_duplicates`.
+        """
+        sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
+        return pd.Series(
+            {
+                "records": len(self.triplets) + len(self.problems),
+                "records that can't be used": len(self.problems),
+                "pictures": 3 * len(self.triplets),
+                "different pictures": len(self.pictures),
+                "landmarks found": len(sizes),
+                "landmarks with two pictures or more": int((sizes >= 2).sum()),
+                "pictures per landmark, mean": round(float(sizes.mean()), 2),
+                "pictures per landmark, most": int(sizes.max()),
+                "degenerate triplets": int(self.degenerate.sum()),
+                "false negatives": int(self.false_negative.sum()),
+                "pairs of near-duplicates": len(
+                    near_duplicates(self.pictures["perceptual_hash"].to_numpy())
+                ),
+            },
+            dtype=object,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The pass over the shards
+# --------------------------------------------------------------------------------------------------
+
+
+def open_catalogue(dataset_dir: Path) -> Catalogue:
+    """The catalogue of a folder of shards: read if there is one that fits them, else made.
+
+    Raises:
+        DatasetNotFoundError: the folder has no shards.
+        CatalogueError: none of their records can be used.
+    """
+    path = Path(dataset_dir) / CATALOGUE
+    shards = find_shards(dataset_dir)
+    if path.is_file():
+        try:
+            return load_catalogue(path)
+        except CatalogueError as error:
+            print(f"Making {CATALOGUE} anew: {error}")
+    catalogue = build_catalogue(shards)
+    try:
+        save_catalogue(catalogue, path)
+    except OSError as error:  # a folder that can only be read
+        print(f"{show_path(path)} can't be kept ({error}): it will be made again each time")
+    return catalogue
+
+
+def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Catalogue:
+    """Read the shards once, on all processor cores, and join their pictures to landmarks.
+
+    Every record's checksums are verified and every picture is decoded once, so that training need
+    not expect damage: a record that can't be used is left out, and listed in ``problems``.
+
+    Args:
+        shards: files, in the order of their numbers.
+        merge_neighbours: see :func:`identify`.
+
+    Raises:
+        CatalogueError: none of their records can be used.
+    """
+    shards = [Path(shard) for shard in shards]
+    frames = [list(scan_frames(shard)) for shard in shards]
+    total = sum(map(len, frames))
+    if not total:
+        raise CatalogueError(
+            f"the {len(shards)} shards of {show_path(shards[0].parent)} are empty: fetch them again"
+        )
+    rows, problems = [], []
+    with (
+        process_pool() as pool,
+        tqdm(total=total, desc="cataloguing", unit=" records", leave=False) as bar,
+    ):
+        chunks = _chunks(shards, frames)
+        for found, failed in (map if total <= _FEW else pool.map)(_read_chunk, chunks):
+            rows.append(found)
+            problems.append(failed)
+            bar.update(len(found) // 3 + len(failed))
+    rows, problems = _stack(rows), _stack(problems)
+    if rows.empty:
+        reasons = "; ".join((problems["problem"] + ": " + problems["detail"]).head(3))
+        raise CatalogueError(
+            f"no usable record in the {len(shards)} shards of {show_path(shards[0].parent)} "
+            f"({reasons}): fetch them again"
+        )
+    return identify(Catalogue(shards, rows, problems), merge_neighbours)
+
+
+def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table of many; empty ones, whose columns have no type, would spoil that of the others."""
+    return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+
+
+_COLUMNS = [
+    *("shard", "record", "offset", "role", "image", "position", "length"),
+    *("width", "height", "perceptual_hash", "image_id", "landmark_id"),
+]
+_PROBLEMS = ["shard", "record", "offset", "problem", "detail"]
+
+
+def _chunks(shards: list[Path], frames: list[list[Frame]]) -> Iterator:
+    """Runs of at most _CHUNK records of one shard: (shard's number, its path, frames)."""
+    for number, (shard, of_shard) in enumerate(zip(shards, frames, strict=True)):
+        for start in range(0, len(of_shard), _CHUNK):
+            yield number, shard, of_shard[start : start + _CHUNK]
+
+
+def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read some records; returns three rows for each, and a row for each that can't be used."""
+    number, shard, frames = chunk
+    rows, problems, inspected = [], [], {}
+    with shard.open("rb") as file:
+        for frame in frames:
+            try:
+                message = read_message(file, frame)
+                triplet = parse_triplet(message)
+                start = message_offset(frame)
+                record = []
+                for role, picture in enumerate(triplet.pictures):
+                    image = image_hash(picture)
+                    if image not in inspected:
+                        inspected[image] = inspect_picture(picture)
+                    # Wherever in the record these bytes are found first, they are this picture.
+                    place = (start + message.find(picture), len(picture))
+                    names = [ids[role] if ids else None for ids in triplet[3:]]
+                    where = (number, frame.number, frame.offset)
+                    record.append((*where, role, image, *place, *inspected[image], *names))
+                rows += record
+            except RecordError as error:
+                problems.append((number, frame.number, frame.offset, error.kind, error.detail))
+    return pd.DataFrame(rows, columns=_COLUMNS), pd.DataFrame(problems, columns=_PROBLEMS)
+
+
+def inspect_picture(picture: bytes) -> tuple[int, int, int]:
+    """Decode a JPEG picture, small and grey, to know that it is one.
+
+    Returns:
+        width and height in pixels, and its perceptual hash (pHash, by the library ImageHash): 64
+        bits, few of which differ between two files that look alike.
+
+    Raises:
+        RecordError: it does not decode, or is too large.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
+    except ValueError as error:
+        raise RecordError("not a JPEG picture", str(error)) from None
+    if width * height > MAX_PIXELS:
+        raise RecordError("picture too large", f"its header claims {width} x {height} pixels")
+    if colours not in ("YCbCr", "Gray", "RGB"):
+        raise RecordError("neither RGB nor grey", f"its colours are {colours}")
+    try:
+        grey = simplejpeg.decode_jpeg(picture, "GRAY", min_height=32, min_width=32)
+    except ValueError as error:
+        raise RecordError("picture does not decode", str(error)) from None
+    bits = imagehash.phash(Image.fromarray(grey[..., 0])).hash
+    return width, height, int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+# --------------------------------------------------------------------------------------------------
+# Identities
+# --------------------------------------------------------------------------------------------------
+
+
+def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
+    """Join pictures to landmarks.
+
+    Anchor and positive of a record show the same landmark, and a picture shows the same one
+    wherever its bytes occur: the landmarks are the connected components of that. Neighbouring
+    records are then joined where :func:`pair_neighbours` is certain. Where the shards state the
+    landmarks of all pictures, these are taken instead.
+
+    Args:
+        catalogue: its columns ``landmark`` and ``group`` are made anew.
+        merge_neighbours: whether neighbouring records are joined at all. Without, the groups are
+            no larger than the landmarks, and photos of one landmark may be in two of them.
+    """
+    triplets, pictures = catalogue.triplets, catalogue.pictures
+    anchor, positive, negative = (triplets[role].to_numpy() for role in ROLES)
+    n = len(pictures)
+    joined = [(anchor, positive)]
+    landmark = group = _components(n, joined)
+    known = np.zeros(n, dtype=bool)
+    known[anchor] = known[positive] = True
+    stated, _ = pd.factorize(pictures["landmark_id"])  # -1 where nothing is stated
+    if (stated >= 0).all():
+        landmark, known[:] = stated, True
+        representative = np.unique(stated, return_index=True)[1]  # a picture of each landmark
+        group = _components(n, [*joined, (np.arange(n), representative[stated])])
+    elif merge_neighbours:
+        pairs = pair_neighbours(landmark, anchor, positive, negative, _follows_previous(catalogue))
+        sure, perhaps = np.flatnonzero(pairs.certain), np.flatnonzero(pairs.possible)
+        landmark = _components(n, [*joined, (anchor[sure], anchor[sure + 1])])
+        group = _components(n, [*joined, (anchor[perhaps], anchor[perhaps + 1])])
+    # Numbered in the order of the pictures.
+    landmark = pd.factorize(np.where(known, landmark, np.nan))[0]
+    group = pd.factorize(group)[0]
+    picture_of_row = triplets[list(ROLES)].to_numpy().ravel()
+    rows = catalogue.rows.assign(landmark=landmark[picture_of_row], group=group[picture_of_row])
+    return replace(catalogue, rows=rows)
+
+
+def _follows_previous(catalogue: Catalogue) -> np.ndarray:
+    """bool, for each triplet: whether it comes right after the one before, in the set as made.
+
+    Not where a damaged record lies between, nor where a shard is missing.
+    """
+    triplets, shards = catalogue.triplets, catalogue.shards
+    record, shard = triplets["record"].to_numpy(), triplets["shard"].to_numpy()
+    number = np.array([-10 if (n := shard_number(path)) is None else n for path in shards])[shard]
+    everything = pd.concat([triplets[["shard", "record"]], catalogue.problems[["shard", "record"]]])
+    last = everything.groupby("shard")["record"].max().to_dict()
+    at_end = record == np.array([last[s] for s in shard])
+    within = (np.diff(shard) == 0) & (np.diff(record) == 1)
+    across = (np.diff(number) == 1) & at_end[:-1] & (record[1:] == 0)
+    return np.concatenate([[number[0] == 0 and record[0] == 0], within | across])
+
+
+def _components(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """For each of n nodes the number of the connected component it is in."""
+    a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    return connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)))[1]
+
+
+@dataclass(frozen=True)
+class NeighbourPairs:
+    """Which neighbouring records show the same landmark.
+
+    Attributes:
+        certain: bool (m,), whether record i and i + 1 do for sure.
+        possible: bool (m,), whether they may.
+        joined: pairs of neighbours that share a picture: the evidence that the order holds.
+        apart: landmarks whose records are not two neighbours: the evidence against it.
+    """
+
+    certain: np.ndarray
+    possible: np.ndarray
+    joined: int
+    apart: int
+
+
+def pair_neighbours(
+    landmark: np.ndarray,
+    anchor: np.ndarray,
+    positive: np.ndarray,
+    negative: np.ndarray,
+    follows: np.ndarray,
+) -> NeighbourPairs:
+    """Find neighbouring records that must show the same landmark, from how the set was made.
+
+    The anchors are the first two photos of each landmark, in the order of the landmarks. So the
+    records are a row of pairs, two neighbours of one landmark, and of singles, landmarks that have
+    one photo. A single's positive can only be its anchor; two records that share a picture are a
+    pair; and two are none if the one's negative is of the other's landmark. Many ways to cut the
+    row into pairs and singles are ruled out by that. A pair is *certain* if it is in every way that
+    is left, and *possible* if it is in one of them.
+
+    A single would shift all pairs after it by one place. If not one of a hundred or more pairs
+    that share a picture is shifted, there are no singles.
+
+    All of it rests on the order. If more than one in a hundred of the landmarks found by their
+    bytes are no two neighbours, the order is not that of the set, and nothing is paired.
+
+    Args:
+        landmark: int (n,), of each picture by its bytes.
+        anchor, positive, negative: int (m,), pictures of each record.
+        follows: bool (m,), whether a record comes right after the one before; where it does not,
+            either may have lost its partner.
+    """
+    m = len(anchor)
+    own, other = landmark[anchor], landmark[negative]
+    records = pd.Series(np.arange(m)).groupby(own).agg(["size", "min", "max"])
+    span = records["max"] - records["min"]
+    odd_landmarks = (records["size"] > 2) | ((records["size"] == 2) & (span > 1))
+    joined, apart = int(((records["size"] == 2) & (span == 1)).sum()), int(odd_landmarks.sum())
+    none = np.zeros(m, dtype=bool)
+    if apart > 0.01 * (joined + apart):
+        return NeighbourPairs(none, none, joined, apart)
+
+    alone = records["size"].to_numpy()[np.searchsorted(records.index, own)] == 1
+    odd = odd_landmarks.to_numpy()[np.searchsorted(records.index, own)]
+    may_be_single = (anchor == positive) & alone
+    next_own, next_other = np.append(own[1:], -1), np.append(other[1:], -1)
+    both_alone = alone & np.append(alone[1:], False)
+    may_pair = (own == next_own) | (both_alone & (other != next_own) & (next_other != own))
+    may_pair &= np.append(follows[1:] & ~odd[1:], False) & ~odd
+    # A record beside a gap may be half of a pair whose other half is missing.
+    gap_before = ~follows | np.append(False, odd[:-1])
+    gap_after = np.append(~follows[1:] | odd[1:], True)
+    # Even or odd places in the runs without a gap; each run should know but one of them.
+    run = np.cumsum(gap_before)
+    place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
+    starts = records["min"][(records["size"] == 2) & (span == 1)].to_numpy()
+    shifts = pd.Series(place[starts] % 2).groupby(run[starts]).nunique()
+    if joined >= 100 and (shifts <= 1).all():
+        may_be_single[:] = False
+    by_itself = may_be_single | odd | (alone & (gap_before | gap_after))
+
+    # reach[i]: the records before i can be cut; left[i]: those from i on can.
+    reach = np.zeros(m + 1, dtype=bool)
+    left = np.zeros(m + 1, dtype=bool)
+    reach[0] = left[m] = True
+    for i in range(m):
+        reach[i + 1] = (reach[i] and by_itself[i]) or (i and reach[i - 1] and may_pair[i - 1])
+    for i in range(m - 1, -1, -1):
+        left[i] = (by_itself[i] and left[i + 1]) or (may_pair[i] and left[i + 2])
+    if not reach[m]:  # there is no way at all: it is another order
+        return NeighbourPairs(none, none, joined, apart)
+    possible = may_pair & reach[:-1] & np.append(left[2:], False)
+    alone_in_one = by_itself & reach[:-1] & left[1:]
+    second_in_one = np.append(False, possible[:-1])
+    return NeighbourPairs(possible & ~alone_in_one & ~second_in_one, possible, joined, apart)
+
+
+def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Compare two ways to put n pictures together, by the pairs of pictures each puts together.
+
+    Args:
+        found, truth: int (n,); UNKNOWN in ``found`` stands for a landmark of its own.
+
+    Returns:
+        precision, the share of the pairs found that are right (1.0 if none is found), and recall,
+        the share of the right pairs that are found.
+    """
+    found = np.where(found == UNKNOWN, -1 - np.arange(len(found)), found)
+
+    def pairs(*keys: np.ndarray) -> int:
+        sizes = pd.DataFrame(dict(enumerate(keys))).value_counts().to_numpy()
+        return int((sizes * (sizes - 1) // 2).sum())
+
+    both, of_found, of_truth = pairs(found, truth), pairs(found), pairs(truth)
+    return (both / of_found if of_found else 1.0), (both / of_truth if of_truth else 1.0)
+
+
+def split_landmarks(catalogue: Catalogue, shares: Mapping[str, float], seed: int) -> np.ndarray:
+    """Deal the pictures into parts, such that no landmark is in two of them.
+
+    Args:
+        catalogue: all groups are dealt out; photos that may show one landmark are in one group.
+        shares: the parts' names and their shares of the groups, which sum to 1.
+        seed: of the dealing.
+
+    Returns:
+        the name of the part of each picture, (n,).
+
+    Raises:
+        ValueError: the shares do not sum to 1.
+    """
+    if not np.isclose(sum(shares.values()), 1.0) or min(shares.values()) < 0:
+        raise ValueError(f"shares must be at least 0 and sum to 1, not {dict(shares)}")
+    group = catalogue.pictures["group"].to_numpy()
+    n = group.max() + 1
+    order = np.random.default_rng(seed).permutation(n)
+    bounds = np.round(np.cumsum([0.0, *shares.values()]) * n).astype(int)
+    part_of_group = np.empty(n, dtype=np.int64)
+    for part, (low, high) in enumerate(pairwise(bounds)):
+        part_of_group[order[low:high]] = part
+    return np.array(list(shares))[part_of_group[group]]
+
+
+# --------------------------------------------------------------------------------------------------
+# The file
+# --------------------------------------------------------------------------------------------------
+
+
+def save_catalogue(catalogue: Catalogue, path: Path) -> None:
+    """Write the catalogue as a Parquet file, atomically; the module says what is in it."""
+    problems = catalogue.problems.astype({"record": "Int64", "offset": "Int64"})
+    rows = pd.concat([catalogue.rows.astype(_TYPES), problems], ignore_index=True)
+    names = [shard.name for shard in catalogue.shards]
+    rows["shard"] = pd.Categorical.from_codes(rows["shard"].astype(np.int64), names)
+    rows["role"] = rows["role"].map(dict(enumerate(ROLES))).astype("category")
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    made_from = json.dumps({"format": _FORMAT, "shards": _state(catalogue.shards)})
+    table = table.replace_schema_metadata({_MADE_FROM: made_from})
+    with replacing(path) as part:
+        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """Read a catalogue.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CatalogueError: it is damaged, or the shards beside it are not those it was made from.
+    """
+    path = Path(path)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        made_from = json.loads(table.schema.metadata[_MADE_FROM])
+        usable = pc.is_null(table["problem"])
+        # Apart before pandas sees them: a column without gaps keeps its integers exact.
+        rows = table.filter(usable).drop_columns(["problem", "detail"]).to_pandas()
+        problems = table.filter(pc.invert(usable)).select(_PROBLEMS).to_pandas()
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CatalogueError(f"{show_path(path)} is damaged, or no catalogue ({reason})") from None
+    shards = [path.parent / shard["name"] for shard in made_from["shards"]]
+    try:
+        fits = made_from["format"] == _FORMAT and made_from["shards"] == _state(
+            find_shards(path.parent)
+        )
+    except FileNotFoundError as error:
+        raise CatalogueError(str(error)) from None
+    if not fits:
+        raise CatalogueError(
+            f"{show_path(path)} was made from other shards than those that are there now"
+        )
+    for part in (rows, problems):
+        part["shard"] = part["shard"].cat.codes.astype(np.int64)
+    rows["role"] = rows["role"].map({name: i for i, name in enumerate(ROLES)}).astype(np.int64)
+    return Catalogue(shards, rows, problems)
+
+
+_MADE_FROM = b"made_from"
+# Nullable, since the rows of unusable records have no picture.
+_TYPES = dict.fromkeys(
+    ["record", "offset", "position", "length", "width", "height", "landmark", "group"], "Int64"
+) | {"perceptual_hash": "UInt64"}
+
+
+def _state(shards: list[Path]) -> list[dict]:
+    """What tells whether shards are those that a catalogue was made from."""
+    stats = [(shard.name, shard.stat()) for shard in shards]
+    return [{"name": n, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for n, s in stats]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.data.catalogue", description=f"Make {CATALOGUE} of a folder of shards."
+    )
+    parser.add_argument("dataset_dir", type=Path, help="the folder with train00.tfrec ...")
+    options = parser.parse_args(arguments)
+    try:
+        catalogue = open_catalogue(options.dataset_dir)
+    except (CatalogueError, DatasetNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(catalogue.report().to_string())
+    if len(catalogue.problems):
+        print(f"\nLeft out:\n{catalogue.damage().to_string()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,428 @@
+"""Turns labelled photos into triplet shards: the way from your own pictures to a training set.
+
+Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
+
+    photos = read_folder(Path("photos"))          # or read_csv(Path("train.csv"), Path("train"))
+    report = convert(photos, Path("Dataset/own"), ConversionSettings(size=256))
+    verify(Path("Dataset/own"))                   # reads everything again
+
+The same from a shell: ``python -m lib.data.convert photos Dataset/own``. The folder then holds
+
+    conversion.json      settings and a digest of the plan: which conversion this folder is for
+    train00.tfrec ...    the records, with image/id and landmark_id (lib/data/records.py)
+    skipped.csv          each photo and record left out, and why
+    shards.json          checksums of all that; written last, so it means "complete"
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import PIL
+from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from lib.data.labelled import (
+    ConversionError,
+    LabelledPhotos,
+    plan_triplets,
+    read_csv,
+    read_folder,
+)
+from lib.data.records import RecordError, Triplet, read_triplets, write_shard
+from lib.files import only_writer, read_json, replacing, show_path, write_json
+
+PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
+_AGAIN = "and do the same conversion again"
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How photos become shards.
+
+    Attributes:
+        size: most pixels of a picture's longer side, from 1.
+        quality: of the JPEG files, from 1 to 100.
+        records_per_shard: from 1; 2048 records of pictures of 256 pixels have about 150 MB.
+        seed: the choice of positives and negatives follows from it.
+    """
+
+    size: int = 256
+    quality: int = 94
+    records_per_shard: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.size, self.quality, self.records_per_shard, self.seed + 1) < 1:
+            raise ConversionError(f"{self}: the seed must be at least 0, the others at least 1")
+        if self.quality > 100:
+            raise ConversionError(f"{self}: the quality must be at most 100")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion made.
+
+    Attributes:
+        photos: how many it started from (those absent from the start do not count).
+        landmarks, single_landmarks: how many they show; how many of these have just one photo.
+        records, shards: how many were written.
+        skipped: how many photos, and anchors that can be read, were left out: by kind of reason.
+        examples: the first three image ids of each kind.
+    """
+
+    photos: int
+    landmarks: int
+    single_landmarks: int
+    records: int
+    shards: int
+    skipped: dict[str, int]
+    examples: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.photos:,} photos of {self.landmarks:,} landmarks",
+            f"landmarks with a single photo, used as a negative only: {self.single_landmarks:,}",
+            f"{self.records:,} records in {self.shards:,} shards",
+        ]
+        for kind, count in self.skipped.items():
+            lines.append(f"{kind}: {count:,}, the first: {', '.join(self.examples[kind])}")
+        return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Photos
+# --------------------------------------------------------------------------------------------------
+
+_TO_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_KINDS = {
+    FileNotFoundError: "absent",
+    UnidentifiedImageError: "not a picture",
+    Image.DecompressionBombError: "too large",
+}
+
+
+class Failure(NamedTuple):
+    """Why a photo is left out: the kind of reason, and what is known of it."""
+
+    kind: str
+    reason: str
+
+
+def encode_photo(path: Path, size: int, quality: int) -> bytes | Failure:
+    """Make a small upright RGB picture of a photo, on white where that is transparent.
+
+    The aspect ratio stays, the longer side gets at most ``size`` pixels; nothing is enlarged.
+    Colour profiles and other metadata are dropped.
+
+    Returns:
+        a JPEG file; or a :class:`Failure` if the photo can't be read.
+    """
+    file = io.BytesIO()
+    shrink = {"size": (size, size), "resample": Image.Resampling.BICUBIC, "reducing_gap": 2.0}
+    try:
+        with Image.open(path) as image:
+            if image.format in ("JPEG", "MPO"):
+                image.thumbnail(**shrink)  # before decoding, so not every pixel is decoded
+            image.load()
+            # ImageOps.exif_transpose writes all EXIF anew, and fails where any of it is odd.
+            method = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            image = _to_rgb(image if method is None else image.transpose(method))
+            image.thumbnail(**shrink)
+            image.save(file, "JPEG", quality=quality, comment=b"")
+    except MemoryError:
+        raise  # it says nothing about the photo
+    except Exception as error:  # there is no end to what decoders raise for damaged files
+        return Failure(_KINDS.get(type(error), "unreadable"), str(error))
+    return file.getvalue()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards
+# --------------------------------------------------------------------------------------------------
+
+
+def convert(
+    photos: LabelledPhotos, target_dir: Path, settings: ConversionSettings | None = None
+) -> Report:
+    """Write the shards, on all processor cores; after an interruption the same call continues.
+
+    Equal photos and settings give equal shards, byte for byte, however often the work is stopped
+    (with one version of Pillow). At most about one shard's pictures are in memory.
+
+    A photo that can't be read has no record as an anchor. As a positive or negative it is replaced
+    by the next photo (after the last comes the first) of the same landmark, or of any but the
+    anchor's. So is one with the very same picture as another of the record. A record for which
+    there is none is left out. Nothing is left out silently: ``skipped.csv`` has it all.
+
+    Args:
+        photos: from :func:`read_folder` or :func:`read_csv`.
+        target_dir: a folder for this conversion alone; made if absent.
+        settings: the defaults if None.
+
+    Raises:
+        ConversionError: no record can be made; there are shards of another conversion or origin in
+            ``target_dir``; or another process is writing there.
+    """
+    settings, target_dir = settings or ConversionSettings(), Path(target_dir)
+    plan = plan_triplets(photos.landmark, settings.seed)
+    starts = range(0, len(plan), settings.records_per_shard)
+    digits = max(2, len(str(len(starts) - 1)))
+    shards = {  # name -> the plan of its records
+        f"train{number:0{digits}d}.tfrec": plan[start : start + settings.records_per_shard]
+        for number, start in enumerate(starts)
+    }
+    target_dir.mkdir(parents=True, exist_ok=True)
+    message = f"another process is writing in {show_path(target_dir)}: wait for its end"
+    with only_writer(target_dir, ConversionError(message)):
+        _claim(target_dir, _describe(photos, plan, settings))
+        # A shard has its name when it is whole; what it lacks is known from skipped.csv alone.
+        names = {path.name for path in target_dir.iterdir()}
+        done = names & shards.keys() if SKIPPED in names else set()
+        todo = {name: rows for name, rows in shards.items() if name not in done}
+        if not todo and COMPLETE in names:
+            return Report(**read_json(target_dir / COMPLETE)["report"])
+        (target_dir / COMPLETE).unlink(missing_ok=True)  # if a file was deleted since
+        _open_skipped(target_dir / SKIPPED, photos.absent, done)
+        _write_shards(target_dir, todo, photos, settings)
+        return _finish(target_dir, list(shards), photos)
+
+
+def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSettings) -> dict:
+    """All that the shards follow from, except the pictures themselves."""
+    digest = hashlib.sha256(plan.astype("<i8").tobytes())
+    for table in (photos.table, photos.absent):
+        names = table[["image_id", "landmark_id"]]
+        digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy().tobytes())
+    size = {"photos": len(photos.table), "absent": len(photos.absent), "records": len(plan)}
+    return asdict(settings) | size | {"pillow": PIL.__version__, "sha256": digest.hexdigest()}
+
+
+def _claim(target_dir: Path, description: dict) -> None:
+    """Make the folder this conversion's, or see that it is; remove what a killed run left."""
+    where, path = show_path(target_dir), target_dir / PLAN
+    if path.is_file():
+        found = read_json(path)
+        if differing := [name for name in description if found.get(name) != description[name]]:
+            raise ConversionError(
+                f"{where} holds another conversion (other {', '.join(differing)}): choose another "
+                "folder, or delete this one"
+            )
+    elif any(target_dir.glob("*.tfrec")):
+        raise ConversionError(f"{where} holds shards of another origin: choose an empty folder")
+    else:
+        write_json(path, description)
+    for part in target_dir.glob(".part-*"):
+        part.unlink()
+
+
+def _open_skipped(path: Path, absent: pd.DataFrame, done: Iterable[str]) -> None:
+    """Begin ``skipped.csv``, or drop from it what a killed run noted for a shard not finished."""
+    rows = [["shard", "image_id", "landmark_id", "kind", "reason"]]
+    if path.is_file():
+        known = {"", *done}
+        with path.open(encoding="utf-8", newline="") as file:
+            rows += [row for row in csv.reader(file) if row and row[0] in known]
+    else:
+        for image_id, landmark_id in zip(absent["image_id"], absent["landmark_id"], strict=True):
+            rows.append(["", image_id, landmark_id, "absent", "no such file"])
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _write_shards(
+    target_dir: Path,
+    todo: dict[str, np.ndarray],
+    photos: LabelledPhotos,
+    settings: ConversionSettings,
+) -> None:
+    landmark = photos.landmark
+    paths, ids, labels = (photos.table[name] for name in ("path", "image_id", "landmark_id"))
+
+    def encode(photo: int) -> bytes | Failure:
+        return encode_photo(paths[photo], settings.size, settings.quality)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes and resizes without the GIL
+        tqdm(total=sum(len(np.unique(rows)) for rows in todo.values()), unit=" photos") as bar,
+        (target_dir / SKIPPED).open("a", encoding="utf-8", newline="") as file,
+    ):
+        for shard, rows in todo.items():
+            pictures, needed = {}, np.unique(rows).tolist()
+            # Closing cancels what waits for a thread, so that Ctrl-C is quick.
+            with contextlib.closing(pool.map(encode, needed)) as encoded:
+                for photo, picture in zip(needed, encoded, strict=True):
+                    pictures[photo] = picture
+                    bar.update()
+            chosen, failures = _choose(rows, pictures, encode, landmark)
+            # Before the shard: if it is there, so are the reasons for what it lacks.
+            csv.writer(file).writerows(
+                (shard, ids[photo], labels[photo], *failure) for photo, failure in failures.items()
+            )
+            file.flush()
+            os.fsync(file.fileno())
+            # Pandas looks up a column's values at once far quicker than one by one.
+            names = (x.iloc[chosen.ravel()].to_numpy().reshape(-1, 3) for x in (ids, labels))
+            triplets = (
+                Triplet(
+                    *(pictures[photo] for photo in three), tuple(image_ids), tuple(landmark_ids)
+                )
+                for three, image_ids, landmark_ids in zip(chosen.tolist(), *names, strict=True)
+            )
+            write_shard(target_dir / shard, triplets)
+
+
+def _choose(
+    rows: np.ndarray,
+    pictures: dict[int, bytes | Failure],
+    encode: Callable[[int], bytes | Failure],
+    landmark: np.ndarray,
+) -> tuple[np.ndarray, dict[int, Failure]]:
+    """Replace photos of the plan as :func:`convert` says; ``pictures`` gains what was tried.
+
+    Returns:
+        the photos of each record, int (records, 3); and all that could not be used.
+    """
+
+    def usable(photo: int, unlike: list[bytes]) -> bool:
+        if photo not in pictures:
+            pictures[photo] = encode(photo)
+        return not isinstance(pictures[photo], Failure) and pictures[photo] not in unlike
+
+    chosen, left_out = [], {}
+    begin, end = (
+        np.searchsorted(landmark, landmark[rows[:, 0]], side) for side in ("left", "right")
+    )
+    for (anchor, positive, negative), a, b in zip(rows.tolist(), begin, end, strict=True):
+        same = chain(range(positive, b), range(a, positive))
+        others = chain(range(negative, len(landmark)), range(negative))
+        three = []
+        for candidates in ([anchor], same, (photo for photo in others if not a <= photo < b)):
+            taken = [pictures[photo] for photo in three]
+            three += islice((photo for photo in candidates if usable(photo, taken)), 1)
+            if not three:
+                break
+        if len(three) == 3:
+            chosen.append(three)
+        elif three:
+            left_out[anchor] = Failure("no partner", "no positive or no negative can be used")
+    failures = {p: picture for p, picture in pictures.items() if isinstance(picture, Failure)}
+    return np.array(chosen, dtype=int).reshape(-1, 3), failures | left_out
+
+
+def _inspect(path: Path) -> dict:
+    """What ``shards.json`` says of a file; all records of a shard are read for it."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records = sum(1 for _ in read_triplets(path)) if path.suffix == ".tfrec" else 0
+    except (FileNotFoundError, RecordError) as error:
+        raise ConversionError(f"{error}: delete this file, if it is there, {_AGAIN}") from None
+    return {"records": records, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _finish(target_dir: Path, shards: list[str], photos: LabelledPhotos) -> Report:
+    files = {name: _inspect(target_dir / name) for name in (*shards, SKIPPED)}
+    skipped = pd.read_csv(target_dir / SKIPPED, dtype=str, na_filter=False)
+    # A photo may have been tried for several shards.
+    by_kind = skipped.drop_duplicates(["image_id", "kind"]).groupby("kind")["image_id"]
+    count = photos.table["landmark_id"].value_counts()
+    report = Report(
+        photos=len(photos.table),
+        landmarks=len(count),
+        single_landmarks=int((count == 1).sum()),
+        records=sum(files[name]["records"] for name in shards),
+        shards=len(shards),
+        skipped={kind: len(ids) for kind, ids in by_kind},
+        examples={kind: list(ids[:3]) for kind, ids in by_kind},
+    )
+    if not report.records:
+        raise ConversionError(
+            f"no record can be made, {show_path(target_dir / SKIPPED)} says why: mend the photos "
+            "and delete this folder"
+        )
+    write_json(target_dir / COMPLETE, {"files": files, "report": asdict(report)})
+    return report
+
+
+def verify(target_dir: Path) -> Report:
+    """Read every record of a finished conversion, and compare all checksums.
+
+    Raises:
+        ConversionError: it is not complete, or a file is missing, damaged or none of it.
+    """
+    target_dir = Path(target_dir)
+    if not (target_dir / COMPLETE).is_file():
+        raise ConversionError(f"{show_path(target_dir)} is not complete: convert again")
+    content = read_json(target_dir / COMPLETE)
+    files = content["files"]
+    for path in sorted({*target_dir.glob("*.tfrec"), *(target_dir / name for name in files)}):
+        if _inspect(path) != files.get(path.name):
+            raise ConversionError(f"{show_path(path)} is not what was written: delete it {_AGAIN}")
+    return Report(**content["report"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.data.convert",
+        description="Turn labelled photos into triplet shards. The same command continues.",
+    )
+    parser.add_argument("photos", type=Path, help="a folder with a folder of photos per landmark")
+    parser.add_argument("target", type=Path, help="where the shards go")
+    parser.add_argument(
+        "--labels", type=Path, help="Google Landmarks v2's train.csv, if PHOTOS are its images"
+    )
+    for field in fields(ConversionSettings):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
+    args = vars(parser.parse_args(arguments))
+    folder, target, labels = args.pop("photos"), args.pop("target"), args.pop("labels")
+    warnings.filterwarnings("ignore", module="PIL")  # on odd files; what can't be read is counted
+    try:
+        settings = ConversionSettings(**args)
+        photos = read_csv(labels, folder) if labels else read_folder(folder)
+        print(convert(photos, target, settings))
+    except KeyboardInterrupt:
+        print("stopped: the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

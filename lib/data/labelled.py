@@ -1,0 +1,149 @@
+"""Photos of known landmarks, and the triplets that can be made of them.
+
+Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
+
+    photos = read_folder(Path("photos"))          # or read_csv(Path("train.csv"), Path("train"))
+    plan = plan_triplets(photos.landmark, seed=0)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.data.photos import list_photos
+from lib.files import show_path
+
+
+class ConversionError(ValueError):
+    """The photos can't be converted; the message says what to mend."""
+
+
+@dataclass(frozen=True)
+class LabelledPhotos:
+    """Photos of known landmarks.
+
+    Attributes:
+        table: columns image_id, path and landmark_id, all str; the photos of a landmark are side by
+            side, landmarks in order of first appearance.
+        absent: the same of photos that are listed but not there.
+    """
+
+    table: pd.DataFrame
+    absent: pd.DataFrame
+
+    @property
+    def landmark(self) -> np.ndarray:
+        """Number of each photo's landmark, int64 (n,): 0, 1, ... in ascending order."""
+        return pd.factorize(self.table["landmark_id"])[0]
+
+
+def read_folder(folder: Path) -> LabelledPhotos:
+    """List photos in a folder per landmark, ``<landmark>/<name>.jpg``: that is their image id, too.
+
+    Landmarks and names are in sorted order; those that begin with a dot are skipped.
+
+    Raises:
+        ConversionError: no photos, or a name that is no UTF-8 text.
+    """
+    landmarks = (p for p in Path(folder).glob("*") if p.is_dir() and not p.name.startswith("."))
+    paths = [path for landmark in sorted(landmarks) for path in list_photos(landmark)]
+    if not paths:
+        raise ConversionError(
+            f"{show_path(folder)} has no subfolders with photos: give each landmark one, or name "
+            "the CSV file with the labels"
+        )
+    for name in map(str, paths):
+        if name != name.encode(errors="ignore").decode():
+            raise ConversionError(f"{name!a} is no UTF-8 text: rename the file")
+    rows = [(f"{p.parent.name}/{p.name}", str(p), p.parent.name) for p in paths]
+    table = pd.DataFrame(rows, columns=["image_id", "path", "landmark_id"])
+    return LabelledPhotos(table, absent=table.iloc[:0])
+
+
+def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
+    """List the photos of Google Landmarks v2's ``train.csv``, or of a file like it.
+
+    It has the columns ``id`` and ``landmark_id``; the photo is
+    ``<image_root>/<a>/<b>/<c>/<id>.jpg``, where a, b, c are the first three characters of its id
+    (https://github.com/cvdf/google-landmark).
+
+    Raises:
+        ConversionError: the file can't be used, or none of its photos is there.
+    """
+    where, columns = show_path(labels), ["id", "landmark_id"]
+    try:
+        table = pd.read_csv(
+            labels, dtype=str, na_filter=False, usecols=lambda name: name in columns
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{where} can't be read as a CSV file: {error}") from None
+    if missing := [name for name in columns if name not in table]:
+        raise ConversionError(f"{where} lacks the column {missing[0]}: name it in the first line")
+    wrong = (table == "").any(axis=1) | table["id"].duplicated()
+    if wrong.any():
+        line = wrong.argmax() + 2
+        raise ConversionError(f"{where}, line {line}: the id is repeated, or something is empty")
+    name = table["id"]
+    folder = f"{image_root}/" + name.str[:1] + "/" + name.str[1:2] + "/" + name.str[2:3] + "/"
+    table = table.assign(path=folder + name + ".jpg").rename(columns={"id": "image_id"})
+    # To list the folders, 4096 for the whole set, is far quicker than to look for each photo.
+    files = (f"{f}{name}" for f in folder.unique() if os.path.isdir(f) for name in os.listdir(f))
+    present = table["path"].isin(list(files))
+    if not present.any():
+        raise ConversionError(
+            f"none of the {len(table):,} photos that {where} lists is in folders <a>/<b>/<c> of "
+            f"{show_path(image_root)}: name the right folder, and unpack the photos there"
+        )
+    absent, table = table[~present], table[present]
+    together = np.argsort(pd.factorize(table["landmark_id"])[0], kind="stable")
+    return LabelledPhotos(table.iloc[together].reset_index(drop=True), absent)
+
+
+def plan_triplets(landmark: np.ndarray, seed: int) -> np.ndarray:
+    """Choose the triplets.
+
+    Every photo of a landmark with at least two is an anchor once, in the given order. Its positive
+    is drawn from the others of the landmark. Negatives are taken in turn from a random order of all
+    photos, passing over those of the anchor's landmark. Photos that are their landmark's only one
+    come so early in this order that all are taken, as far as there are records.
+
+    Args:
+        landmark: number of each photo's landmark, int (n,): 0, 1, ... in ascending order.
+        seed: equal seeds give equal plans.
+
+    Returns:
+        int64 (records, 3): the photos that are anchor, positive and negative of each record.
+
+    Raises:
+        ConversionError: there are less than two landmarks, or none has two photos.
+    """
+    count = np.bincount(landmark)
+    if len(count) < 2 or count.max() < 2:
+        raise ConversionError(
+            f"{len(landmark)} photos of {len(count)} landmarks make no triplet: at least two "
+            "landmarks are needed, one of them with at least two photos"
+        )
+    rng = np.random.default_rng(seed)
+    anchors = np.flatnonzero(count[landmark] > 1)
+    size, start = count[landmark[anchors]], (np.cumsum(count) - count)[landmark[anchors]]
+    step = rng.integers(1, size)  # from the anchor around the landmark's photos, never back to it
+    positives = start + (anchors - start + step) % size
+
+    order = rng.permutation(len(landmark))
+    order = order[np.argsort(count[landmark[order]] > 1, kind="stable")]  # only ones first ...
+    order[: len(anchors)] = rng.permutation(order[: len(anchors)])  # ... but mixed with others
+    shown = landmark[order]
+    changes = np.flatnonzero(shown != np.roll(shown, 1))  # places where another landmark begins
+    next_change = changes[np.searchsorted(changes, np.arange(len(order)), "right") % len(changes)]
+    negatives, turn = [], 0
+    for own in landmark[anchors]:
+        if shown[turn] == own:
+            turn = next_change[turn]
+        negatives.append(order[turn])
+        turn = (turn + 1) % len(order)
+    return np.stack([anchors, positives, negatives], axis=1)

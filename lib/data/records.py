@@ -1,0 +1,418 @@
+"""Triplets in TFRecord shards, in the format of the Kaggle set: write, find, scan, read.
+
+A shard is a TFRecord file of ``tf.train.Example`` messages with three bytes features, each a JPEG
+picture (https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords):
+
+    shards = find_shards(Path("Dataset"))         # train00.tfrec ... train15.tfrec
+    for triplet in read_triplets(shards[0]):      # raw bytes, in file order
+        triplet.anchor, triplet.positive, triplet.negative
+
+Shards written here may say more (:class:`Triplet`): ``image/id`` and ``landmark_id``, three values
+each, for anchor, positive and negative.
+
+Nothing here needs TensorFlow, so that every process and every Keras backend can read the shards.
+The frame of a record is that of https://www.tensorflow.org/tutorials/load_data/tfrecord: its length
+in 8 bytes, their checksum in 4, the message, its checksum in 4 bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import xxhash
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from lib.files import replacing, show_path
+
+FEATURES = ("anchor_img", "positive_img", "negative_img")
+IMAGE_ID, LANDMARK_ID = "image/id", "landmark_id"
+
+HOW_TO_GET_THE_DATA = (
+    "Get the shards train00.tfrec ... train15.tfrec from "
+    "https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords: "
+    "python -m lib.data.download fetches and checks them, Dataset/README.md says more"
+)
+
+_HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes
+_FOOTER = struct.Struct("<I")  # checksum of the message
+_FRAME = _HEADER.size + _FOOTER.size  # bytes of a record that are not its message
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """There are no shards where they were looked for."""
+
+
+class RecordError(ValueError):
+    """A record can't be used.
+
+    Attributes:
+        kind: what is wrong, in a few words that many records may share.
+        detail: what is wrong with this one.
+    """
+
+    def __init__(self, kind: str, detail: str, where: str = ""):
+        super().__init__(f"{where}: {kind} ({detail})" if where else f"{kind} ({detail})")
+        self.kind, self.detail = kind, detail
+
+
+class Triplet(NamedTuple):
+    """One training example: three JPEG files, and what is known of them.
+
+    Attributes:
+        anchor, positive, negative: JPEG files.
+        image_ids: names of the three photos; () where the shard has none, as Kaggle's.
+        landmark_ids: names of their landmarks; likewise.
+    """
+
+    anchor: bytes
+    positive: bytes
+    negative: bytes
+    image_ids: tuple[str, ...] = ()
+    landmark_ids: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[bytes, bytes, bytes]:
+        """Anchor, positive and negative."""
+        return self[:3]
+
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether the positive is the anchor itself: distance 0 whatever the network does."""
+        return self.anchor == self.positive
+
+
+class Frame(NamedTuple):
+    """Where a record lies in its shard.
+
+    Attributes:
+        number: of the record, from 0.
+        offset: of the frame's first byte, in bytes.
+        length: of the message, in bytes; None if it is not known, since the frame is damaged.
+    """
+
+    number: int
+    offset: int
+    length: int | None
+
+
+def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list[Path]:
+    """List a folder's shards ``train<number>.tfrec`` by ascending number.
+
+    Args:
+        dataset_dir: the folder; its subfolders are not searched.
+        numbers: which shards; all if None.
+
+    Raises:
+        DatasetNotFoundError: the folder, any shard, or one of the asked for numbers is missing.
+    """
+    dataset_dir = Path(dataset_dir)
+    found = {
+        number: path
+        for path in sorted(dataset_dir.glob("*.tfrec"))
+        if (number := shard_number(path)) is not None
+    }
+    if not found:
+        nested = sorted({show_path(p.parent) for p in dataset_dir.glob("*/train*.tfrec")})
+        hint = f" (there are some in {', '.join(nested)})" if nested else ""
+        raise DatasetNotFoundError(
+            f"no train*.tfrec in {show_path(dataset_dir)}{hint}. {HOW_TO_GET_THE_DATA}."
+        )
+    numbers = sorted(found) if numbers is None else list(numbers)
+    if missing := [n for n in numbers if n not in found]:
+        names = ", ".join(map(shard_name, missing))
+        raise DatasetNotFoundError(
+            f"{show_path(dataset_dir)} lacks {names}. {HOW_TO_GET_THE_DATA}."
+        )
+    return [found[n] for n in numbers]
+
+
+def shard_name(number: int) -> str:
+    """The file name of the shard with a number."""
+    return f"train{number:02d}.tfrec"
+
+
+def shard_number(shard: Path) -> int | None:
+    """The number in the name of a shard; None if it is not named like one."""
+    match = re.fullmatch(r"train(\d+)\.tfrec", Path(shard).name)
+    return int(match[1]) if match else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The message: tf.train.Example
+# --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _example_class():
+    """The message class tf.train.Example, described here instead of importing TensorFlow."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="example.proto", package="tensorflow", syntax="proto3"
+    )
+    for name, number_type in (
+        ("BytesList", kind.TYPE_BYTES),
+        ("FloatList", kind.TYPE_FLOAT),
+        ("Int64List", kind.TYPE_INT64),
+    ):
+        message = file.message_type.add(name=name)
+        message.field.add(name="value", number=1, type=number_type, label=kind.LABEL_REPEATED)
+
+    def add_message_field(message, name, number, type_name, **options):
+        message.field.add(
+            name=name,
+            number=number,
+            type=kind.TYPE_MESSAGE,
+            type_name=f".tensorflow.{type_name}",
+            **({"label": kind.LABEL_OPTIONAL} | options),
+        )
+
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(("BytesList", "FloatList", "Int64List"), start=1):
+        snake = f"{name[:-4].lower()}_list"
+        add_message_field(feature, snake, number, name, oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
+    add_message_field(entry, "value", 2, "Feature")
+    add_message_field(features, "feature", 1, "Features.FeatureEntry", label=kind.LABEL_REPEATED)
+    add_message_field(file.message_type.add(name="Example"), "features", 1, "Features")
+    # A pool of its own: in the common one TensorFlow may have put its class of the same name.
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
+def parse_triplet(message: bytes) -> Triplet:
+    """Read the three pictures, and the names if there are any, out of a record's message.
+
+    Raises:
+        RecordError: no Example, or one without the three pictures.
+    """
+    try:
+        features = _example_class().FromString(message).features.feature
+    except DecodeError as error:
+        raise RecordError("not a tf.train.Example", str(error)) from None
+    pictures = []
+    for name in FEATURES:
+        if name not in features:
+            raise RecordError(
+                "feature missing", f"no {name!r} among {', '.join(sorted(features)) or 'none'}"
+            )
+        values = features[name].bytes_list.value
+        if len(values) != 1:
+            found = features[name].WhichOneof("kind") or "nothing"
+            raise RecordError(
+                "feature of a wrong type",
+                f"{name!r} should hold the bytes of one picture; it holds {len(values)} in {found}",
+            )
+        if not values[0]:
+            raise RecordError("empty picture", f"{name!r} has 0 bytes")
+        pictures.append(values[0])
+    names = []
+    for name in (IMAGE_ID, LANDMARK_ID):
+        values = features[name].bytes_list.value if name in features else ()
+        try:
+            names.append(tuple(value.decode() for value in values) if len(values) == 3 else ())
+        except UnicodeDecodeError as error:
+            raise RecordError("name is not UTF-8", f"{name!r}: {error}") from None
+    return Triplet(*pictures, *names)
+
+
+def serialize_triplet(triplet: Triplet) -> bytes:
+    """The message of a record: the reverse of :func:`parse_triplet`."""
+    example = _example_class()()
+    for name, picture in zip(FEATURES, triplet.pictures, strict=True):
+        example.features.feature[name].bytes_list.value.append(picture)
+    for name, values in ((IMAGE_ID, triplet.image_ids), (LANDMARK_ID, triplet.landmark_ids)):
+        if values:
+            example.features.feature[name].bytes_list.value.extend(v.encode() for v in values)
+    # The same triplet gives the same bytes everywhere, in whatever order maps are kept.
+    return example.SerializeToString(deterministic=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The frames
+# --------------------------------------------------------------------------------------------------
+
+
+def _checksum(data: bytes) -> int:
+    """CRC-32C, masked as TFRecord has it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def write_shard(path: Path, triplets: Iterable[Triplet]) -> int:
+    """Write triplets to a shard, atomically; returns how many."""
+    count = 0
+    with replacing(path) as part, part.open("wb") as file:
+        for triplet in triplets:
+            message = serialize_triplet(triplet)
+            length = struct.pack("<Q", len(message))
+            file.write(_HEADER.pack(len(message), _checksum(length)))
+            file.write(message)
+            file.write(_FOOTER.pack(_checksum(message)))
+            count += 1
+    return count
+
+
+def scan_frames(shard: Path) -> Iterator[Frame]:
+    """List the records of a shard, jumping from frame to frame without reading the messages.
+
+    Past a frame whose length can't be trusted, the next place is searched where a record with right
+    checksums begins, so that damage costs no more records than it touches.
+    """
+    size = shard.stat().st_size
+    if size == 0:
+        return
+    with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        offset = number = 0
+        while offset < size:
+            length = _length_at(data, offset)
+            yield Frame(number, offset, length)
+            number += 1
+            if length is None:
+                offset = _next_frame(data, offset + 1)
+            else:
+                offset += length + _FRAME
+
+
+def _length_at(data: mmap.mmap, offset: int) -> int | None:
+    """Length of the message of the frame at ``offset``; None if there is no whole frame."""
+    if offset + _FRAME > len(data):
+        return None
+    length, checksum = _HEADER.unpack_from(data, offset)
+    if offset + _FRAME + length > len(data) or checksum != _checksum(data[offset : offset + 8]):
+        return None
+    return length
+
+
+def _next_frame(data: mmap.mmap, start: int) -> int:
+    """Offset of the first undamaged record at or after ``start``; the end if there is none."""
+    while True:
+        # No message reaches 4 GB, so the upper half of a length is zero: that is quick to find.
+        offset = data.find(b"\0\0\0\0", start + 4) - 4
+        if offset < 0:
+            return len(data)
+        length = _length_at(data, offset)
+        if length is not None and _has_right_checksum(data, offset, length):
+            return offset
+        start = offset + 1
+
+
+def _has_right_checksum(data, offset: int, length: int) -> bool:
+    begin = offset + _HEADER.size
+    (checksum,) = _FOOTER.unpack_from(data, begin + length)
+    return checksum == _checksum(data[begin : begin + length])
+
+
+def message_offset(frame: Frame) -> int:
+    """Where the message of a record begins in its shard, in bytes."""
+    return frame.offset + _HEADER.size
+
+
+def read_message(file, frame: Frame) -> bytes:
+    """Read the message of one record.
+
+    Args:
+        file: the shard, opened for reading bytes.
+        frame: from :func:`scan_frames`.
+
+    Raises:
+        RecordError: the frame is damaged, or the message does not fit its checksum.
+    """
+    if frame.length is None:
+        remaining = file.seek(0, 2) - frame.offset
+        file.seek(frame.offset)
+        header = file.read(_HEADER.size)
+        if len(header) == _HEADER.size:
+            length, checksum = _HEADER.unpack(header)
+            if checksum != _checksum(header[:8]):
+                raise RecordError("damaged length", "the record's length has a wrong checksum")
+            raise RecordError(
+                "cut off", f"{remaining} bytes left of a record of {length + _FRAME} bytes"
+            )
+        raise RecordError("cut off", f"{remaining} bytes left of a record")
+    file.seek(message_offset(frame))
+    content = file.read(frame.length + _FOOTER.size)
+    message = content[: frame.length]
+    if _FOOTER.unpack(content[frame.length :])[0] != _checksum(message):
+        raise RecordError("damaged message", "the record's content has a wrong checksum")
+    return message
+
+
+def read_triplets(shard: Path) -> Iterator[Triplet]:
+    """Read a shard's triplets as raw bytes, in file order.
+
+    Raises:
+        RecordError: a record is damaged, or is no Example with the three pictures.
+    """
+    with shard.open("rb") as file:
+        for frame in scan_frames(shard):
+            try:
+                yield parse_triplet(read_message(file, frame))
+            except RecordError as error:
+                where = f"{show_path(shard)}, record {frame.number} (counted from 0)"
+                raise RecordError(error.kind, error.detail, where) from None
+
+
+class Place(NamedTuple):
+    """Where one picture lies.
+
+    Attributes:
+        shard: path of the shard.
+        modified_ns: when the shard was last written to, as it is known.
+        position, length: of the JPEG file within the shard, in bytes.
+        image: its hash.
+    """
+
+    shard: str
+    modified_ns: int
+    position: int
+    length: int
+    image: bytes
+
+
+def read_picture(place: Place) -> memoryview:
+    """Read one picture, without reading what comes before it; safe for threads.
+
+    It costs some microseconds and copies nothing: the bytes are those the system keeps of the file
+    in memory that it has to spare.
+
+    Raises:
+        RecordError: other bytes lie there now.
+    """
+    shard = _map_shard(place.shard, place.modified_ns)
+    content = shard[place.position : place.position + place.length]
+    if image_hash(content) != place.image:
+        raise RecordError(
+            "changed",
+            "other bytes lie where its catalogue says a picture is: delete the catalogue beside "
+            "it, and it is made anew",
+            show_path(place.shard),
+        )
+    return content
+
+
+@lru_cache(maxsize=256)  # as a process may not have many more files open
+def _map_shard(path: str, modified_ns: int) -> memoryview:
+    """A shard as memory, opened once; another file of the same name is another one."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def image_hash(picture: bytes | memoryview) -> bytes:
+    """16 bytes that stand for a picture's bytes (XXH3, 128 bits): equal for equal files alone.
+
+    Among a million different pictures the chance that any two have the same hash is below 1e-26.
+    """
+    return xxhash.xxh3_128_digest(picture)

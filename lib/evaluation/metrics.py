@@ -1,0 +1,423 @@
+"""Measures of retrieval quality, in plain numpy: what share of the right photos comes early.
+
+All of them start from ``hits``, a boolean matrix (queries, ranks): ``hits[q, r]`` tells whether the
+photo at rank r (the best is r = 0) shows the landmark of query q.
+
+    hits = leave_one_out(embeddings, labels)
+    value = interval(average_precision(hits), groups=labels)     # mAP with its 95 % interval
+
+With a ground truth that a benchmark gives (:mod:`lib.evaluation.ground_truth`), a protocol names
+the measures:
+
+    table = query_table(ranks, read_revisited(path)["medium"], REVISITED)    # a row for each query
+    table.mean()                                                             # mAP and mP@k
+    compare(table["AP"], better["AP"])                  # the gain, its interval and its p-value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lib.evaluation.ground_truth import GroundTruth
+
+
+class Interval(NamedTuple):
+    """A mean over queries and its bootstrap confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Comparison(NamedTuple):
+    """How much better one system is than another, and how easily chance alone would show that."""
+
+    difference: Interval
+    p_value: float
+
+
+def judge(
+    ranks: np.ndarray, positives: Sequence[np.ndarray], junk: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
+    """Turn rankings into ``hits``, by the photos that are positive or junk for each query.
+
+    Junk counts neither for nor against: it is taken out, and what ranks behind it moves up
+    (Philbin, Chum, Isard, Sivic, Zisserman, "Object Retrieval with Large Vocabularies and Fast
+    Spatial Matching", CVPR 2007). A row that gets shorter is filled up with misses.
+
+    Args:
+        ranks: int (q, r), numbers of gallery photos, the best first; -1, where a search returned
+            fewer than r, is a miss.
+        positives: for each query the numbers of its positives, int (p,).
+        junk: the same of photos to take out; None: there are none.
+
+    Returns:
+        hits, bool (q, r).
+
+    Raises:
+        ValueError: not as many rankings as positives and junk, a photo that is ranked twice or both
+            positive and junk for one query, or a number that no photo has.
+    """
+    ranks = np.asarray(ranks)
+    if ranks.ndim != 2 or ranks.dtype.kind not in "iu":
+        raise ValueError(f"ranks must be int (q, r), got {ranks.dtype} {ranks.shape}")
+    junk = [()] * len(ranks) if junk is None else junk
+    if not len(ranks) == len(positives) == len(junk):
+        raise ValueError(
+            f"{len(ranks)} rankings, but positives of {len(positives)} queries and junk of "
+            f"{len(junk)}"
+        )
+    positives = [np.asarray(numbers, dtype=np.intp) for numbers in positives]
+    junk = [np.asarray(numbers, dtype=np.intp) for numbers in junk]
+    numbers = np.concatenate([np.empty(0, dtype=np.intp), *positives, *junk])
+    if numbers.min(initial=0) < 0 or ranks.min(initial=0) < -1:
+        raise ValueError("photos have numbers from 0 on (only in ranks, -1 stands for none)")
+
+    # One element for each photo, and a last one: that is where -1 leads.
+    size = 2 + max(numbers.max(initial=0), int(ranks.max(initial=0)))
+    grade, seen = np.zeros(size, dtype=np.int8), np.zeros(size, dtype=bool)
+    hits = np.zeros(ranks.shape, dtype=bool)
+    for query, (good, bad) in enumerate(zip(positives, junk, strict=True)):
+        row = ranks[query].astype(np.intp)  # as numpy wants an index: not converted twice
+        seen[row] = True
+        seen[-1] = False
+        if np.count_nonzero(seen) != np.count_nonzero(row >= 0):
+            raise ValueError(f"row {query}: a photo is ranked twice")
+        seen.fill(False)
+        grade[good] = 1
+        if grade[bad].any():
+            raise ValueError(f"row {query}: a positive is junk, too")
+        grade[bad] = -1
+        graded = grade[row]
+        hit, skipped = np.flatnonzero(graded == 1), np.flatnonzero(graded == -1)
+        hits[query, hit - np.searchsorted(skipped, hit)] = True
+        grade[good] = grade[bad] = 0
+    return hits
+
+
+class _Found(NamedTuple):
+    """Where the hits are: a few numbers for each, as nearly all of a long ranking are misses."""
+
+    query: np.ndarray
+    rank: np.ndarray
+    place: np.ndarray  # how many hits of its query come before it
+    count: np.ndarray  # (q,), hits of each query
+    n_positives: np.ndarray  # (q,)
+
+
+def _find(hits: np.ndarray, n_positives: np.ndarray | None) -> _Found:
+    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
+    query, rank = np.divmod(np.flatnonzero(hits), hits.shape[1])  # far quicker than nonzero in 2-D
+    count = np.bincount(query, minlength=len(hits))
+    place = np.arange(len(query)) - (np.cumsum(count) - count)[query]
+    n_positives = np.broadcast_to(count if n_positives is None else n_positives, count.shape)
+    if np.any(count > n_positives):
+        raise ValueError("a query has more hits than positives")
+    return _Found(query, rank, place, count, n_positives)
+
+
+def average_precision(
+    hits: np.ndarray,
+    n_positives: np.ndarray | None = None,
+    k: int | np.ndarray | None = None,
+    trapezoid: bool = False,
+) -> np.ndarray:
+    """Average precision: the precision at each hit's rank, averaged over a query's positives.
+
+    With ``k`` it is AP@k: only the first k ranks count, and the sum is divided by min(k,
+    positives), so that a perfect start scores 1. Two protocols are AP@k:
+
+    * k = 100 is what the Google Landmarks retrieval challenges rank by, mAP@100 (Weyand, Araujo,
+      Cao, Sim, "Google Landmarks Dataset v2", CVPR 2020, and the rules of the Kaggle challenges
+      "Landmark Retrieval" 2019 to 2021): the mean over queries q of
+      1 / min(m_q, 100) * sum of P_q(k) rel_q(k) over k = 1 to min(n_q, 100);
+    * k = n_positives is MAP@R (Musgrave, Belongie, Lim, "A Metric Learning Reality Check", ECCV
+      2020).
+
+    Args:
+        hits: bool (q, r).
+        n_positives: int (q,), positives of each query in the whole gallery; None: the hits are all.
+        k: how many ranks count, one number or int (q,); all if None.
+        trapezoid: take the area under the precision-recall curve by trapezoids: instead of the
+            precision at a hit, its average with the precision just before (1 before the first
+            rank). So do the Oxford and Paris benchmarks, also revisited (Radenović, Iscen, Tolias,
+            Avrithis, Chum, CVPR 2018; compute_ap in https://github.com/filipradenovic/revisitop).
+
+    Returns:
+        float64 (q,) from 0 to 1; NaN for a query without positives, which a mean must leave out.
+
+    Raises:
+        ValueError: a query has more hits than positives.
+    """
+    query, rank, place, count, n_positives = _find(hits, n_positives)
+    precision = (place + 1) / (rank + 1)
+    if trapezoid:
+        before = np.divide(place, rank, out=np.ones(len(rank)), where=rank > 0)
+        precision = (before + precision) / 2
+    best = n_positives
+    if k is not None:
+        k = np.broadcast_to(k, count.shape)
+        precision[rank >= k[query]] = 0
+        best = np.minimum(k, n_positives)
+    return _divide(np.bincount(query, weights=precision, minlength=len(count)), best)
+
+
+def precision_at(hits: np.ndarray, k: int) -> np.ndarray:
+    """Share of hits among the first k ranks (a gallery of fewer than k counts the rest as misses).
+
+    Returns:
+        float64 (q,) from 0 to 1.
+    """
+    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
+    return hits[:, :k].sum(axis=1) / k
+
+
+def capped_precision_at(
+    hits: np.ndarray, k: int, n_positives: np.ndarray | None = None
+) -> np.ndarray:
+    """Precision at k, or at the rank of the last positive if that comes sooner.
+
+    It is the mP@k of the revisited Oxford and Paris benchmarks (compute_map, as above): a query
+    with fewer than k positives can reach 1, too. While some positive is still missing, its rank
+    lies behind the end, so the precision is that at k.
+
+    Args:
+        hits: bool (q, r).
+        k: how many ranks count.
+        n_positives: int (q,), positives of each query in the whole gallery; None: the hits are all.
+
+    Returns:
+        float64 (q,) from 0 to 1; NaN for a query without positives.
+
+    Raises:
+        ValueError: a query has more hits than positives.
+    """
+    query, rank, _, count, n_positives = _find(hits, n_positives)
+    depth = np.full(len(count), k)
+    complete = (count == n_positives) & (count > 0)
+    depth[complete] = np.minimum(k, rank[(np.cumsum(count) - 1)[complete]] + 1)
+    hits_within = np.bincount(query[rank < depth[query]], minlength=len(count))
+    return _divide(hits_within, np.where(n_positives > 0, depth, 0))
+
+
+def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
+    """Share of a query's positives found among the first k ranks.
+
+    Metric-learning papers often call something else "recall@k": that is :func:`hit_at`.
+
+    Returns:
+        float64 (q,) from 0 to 1; NaN for a query without positives.
+
+    Raises:
+        ValueError: a query has more hits than positives.
+    """
+    query, rank, _, count, n_positives = _find(hits, n_positives)
+    return _divide(np.bincount(query[rank < k], minlength=len(count)), n_positives)
+
+
+def hit_at(hits: np.ndarray, k: int) -> np.ndarray:
+    """Whether there is a hit among the first k ranks; its mean is metric learning's recall@k.
+
+    As in Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning via Lifted Structured Feature
+    Embedding", CVPR 2016.
+
+    Returns:
+        float64 (q,), 0 or 1.
+    """
+    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
+    return hits[:, :k].any(axis=1).astype(np.float64)
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(a, b, out=np.full(len(a), np.nan), where=np.asarray(b) > 0)
+
+
+# A protocol: for each column of a table the measure, a function of hits and n_positives.
+Protocol = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
+
+# Oxford and Paris revisited: the mean over queries gives mAP and mP@1, 5, 10.
+REVISITED: Protocol = {
+    "AP": lambda hits, n: average_precision(hits, n, trapezoid=True),
+    "P@1": lambda hits, n: capped_precision_at(hits, 1, n),
+    "P@5": lambda hits, n: capped_precision_at(hits, 5, n),
+    "P@10": lambda hits, n: capped_precision_at(hits, 10, n),
+}
+
+# Google Landmarks retrieval: mAP@100.
+LANDMARKS: Protocol = {"AP@100": lambda hits, n: average_precision(hits, n, k=100)}
+
+# Photos with labels, for instance INRIA Holidays: mAP, and what metric learning reports.
+GENERAL: Protocol = {
+    "AP": average_precision,
+    "AP@R": lambda hits, n: average_precision(hits, n, k=n),
+    "hit@1": lambda hits, n: hit_at(hits, 1),
+    "hit@5": lambda hits, n: hit_at(hits, 5),
+    "hit@10": lambda hits, n: hit_at(hits, 10),
+    "recall@10": lambda hits, n: recall_at(hits, 10, n),
+}
+
+
+def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd.DataFrame:
+    """Evaluate rankings, query by query.
+
+    Args:
+        ranks: int (q, r), numbers of gallery photos, the best first; -1 where there are no more.
+            Junk is still in there. Anything with rows to slice will do: only a few are read at a
+            time, so a memory-mapped file may be larger than the memory.
+        truth: what should be found.
+        protocol: the measures, REVISITED, LANDMARKS, GENERAL or your own.
+
+    Returns:
+        a row for each query, under its name: the column n_positives, int, and one for each measure,
+        float64. Without positives there is nothing to find: measures are NaN, and pandas' mean()
+        leaves them out.
+
+    Raises:
+        ValueError: not a ranking for each query, or one that :func:`judge` refuses.
+    """
+    if len(ranks) != len(truth.queries):
+        raise ValueError(f"{len(ranks)} rankings of {len(truth.queries)} queries")
+    n_positives = np.array([len(numbers) for numbers in truth.positives])
+    columns = {name: np.empty(len(ranks)) for name in protocol}
+    step = max(1, 2**22 // max(1, ranks.shape[1]))  # 4 MB of hits: they stay in the cache
+    for start in range(0, len(ranks), step):
+        rows = slice(start, start + step)
+        block = np.asarray(ranks[rows])
+        if block.max(initial=-1) >= len(truth.gallery):
+            raise ValueError(f"photo {block.max()} of a gallery of {len(truth.gallery)} is ranked")
+        try:
+            hits = judge(block, truth.positives[rows], truth.junk[rows])
+        except ValueError as error:
+            raise ValueError(f"from query {truth.queries[start]!r} on, {error}") from None
+        for name, measure in protocol.items():
+            columns[name][rows] = measure(hits, n_positives[rows])
+    table = pd.DataFrame(columns, index=pd.Index(truth.queries, name="query"))
+    table[n_positives == 0] = np.nan
+    table.insert(0, "n_positives", n_positives)
+    return table
+
+
+def interval(
+    values: np.ndarray,
+    groups: np.ndarray | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean over queries with a percentile-bootstrap confidence interval (Efron 1979).
+
+    Args:
+        values: float (q,); NaN (a query without positives) is left out.
+        groups: (q,), which queries belong together. Photos of one landmark succeed and fail
+            together, so whole landmarks are drawn, or the interval would be far too narrow.
+        level: probability of the interval.
+        resamples: how many bootstrap samples.
+        seed: of the draws; equal arguments give the equal interval.
+
+    Raises:
+        ValueError: no query has positives.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    kept = ~np.isnan(values)
+    if not kept.any():
+        raise ValueError("no query has a positive in the gallery: there is nothing to average")
+    values, groups = values[kept], groups[kept]
+    _, group = np.unique(groups, return_inverse=True)
+    sums, sizes = np.bincount(group, weights=values), np.bincount(group)
+    draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two systems by a measure of the same queries.
+
+    The p-value is that of a two-sided randomization test: if a and b were equally good, each
+    difference could as well have the other sign (Smucker, Allan, Carterette, "A Comparison of
+    Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007).
+
+    Args:
+        a: float (q,); NaN (a query without positives) is left out.
+        b: the same of the other system.
+        groups: (q,), which queries belong together, as in :func:`interval`: they change their sign
+            together.
+        resamples: how many random choices of signs; the least possible p-value is
+            1 / (resamples + 1).
+        seed: of the draws; equal arguments give the equal result.
+
+    Returns:
+        the mean of b - a with its interval, and the p-value.
+
+    Raises:
+        ValueError: the queries are not the same, or none has positives.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape or np.any(np.isnan(a) != np.isnan(b)):
+        raise ValueError("a and b must be measured on the same queries, with NaN for the same ones")
+    difference = interval(b - a, groups, seed=seed)
+    kept = ~np.isnan(a)
+    groups = np.arange(len(a)) if groups is None else np.asarray(groups)
+    _, group = np.unique(groups[kept], return_inverse=True)
+    sums = np.bincount(group, weights=(b - a)[kept])
+    # Sums that differ by rounding alone are equal.
+    observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    rng = np.random.default_rng(seed)
+    as_far = 0
+    for start in range(0, resamples, 500):  # a few at a time: memory stays at 500 x groups
+        shape = (min(500, resamples - start), len(sums))
+        signs = 2 * rng.integers(2, size=shape, dtype=np.int8) - 1
+        as_far += np.count_nonzero(np.abs(signs @ sums) >= observed)
+    return Comparison(difference, float((as_far + 1) / (resamples + 1)))
+
+
+def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Use each photo once as the query against all others.
+
+    Args:
+        embeddings: float (n, d), compared by their inner product (cosine, if of unit norm).
+        labels: (n,), the landmark of each photo.
+
+    Returns:
+        hits, bool (n, n - 1). Ties keep the order of the rows, so that the result is reproducible.
+    """
+    labels = np.asarray(labels)
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    hits = np.empty((len(labels), len(labels) - 1), dtype=bool)
+    for start in range(0, len(labels), 1024):  # a slice at a time: memory stays at 1024 x n
+        rows = np.arange(start, min(start + 1024, len(labels)))
+        similarity = embeddings[rows] @ embeddings.T
+        similarity[np.arange(len(rows)), rows] = -np.inf  # the query itself comes last ...
+        ranked = np.argsort(-similarity, axis=1, kind="stable")[:, :-1]  # ... and is cut off
+        hits[rows] = labels[ranked] == labels[rows, None]
+    return hits
+
+
+def pair_hits(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Search each query's one positive among the positives of all queries.
+
+    Args:
+        queries: float (n, d), compared with ``positives`` by their inner product.
+        positives: float (n, d), row i shows what query i shows.
+
+    Returns:
+        hits, bool (n, n).
+    """
+    similarity = np.asarray(queries, dtype=np.float32) @ np.asarray(positives, dtype=np.float32).T
+    ranked = np.argsort(-similarity, axis=1, kind="stable")
+    return ranked == np.arange(len(ranked))[:, None]

@@ -1,0 +1,388 @@
+"""The network: one tower that embeds a photo, and the Siamese model that trains it on triplets.
+
+    photo uint8 RGB -> the backbone's own preprocessing -> backbone -> GeM -> projection -> L2 norm
+
+    tower = build_tower(TowerSettings(image_size=64))
+    embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
+    siamese = Siamese(tower, MetricLoss(LossSettings()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
+
+Preprocessing is a part of the tower, so training, evaluation and search can't differ in it. The
+module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch backends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from lib.files import replacing, show_path
+from lib.network.engine import fast_precision
+from lib.network.losses import MetricLoss
+from lib.network.pooling import make_pooling
+
+# The end of each of ResNet50's stages: name of the layer, pixels of the photo per place of the map.
+STAGES = {
+    3: ("conv3_block4_out", 8),
+    4: ("conv4_block6_out", 16),
+    5: ("conv5_block3_out", 32),
+}
+
+# Every network of keras.applications: its constructors, the only names that begin with a capital.
+BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
+
+PRECISIONS = ("float32", "mixed_bfloat16")
+
+# Towers of several sizes are several networks, each traced once. TensorFlow looks at their common
+# source code, counts one function that is traced again and again, and warns.
+logging.getLogger("tensorflow").addFilter(
+    lambda record: "triggered tf.function retracing" not in record.getMessage()
+)
+
+
+class WeightsUnavailableError(OSError):
+    """Pre-trained weights could not be had; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """What a tower is made of.
+
+    Attributes:
+        image_size: side of the square input photo in pixels.
+        embedding_size: dimension of the embedding. 0 leaves the projection out: the embedding is
+            the pooled feature map itself, of unit norm, which needs no training.
+        pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
+        gem_p: GeM's exponent to start from.
+        gem_p_trainable: whether GeM's exponent is learned.
+        backbone: any network of ``keras.applications``, by its name there.
+        width: of a MobileNet, how many channels it has as a multiple of the usual (its ``alpha``).
+        last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
+            one place per 32 x 32 pixels. A photo of 64 pixels leaves pooling 2 x 2 places there,
+            and 8 x 8 after stage 3. Other backbones are always taken whole.
+        weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
+            random weights.
+        precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
+            keeps the weights in float32. The head computes in float32 either way.
+    """
+
+    image_size: int = 128
+    embedding_size: int = 128
+    pooling: str = "gem"
+    gem_p: float = 3.0
+    gem_p_trainable: bool = True
+    backbone: str = "ResNet50"
+    width: float = 1.0
+    last_stage: int = 5
+    weights: str = "imagenet"
+    precision: str = "float32"
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(
+                f"keras.applications has no backbone {self.backbone!r}; choose one of "
+                + ", ".join(BACKBONES)
+            )
+        if self.width != 1 and "alpha" not in inspect.signature(self.constructor).parameters:
+            raise ValueError(f"{self.backbone} has one width only: leave width at 1")
+        if self.backbone != "ResNet50" and self.last_stage != 5:
+            raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
+        if self.embedding_size < 0:
+            raise ValueError(f"embedding_size must not be negative, got {self.embedding_size}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+        if self.last_stage not in STAGES:
+            raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
+        smallest = STAGES[self.last_stage][1]
+        if self.image_size < smallest:
+            raise ValueError(f"image_size must be at least {smallest}, got {self.image_size}")
+
+    @property
+    def constructor(self) -> Callable[..., keras.Model]:
+        """The function of ``keras.applications`` that builds the backbone."""
+        return getattr(keras.applications, self.backbone)
+
+
+@keras.saving.register_keras_serializable(package="image_retrieval")
+class Preprocessing(keras.layers.Layer):
+    """RGB pixels from 0 to 255 -> what a backbone's ImageNet weights expect.
+
+    That is the ``preprocess_input`` of its module in ``keras.applications``. For ResNet50: BGR
+    order, ImageNet's mean colour subtracted, no division.
+
+    Args:
+        backbone: name of the network in ``keras.applications``.
+
+    Input uint8 or float (n, h, w, 3), output float32 of the same shape.
+    """
+
+    def __init__(self, backbone: str, **kwargs):
+        super().__init__(**kwargs)
+        self.backbone = backbone
+        module = inspect.getmodule(getattr(keras.applications, backbone))
+        self._preprocess = module.preprocess_input
+
+    def call(self, photos):
+        return self._preprocess(ops.cast(photos, "float32"))
+
+    def compute_output_spec(self, photos):
+        return keras.KerasTensor(photos.shape, dtype="float32")
+
+    def get_config(self):
+        return super().get_config() | {"backbone": self.backbone}
+
+
+def build_tower(settings: TowerSettings) -> keras.Model:
+    """Build the network that embeds a photo: a trunk (preprocessing, backbone) and a head.
+
+    Input uint8 RGB (n, image_size, image_size, 3); output float32 (n, embedding_size) of unit L2
+    norm. ``tower.get_layer("trunk")`` gives the feature maps, ``tower.get_layer("head")`` makes
+    embeddings of them.
+
+    Raises:
+        WeightsUnavailableError: the weights asked for can't be fetched or read.
+    """
+    photos = keras.Input(
+        (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
+    )
+    with computing_in(settings.precision):
+        preprocessing = Preprocessing(settings.backbone, name="preprocessing")
+        maps = build_backbone(settings)(preprocessing(photos))
+    trunk = keras.Model(photos, maps, name="trunk")
+    head = build_head(trunk.output_shape[1:], settings)
+    return keras.Model(photos, head(trunk(photos)), name="tower")
+
+
+def fast_policy() -> str:
+    """What this machine trains fast in, of ``PRECISIONS``.
+
+    A GPU is taken to be fast in bfloat16. Processors without instructions for it emulate it, many
+    times slower than float32.
+    """
+    on_processor = "cpu" in str(ops.zeros(1).device).lower()
+    slow = on_processor and fast_precision() != "bfloat16"
+    return "float32" if slow else "mixed_bfloat16"
+
+
+@contextlib.contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Layers that are made in the block compute in ``precision`` (a Keras dtype policy)."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
+    """Build what makes embeddings of feature maps: pooling, projection, L2 normalization.
+
+    Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size), or
+    (n, c) if the embedding size is 0.
+    """
+    maps = keras.Input(map_shape, name="feature_maps")
+    x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
+    if size := settings.embedding_size:
+        # ReLU maps are all positive: uncentred, every two embeddings point the same way. The batch
+        # normalization takes their common mean away, so that the space is used from the first step;
+        # without a shift and scale of its own it can't put one back.
+        x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
+        centring = keras.layers.BatchNormalization
+        x = centring(momentum=0.9, center=False, scale=False, name="centring")(x)
+    x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
+    return keras.Model(maps, x, name="head")
+
+
+def build_backbone(settings: TowerSettings) -> keras.Model:
+    """Build the backbone, ResNet50 up to the stage asked for: preprocessed photos to feature maps.
+
+    Raises:
+        WeightsUnavailableError: the weights asked for can't be fetched or read.
+        ValueError: the photos are too small for this backbone.
+    """
+    whole = _build_whole(settings, weights=None)
+    if settings.weights == "imagenet":
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds of silence; a network that swallows everything hangs
+        try:
+            whole = _build_whole(settings, weights="imagenet")
+        except Exception as error:  # urllib's, the socket's or Keras' own: all mean the same here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise WeightsUnavailableError(
+                f"the ImageNet weights of {settings.backbone} could not be fetched ({reason}); "
+                "with a network Keras downloads them once, or set weights to the path of a "
+                "weights file"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    elif not settings.weights:
+        _prepare_random_weights(whole)
+    output = whole.output
+    if settings.backbone == "ResNet50":
+        output = whole.get_layer(STAGES[settings.last_stage][0]).output
+    backbone = keras.Model(whole.input, output, name="backbone")
+    if settings.weights not in ("", "imagenet"):
+        _load_weights(whole, backbone, settings)
+    return backbone
+
+
+def _build_whole(settings: TowerSettings, weights: str | None) -> keras.Model:
+    size = settings.image_size
+    alpha = {} if settings.width == 1 else {"alpha": settings.width}
+    return settings.constructor(
+        include_top=False, weights=weights, input_shape=(size, size, 3), **alpha
+    )
+
+
+def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSettings) -> None:
+    """Load a file of ``backbone``, or of the ``whole`` network that it is the start of."""
+    try:
+        backbone.load_weights(settings.weights)
+        return
+    except (OSError, ValueError):
+        pass  # not a file of this part; what is wrong with it, the whole network will tell
+    try:
+        whole.load_weights(settings.weights)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsUnavailableError(
+            f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
+            f"without top ({reason})"
+        ) from None
+
+
+def _prepare_random_weights(network: keras.Model) -> None:
+    """Make a network, above all ResNet50, trainable from random weights in minutes."""
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            # Keras' 0.99 needs several hundred steps before the moving averages are of any use.
+            layer.momentum = 0.9
+            if layer.name.endswith("_3_bn"):
+                # Each residual branch starts at zero, its block as the identity: the signal passes
+                # the untrained network unharmed (Goyal et al., "Accurate, Large Minibatch SGD",
+                # 2017, section 5.1).
+                layer.gamma.assign(np.zeros(layer.gamma.shape))
+
+
+class Siamese(keras.Model):
+    """One tower shared by all photos of a batch, and the loss that looks at all their embeddings.
+
+    All photos pass through the tower as one batch, which is both the definition of shared weights
+    and the fast way. Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order
+    anchor, positive, negative; P x K batches (m, h, w, 3) become (m, d). Either way there is one
+    output, so that the loss sees what it has to compare.
+
+    Args:
+        tower: from :func:`build_tower`, or a head, over feature maps in place of photos.
+        loss: of the groups and the embeddings of a batch. Its weights (ArcFace's centres) and its
+            random state are the model's, and so are trained and saved with it.
+    """
+
+    def __init__(self, tower: keras.Model, loss: MetricLoss):
+        super().__init__(name="siamese")
+        self.tower, self.metric_loss = tower, loss
+        loss.build((None,), (None, tower.output_shape[-1]))
+        self.built = True
+
+    def call(self, photos, training=None):
+        shape = self.tower.input_shape[1:]
+        batch = ops.reshape(photos, (-1, *shape))
+        embeddings = self.tower(batch, training=training)
+        return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.metric_loss(y, y_pred)
+
+
+def resized(tower: keras.Model, image_size: int) -> keras.Model:
+    """A tower for photos of another size; its weights are a copy of the given one's.
+
+    A backbone is convolutional and a pooling takes maps of any size, so the same weights serve.
+    """
+    trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
+    photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
+    pixels = trunk.get_layer("preprocessing")(photos)
+    backbone = keras.models.clone_model(
+        trunk.get_layer("backbone"), input_tensors=keras.Input(pixels.shape[1:])
+    )
+    new_trunk = keras.Model(photos, backbone(pixels), name="trunk")
+    maps = keras.Input(new_trunk.output_shape[1:], name="feature_maps")
+    new_head = keras.models.clone_model(head, input_tensors=maps)
+    new_trunk.set_weights(trunk.get_weights())
+    new_head.set_weights(head.get_weights())
+    return keras.Model(photos, new_head(new_trunk(photos)), name="tower")
+
+
+def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Embed photos: uint8 (n, h, w, 3) RGB at the tower's size -> float32 (n, d) of unit norm."""
+    if len(photos) == 0:
+        return np.empty((0, *tower.output_shape[1:]), dtype=np.float32)
+    return np.asarray(tower.predict(photos, batch_size=batch_size, verbose=0), dtype=np.float32)
+
+
+def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory."""
+    batch = photos.reshape(-1, *photos.shape[-3:])
+    maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
+    return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
+
+
+def gem_exponent(tower: keras.Model) -> float:
+    """The exponent p of a tower's or head's GeM layer, the mean of one per channel.
+
+    NaN if it pools in another way.
+    """
+    head = tower if tower.name == "head" else tower.get_layer("head")
+    p = getattr(head.get_layer("pooling"), "p", None)
+    return float("nan") if p is None else float(np.mean(ops.convert_to_numpy(p)))
+
+
+def fingerprint(tower: keras.Model) -> str:
+    """SHA-256 over a model's structure and weights, 64 hexadecimal digits.
+
+    Embeddings of two models can't be compared; an index keeps the fingerprint of the model that
+    made it.
+    """
+    structure = [(type(layer).__name__, layer.name) for layer in tower.layers]
+    digest = hashlib.sha256(json.dumps([tower.input_shape, structure]).encode())
+    for weight in tower.weights:
+        digest.update(np.ascontiguousarray(ops.convert_to_numpy(weight)).tobytes())
+    return digest.hexdigest()
+
+
+def save_tower(tower: keras.Model, path: Path) -> None:
+    """Save a tower as one ``.keras`` file, atomically."""
+    with replacing(path) as part:
+        tower.save(part)
+
+
+def load_tower(path: Path) -> keras.Model:
+    """Load a tower that :func:`save_tower` wrote, without running any code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a tower of this project.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no trained model at {path}: run notebook 02_triplet_training first, or set run_dir "
+            "to a run that has one"
+        )
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # zipfile's, h5py's, json's or Keras' own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a saved tower of this project: {reason}") from error

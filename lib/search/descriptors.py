@@ -1,0 +1,109 @@
+"""Descriptors from several views of a photo: other sizes, mirrored, pooled with another exponent.
+
+Nothing is trained here. A network that has learned from one view of each photo is shown a few more
+when it embeds, and the views' descriptors become one:
+
+    views = describe_views(tower, lambda size: read_gallery(folder, size)[0], (24, 32, 48))
+    descriptors = aggregate(views)                     # float32 (n, d) of unit norm
+
+Each view costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored too, take
+2 x (0.5 + 1 + 2) = 7 times as long as the one view. Several exponents share a pass. Searching costs
+what it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+
+from lib.network.tower import embed, resized
+
+
+def describe_views(
+    tower: keras.Model,
+    photos_at: Callable[[int], np.ndarray],
+    image_sizes: Sequence[int],
+    *,
+    mirrored: bool = True,
+    gem_ps: Sequence[float | None] = (None,),
+) -> np.ndarray:
+    """Embed photos at several sizes, as they are and mirrored, and pooled with several exponents.
+
+    Args:
+        tower: from :func:`lib.network.tower.build_tower`, at whatever size it has been trained.
+        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. They should be read
+            anew at each size: to enlarge the small ones brings nothing.
+        image_sizes: sides in pixels.
+        mirrored: whether each size gives a second view, left and right exchanged.
+        gem_ps: exponents to pool with; None is the tower's own. To raise it after training, from 3
+            to 4.6 say, is SuperGlobal's GeM+ (Shao et al., "Global Features are All You Need for
+            Image Retrieval and Reranking", ICCV 2023, section 3.1).
+
+    Returns:
+        float32 (v, n, d), each of unit norm: for each size in the order given, for each exponent,
+        the view as it is, followed by the mirrored one.
+
+    Raises:
+        ValueError: no size, or an exponent for a tower without GeM pooling.
+    """
+    if not image_sizes:
+        raise ValueError("name at least one size")
+    views = []
+    for size in image_sizes:
+        photos = photos_at(size)
+        at_size = _with_exponents(resized(tower, size), gem_ps)
+        sides = [embed(at_size, photos)]
+        if mirrored:
+            sides.append(embed(at_size, photos[:, :, ::-1]))
+        views += [side[:, i] for i in range(len(gem_ps)) for side in sides]
+    return np.stack(views)
+
+
+def _with_exponents(tower: keras.Model, gem_ps: Sequence[float | None]) -> keras.Model:
+    """A tower that pools its maps with each of the exponents: uint8 photos -> float32 (n, p, d)."""
+    trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
+    maps = trunk(tower.input)
+    descriptors = []
+    for number, p in enumerate(gem_ps):
+        own = keras.models.clone_model(head)
+        own.set_weights(head.get_weights())
+        exponent = getattr(own.get_layer("pooling"), "p", None)
+        if p is not None:
+            if exponent is None:
+                raise ValueError("this tower has no GeM pooling, whose exponent could be set")
+            exponent.assign(np.full(exponent.shape, p))
+        descriptors.append(keras.Model(own.input, own.output, name=f"head_{number}")(maps))
+    return keras.Model(tower.input, keras.ops.stack(descriptors, axis=1))
+
+
+def aggregate(views: np.ndarray, p: float = 1.0) -> np.ndarray:
+    """Make one descriptor of several views of each photo: their generalized mean.
+
+    With p = 1 it is the mean direction, as is usual (Radenović, Tolias, Chum, "Fine-tuning CNN
+    Image Retrieval with No Human Annotation", TPAMI 2018, "Multi-scale representation"). A larger p
+    is SuperGlobal's scale GeM (see above, section 3.1), infinity the maximum. Descriptors may be
+    negative, which a power can't be of; so each dimension is lifted by its smallest value in the
+    whole set before and lowered by as much afterwards, which leaves p = 1 what it is.
+
+    Args:
+        views: float (v, n, d) of unit norm.
+        p: at least 1; infinity is allowed.
+
+    Returns:
+        float32 (n, d) of unit norm.
+
+    Raises:
+        ValueError: p below 1.
+    """
+    if not p >= 1:
+        raise ValueError(f"p must be at least 1, got {p}")
+    views = np.asarray(views, dtype=np.float64)
+    if np.isinf(p):
+        mean = views.max(axis=0)
+    else:
+        lowest = views.min(axis=(0, 1))
+        mean = ((views - lowest) ** p).mean(axis=0) ** (1 / p) + lowest
+    norms = np.linalg.norm(mean, axis=1, keepdims=True)
+    return np.divide(mean, norms, out=mean, where=norms > 0).astype(np.float32)

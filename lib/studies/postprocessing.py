@@ -1,0 +1,522 @@
+"""The ladder of post-processing: what each step after training is worth, and what it costs.
+
+First the descriptors get better, step by step: more views of each photo, other exponents,
+whitening. Then, on the best of them, each kind of re-ranking is tried. Every step has settings;
+they are chosen on validation landmarks. What is not proven to help there (the 95 % interval of its
+gain touches 0) is left out of what follows: the best of many settings looks better than it is. The
+test landmarks are for the one measurement at the end.
+
+    folds = [Fold(known, validation[None], test, query_rounds(test.labels))]
+    steps = run_postprocessing(folds, options)
+    summarize(steps, groups, embedding_ms(tower, sizes))    # mAP, gains, milliseconds per query
+
+A query is never a part of the gallery it searches, nor of what is prepared of that gallery.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from lib.evaluation.metrics import average_precision, compare, interval
+from lib.network.tower import embed, resized
+from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
+from lib.search.descriptors import aggregate, describe_views
+from lib.search.rerank import (
+    augment_gallery,
+    encode_reciprocal,
+    expand_queries,
+    neighbour_graph,
+    rerank_diffusion,
+    rerank_k_reciprocal,
+    rerank_superglobal,
+)
+
+# A view: side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
+View = tuple[int, bool, float | None]
+# Queries and the gallery they search, as rows of the photos.
+Round = tuple[np.ndarray, np.ndarray]
+
+AS_TRAINED = "as trained"
+PLAIN = "no re-ranking"
+CHOSEN = "chosen on validation"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the descriptor of a photo is made.
+
+    Attributes:
+        image_sizes: sides in pixels of the views.
+        mirrored: whether each size gives a mirrored view, too.
+        gem_p: GeM's exponent; None: the tower's own.
+        scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
+        whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
+        dimension: how many dimensions the whitening keeps; as many as there are, if there are less.
+    """
+
+    image_sizes: tuple[int, ...]
+    mirrored: bool = False
+    gem_p: float | None = None
+    scale_p: float = 1.0
+    whitening: str = ""
+    dimension: int | None = None
+
+    @property
+    def views(self) -> list[View]:
+        """The views that the descriptor is made of."""
+        sides = (False, True) if self.mirrored else (False,)
+        return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What there is to choose from.
+
+    Attributes:
+        image_size: at which the tower was trained.
+        image_sizes: sets of sizes to embed at.
+        gem_ps: exponents for GeM, besides the tower's own.
+        scale_ps: exponents for the mean over views.
+        dimensions: of whitened descriptors.
+        neighbours: how many neighbours the re-rankings look at; about as many as a landmark has
+            photos, up to several times that.
+        candidates: how many photos SuperGlobal re-ranks.
+    """
+
+    image_size: int
+    image_sizes: tuple[tuple[int, ...], ...]
+    gem_ps: tuple[float, ...] = (2.0, 4.6)
+    scale_ps: tuple[float, ...] = (2.0, 10.0, float("inf"))
+    dimensions: tuple[int, ...] = (32, 64, 128, 256)
+    neighbours: tuple[int, ...] = (1, 2, 4, 8)
+    candidates: tuple[int, ...] = (20, 100)
+
+    @property
+    def views(self) -> list[View]:
+        """All views that any recipe may ask for."""
+        sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
+        return list(product(sizes, (False, True), (None, *self.gem_ps)))
+
+    def steps(self) -> dict[str, list[dict[str, Any]]]:
+        """The steps to better descriptors: of each, by name, what it may change in the recipe."""
+        return {
+            "mirrored": [{"mirrored": True}],
+            "sizes": [{"image_sizes": sizes} for sizes in self.image_sizes],
+            "other p (GeM+)": [{"gem_p": p} for p in self.gem_ps],
+            "scale GeM": [{"scale_p": p} for p in self.scale_ps],
+            "whitening": [
+                {"whitening": kind, "dimension": dimension}
+                for kind in ("pca", "supervised")
+                for dimension in self.dimensions
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """A way to rank that looks at neighbours.
+
+    Attributes:
+        settings: what to choose from.
+        prepare: gallery (n, d) and settings -> what is made once per gallery.
+        scores: queries (q, d), gallery, what was prepared, and settings -> float32 (q, n).
+    """
+
+    settings: list[dict[str, Any]]
+    prepare: Callable[[np.ndarray, dict], Any] = lambda gallery, settings: None
+    scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
+        lambda queries, gallery, prepared, settings: queries @ gallery.T
+    )
+
+
+def rerankings(options: Options) -> dict[str, Reranking]:
+    """The re-rankings of :mod:`lib.search.rerank` by name, with the settings to choose from."""
+    ks = options.neighbours
+    expansion = _grid(k=ks, alpha=(0.0, 3.0))
+    return {
+        PLAIN: Reranking([{}]),
+        "query expansion": Reranking(
+            expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
+        ),
+        "database augmentation": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: q @ augmented.T,
+        ),
+        "augmentation and expansion": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
+        ),
+        "k-reciprocal": Reranking(
+            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
+            prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
+            scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
+        ),
+        "diffusion": Reranking(
+            _grid(graph_k=[2 * k for k in ks], k=ks[:3], alpha=(0.8, 0.99)),
+            prepare=lambda g, s: neighbour_graph(g, s["graph_k"]),
+            scores=lambda q, g, graph, s: rerank_diffusion(
+                q, g, graph, s["k"], alpha=s["alpha"], tolerance=1e-4
+            ),
+        ),
+        "SuperGlobal": Reranking(
+            _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
+            scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
+        ),
+    }
+
+
+def _grid(**values: Iterable) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+@dataclass(frozen=True, eq=False)
+class Photos:
+    """Photos of known landmarks, each in several views.
+
+    Attributes:
+        views: float32 (n, d) of unit norm for each view.
+        labels: (n,), the landmark of each photo.
+    """
+
+    views: Mapping[View, np.ndarray]
+    labels: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Photos:
+        """Some of the photos: those at ``rows``, int or bool."""
+        return Photos({view: x[rows] for view, x in self.views.items()}, self.labels[rows])
+
+    def described(self, recipe: Recipe) -> np.ndarray:
+        """Descriptors float32 (n, d) of unit norm by a recipe, but not whitened."""
+        return aggregate(np.stack([self.views[view] for view in recipe.views]), recipe.scale_p)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What is learned from and chosen by, and what is measured on.
+
+    Attributes:
+        known: photos of the landmarks that are not tested.
+        validation: bool (v, n), parts of them to choose settings by, one part after the other.
+            The photos of a part are searched among all known photos; then a whitening has learned
+            from those outside the part. For the measurement it learns from all of them.
+        test: photos to measure on.
+        rounds: the searches among the test photos.
+
+    Raises:
+        ValueError: a query shows a known landmark, or a validation part has only some of one's
+            photos.
+    """
+
+    known: Photos
+    validation: np.ndarray
+    test: Photos
+    rounds: Sequence[Round]
+
+    def __post_init__(self):
+        labels = self.known.labels
+        pairs = [({*labels[part]}, {*labels[~part]}) for part in self.validation]
+        queried = {label for queries, _ in self.rounds for label in self.test.labels[queries]}
+        for some, others in ((queried, {*labels}), *pairs):
+            if both := some & others:
+                raise ValueError(
+                    f"landmark {str(min(both))!r} would be both learned from, or chosen by, and "
+                    "measured on"
+                )
+
+
+@dataclass
+class Step:
+    """What came of one step.
+
+    Attributes:
+        ap: average precision of all test queries, fold after fold, in the order of their rounds.
+        base_ap: the same of what the step builds on: the descriptors before it, or no re-ranking.
+        validation_map: for each fold.
+        settings: chosen in each fold: what the step changed in the recipe, or of the re-ranking.
+        kept: whether the steps that follow build on it, in each fold.
+        views: of the recipe, in each fold.
+        search_ms: milliseconds to rank the gallery for one query, and ...
+        prepare_ms: ... to prepare the gallery, for each of its photos. Both are means over folds.
+    """
+
+    ap: list[float] = field(default_factory=list)
+    base_ap: list[float] = field(default_factory=list)
+    validation_map: list[float] = field(default_factory=list)
+    settings: list[dict] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
+    views: list[list[View]] = field(default_factory=list)
+    search_ms: list[float] = field(default_factory=list)
+    prepare_ms: list[float] = field(default_factory=list)
+
+    def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
+        """Add what came of the step in one more fold."""
+        self.ap.extend(trial.found.ap.tolist())
+        self.base_ap.extend(base.found.ap.tolist())
+        self.validation_map.append(float(trial.validation.mean()))
+        self.settings.append(trial.settings)
+        self.kept.append(kept)
+        self.views.append(trial.recipe.views)
+        self.search_ms.append(trial.found.search_ms)
+        self.prepare_ms.append(trial.found.prepare_ms)
+
+
+def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
+    """Rounds in which each photo is a query once, and no query is in the gallery.
+
+    In round r the r-th photo of each landmark is the query, if it has so many and at least two; all
+    other photos are the gallery.
+
+    Args:
+        labels: (n,), the landmark of each photo.
+        queried: bool (n,), the photos that are to be queries; None: all. The others are in the
+            gallery of every round.
+
+    Raises:
+        ValueError: no landmark that is to be searched has two photos.
+    """
+    labels = pd.Series(np.asarray(labels))
+    place = labels.groupby(labels).cumcount().to_numpy()
+    size = labels.groupby(labels).transform("size").to_numpy()
+    can_be_query = (size > 1) & (True if queried is None else queried)
+    if not can_be_query.any():
+        raise ValueError("no landmark has two photos: there is nothing to find")
+    searched = [(place == r) & can_be_query for r in range(size[can_be_query].max())]
+    return [(np.flatnonzero(chosen), np.flatnonzero(~chosen)) for chosen in searched]
+
+
+def first_photo_rounds(labels: np.ndarray) -> list[Round]:
+    """One search for the first photo of each landmark among all other photos: INRIA Holidays.
+
+    Jégou, Douze, Schmid, "Hamming Embedding and Weak Geometric Consistency for Large Scale Image
+    Search", ECCV 2008. Landmarks of one photo have nothing to find, and no query.
+
+    Args:
+        labels: (n,), the landmark of each photo; the first of a landmark is its query.
+    """
+    _, first, count = np.unique(labels, return_index=True, return_counts=True)
+    everything = np.arange(len(labels))
+    return [(np.array([q]), np.delete(everything, q)) for q in np.sort(first[count > 1])]
+
+
+def describe_all(
+    tower: keras.Model, photos_at: Callable[[int], np.ndarray], views: Sequence[View]
+) -> dict[View, np.ndarray]:
+    """All views of photos, with a progress bar.
+
+    Args:
+        tower: from :func:`lib.network.tower.build_tower`.
+        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB.
+        views: which. All exponents and both sides of a size are made at once.
+
+    Returns:
+        float32 (n, d) of unit norm for each view.
+    """
+    sizes, _, gem_ps = (list(dict.fromkeys(column)) for column in zip(*views, strict=True))
+    found = {}
+    for size in tqdm(sizes, desc="embedding", unit=" sizes"):
+        names = product([size], gem_ps, (False, True))
+        described = describe_views(tower, photos_at, (size,), gem_ps=gem_ps)
+        for (_, p, mirrored), descriptors in zip(names, described, strict=True):
+            found[size, mirrored, p] = descriptors
+    return {view: found[view] for view in views}
+
+
+def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, float]:
+    """Milliseconds to embed one view of a photo, by its size: in batches, the best of three times.
+
+    Args:
+        tower: from :func:`lib.network.tower.build_tower`.
+        image_sizes: sides in pixels.
+    """
+    found = {}
+    for size in sorted(set(image_sizes)):
+        at_size = resized(tower, size)
+        photos = np.zeros((64, size, size, 3), dtype=np.uint8)
+        embed(at_size, photos)  # compiles
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            embed(at_size, photos)
+            times.append(time.perf_counter() - start)
+        found[size] = 1000 * min(times) / len(photos)
+    return found
+
+
+def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Step]:
+    """Climb the ladder in each fold.
+
+    Args:
+        folds: the test queries of all folds are put together.
+        options: what to choose from.
+
+    Returns:
+        the steps by name: "as trained", those of ``options.steps()``, and those of
+        :func:`rerankings`. Of these, "no re-ranking" are the best descriptors, searched as usual.
+        The last is "chosen on validation": the re-ranking that did best there, or none if the best
+        was not proven to help.
+    """
+    methods = rerankings(options)
+    steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
+    with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
+        for fold in folds:
+            base = None
+            for name, changes in {AS_TRAINED: [{}], **options.steps()}.items():
+                before = base.recipe if base else Recipe((options.image_size,))
+                plain = methods[PLAIN]
+                trial = _best(fold, [(replace(before, **c), plain, {}, c) for c in changes])
+                kept = base is None or _is_proven(fold, trial, base)
+                steps[name].add(trial, base or trial, kept)
+                base = trial if kept else base
+                bar.update()
+            tried = {}
+            for name, method in methods.items():
+                tried[name] = _best(fold, [(base.recipe, method, s, s) for s in method.settings])
+                steps[name].add(tried[name], base, kept=True)
+                bar.update()
+            best = max(tried, key=lambda name: tried[name].validation.mean())
+            best = best if _is_proven(fold, tried[best], base) else PLAIN
+            chosen = replace(tried[best], settings={"method": best} | tried[best].settings)
+            steps[CHOSEN].add(chosen, base, kept=True)
+    return steps
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A step with the settings that did best on validation."""
+
+    recipe: Recipe
+    settings: dict[str, Any]
+    validation: np.ndarray  # average precision of the validation queries
+    found: _Found  # in the test photos
+
+
+def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
+    """Of recipes, re-rankings, their settings, and what to call them: the best on validation."""
+    labels = fold.known.labels
+    described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
+    validation = [
+        np.concatenate(
+            [
+                _search(x, labels, query_rounds(labels, part), method, settings).ap
+                for x, part in zip(described[recipe].known, fold.validation, strict=True)
+            ]
+        )
+        for recipe, method, settings, _ in choices
+    ]
+    best = int(np.argmax([ap.mean() for ap in validation]))
+    recipe, method, settings, name = choices[best]
+    found = _search(described[recipe].test, fold.test.labels, fold.rounds, method, settings)
+    return _Trial(recipe, name, validation[best], found)
+
+
+def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
+    """Whether a trial is better than another on validation, beyond chance."""
+    labels = fold.known.labels
+    rounds = [round_ for part in fold.validation for round_ in query_rounds(labels, part)]
+    groups = np.concatenate([labels[queries] for queries, _ in rounds])
+    return interval(trial.validation - base.validation, groups).low > 0
+
+
+class _Descriptors:
+    """Descriptors by one recipe: of the known photos for each validation part, and of the test.
+
+    Each has the whitening that it may have, see :class:`Fold`.
+    """
+
+    def __init__(self, fold: Fold, recipe: Recipe):
+        known, test = fold.known.described(recipe), fold.test.described(recipe)
+        self.known, self.test = [known] * len(fold.validation), test
+        if recipe.whitening:
+            labels = fold.known.labels
+            self.known = [
+                _learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation
+            ]
+            self.test = _learn(recipe, known, labels).apply(test)
+
+
+def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> Whitening:
+    dimension = min(recipe.dimension or np.inf, descriptors.shape[1])
+    if recipe.whitening == "pca":
+        return learn_pca_whitening(descriptors, dimension)
+    return learn_supervised_whitening(descriptors, labels=labels, dimension=dimension)
+
+
+class _Found(NamedTuple):
+    """Average precision of the queries, milliseconds per query, and per photo to prepare."""
+
+    ap: np.ndarray
+    search_ms: float
+    prepare_ms: float
+
+
+def _search(
+    x: np.ndarray, labels: np.ndarray, rounds: Sequence[Round], method: Reranking, settings: dict
+) -> _Found:
+    ap, preparing, searching = [], 0.0, 0.0
+    for queries, gallery in rounds:
+        start = time.perf_counter()
+        prepared = method.prepare(x[gallery], settings)
+        middle = time.perf_counter()
+        scores = method.scores(x[queries], x[gallery], prepared, settings)
+        ranked = np.argsort(-scores, axis=1, kind="stable")
+        searching += time.perf_counter() - middle
+        preparing += middle - start
+        ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
+    n_queries = sum(len(queries) for queries, _ in rounds)
+    n_photos = sum(len(gallery) for _, gallery in rounds)
+    return _Found(np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos)
+
+
+def summarize(
+    steps: Mapping[str, Step], groups: np.ndarray, view_ms: Mapping[int, float]
+) -> pd.DataFrame:
+    """The ladder as a table.
+
+    Args:
+        steps: from :func:`run_postprocessing`.
+        groups: (q,), the landmark of each test query in the order of ``ap``.
+        view_ms: from :func:`embedding_ms`.
+
+    Returns:
+        one row per step, with the columns
+
+        * kind: "descriptor" or "re-ranking";
+        * map, low, high: mAP of the test queries with its 95 % interval;
+        * gain, gain_low, gain_high, p_value: against what the step builds on, query by query;
+        * validation_map: mean over the folds;
+        * kept: in how many folds the following steps build on it;
+        * embedding_ms: to embed all views of the query, mean over the folds;
+        * search_ms, prepare_ms: per query, and per photo of the gallery;
+        * settings: as chosen, fold by fold.
+    """
+    rows, kind = [], "descriptor"
+    for name, step in steps.items():
+        kind = "re-ranking" if name == PLAIN else kind
+        row = {"step": name, "kind": kind}
+        row |= dict(zip(("map", "low", "high"), interval(step.ap, groups), strict=True))
+        gain, p_value = compare(step.base_ap, step.ap, groups)
+        row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+        row |= {
+            "p_value": p_value,
+            "validation_map": float(np.mean(step.validation_map)),
+            "kept": sum(step.kept),
+            "embedding_ms": float(
+                np.mean([sum(view_ms[size] for size, *_ in views) for views in step.views])
+            ),
+            "search_ms": float(np.mean(step.search_ms)),
+            "prepare_ms": float(np.mean(step.prepare_ms)),
+            "settings": step.settings,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("step")

@@ -1,0 +1,448 @@
+"""The feature maps of a frozen trunk: computed once, kept on disk, trained from many times.
+
+    cache = build_cache(tower.get_layer("trunk"), handler, Path("runs/features"), variants=2)
+    for maps, groups in cache.batches(epoch=0, steps=100):
+        ...                              # float16 (batch, 3, 4, 4, 2048), int32 (batch, 3)
+    cache.maps(pictures, variant=0)      # float16 (..., 4, 4, 2048)
+
+As long as the trunk does not change, neither do its maps, and an epoch of the head needs no photo.
+Of each picture there are some variants: variant 0 is the picture as it is stored, what evaluation
+sees too; the others are augmented, each in its own way. Training draws one of them each time.
+
+A cache is a folder named by a fingerprint of all that its maps follow from, so that a change of any
+of it makes another cache. In it lie the maps as ``.npy`` files of 256 MB, which are read as memory,
+and ``manifest.json`` with the size and checksum of each. A folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import keras
+import numpy as np
+from tqdm import tqdm
+
+from lib.data.catalogue import UNKNOWN
+from lib.data.dataset import DatasetHandler
+from lib.data.sampling import SamplingError
+from lib.data_parallel import own_rows
+from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
+from lib.network.engine import compile_network, export_network, fast_precision, import_openvino
+from lib.network.tower import fingerprint
+
+MANIFEST = "manifest.json"
+ENGINES = ("auto", "keras", "openvino")
+
+_FORMAT = 1
+_SHARD_BYTES = 256 * 2**20
+_BATCH = 64  # photos that go through the network together
+_THREADS = os.cpu_count() or 1
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class FeatureCacheError(RuntimeError):
+    """Feature maps can't be computed or kept; the message says what to change."""
+
+
+# --------------------------------------------------------------------------------------------------
+# The forward pass
+# --------------------------------------------------------------------------------------------------
+
+
+class FrozenTrunk:
+    """The forward pass of a trunk whose weights do not change, by the fastest engine there is.
+
+    On a processor OpenVINO's runtime is somewhat faster than Keras in float32, and more than twice
+    as fast where the processor multiplies bfloat16: there it computes in that, rounding factors to
+    8 bits and summing up in float32. It can take a network over from Keras' TensorFlow and PyTorch
+    backends. ``python -m benchmarks.train_step`` measures it.
+
+    Args:
+        trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c), preprocessing inside. OpenVINO keeps
+            the weights that it has at the first call.
+        engine: "keras", "openvino", or "auto": OpenVINO where the backend computes on the processor
+            and OpenVINO can read it, else Keras.
+
+    Attributes:
+        name: engine and precision, such as "openvino bfloat16".
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+
+    def __init__(self, trunk: keras.Model, engine: str = "auto"):
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        if engine == "auto":
+            readable = keras.backend.backend() in ("tensorflow", "torch")
+            engine = "openvino" if readable and _is_on_processor(trunk) else "keras"
+        self._trunk, self._engine = trunk, engine
+        precision = fast_precision() if engine == "openvino" else trunk.outputs[0].dtype
+        self.name = f"{engine} {precision}"
+
+    def __call__(self, photos: np.ndarray) -> np.ndarray:
+        """The maps of photos; not from several threads at once.
+
+        Args:
+            photos: uint8 (n, s, s, 3).
+
+        Returns:
+            float16 (n, h, w, c).
+
+        Raises:
+            FeatureCacheError: a value beyond float16's range, or not a number.
+        """
+        maps = np.empty((len(photos), *self._trunk.output_shape[1:]), np.float16)
+        for start in range(0, len(photos), _BATCH):
+            found = self._compute(photos[start : start + _BATCH])
+            peak = np.abs(found).max()
+            if not peak <= _LARGEST:
+                raise FeatureCacheError(
+                    f"feature maps reach {peak}, float16 ends at {_LARGEST:.0f}: this trunk's "
+                    "weights make no usable maps"
+                )
+            maps[start : start + _BATCH] = found
+        return maps
+
+    @cached_property
+    def _compute(self):
+        """The function from uint8 photos to maps."""
+        if self._engine == "keras":
+            return lambda photos: np.asarray(self._trunk.predict_on_batch(photos), np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            network = import_openvino().Core().read_model(export_network(self._trunk, folder))
+            return compile_network(network, self._trunk.input_shape[1:])[0]
+
+
+def _is_on_processor(trunk: keras.Model) -> bool:
+    """Whether the backend computes on the processor, not on a GPU."""
+    return all("cpu" in str(weight.value.device).lower() for weight in trunk.weights)
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache
+# --------------------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """Feature maps of the pictures that a handler's training batches are made of.
+
+    Attributes:
+        handler: plans the batches.
+        folder: of this cache.
+        pictures: int64 (n,), the pictures that have maps, rows of the catalogue's, in order.
+        variants: how many of each.
+        map_shape: (h, w, c).
+    """
+
+    def __init__(
+        self,
+        handler: DatasetHandler,
+        folder: Path,
+        pictures: np.ndarray,
+        variants: int,
+        map_shape: tuple[int, int, int],
+    ):
+        self.handler, self.folder = handler, folder
+        self.pictures, self.variants, self.map_shape = pictures, variants, map_shape
+        # A whole number of batches: which photos are augmented how does not hang on where a file
+        # ends, and the last batch alone is smaller than the others.
+        row = variants * self.bytes_per_map
+        self._rows_per_file = max(_SHARD_BYTES // (row * _BATCH), 1) * _BATCH
+        self._row = np.full(len(handler.catalogue.pictures), -1)
+        self._row[pictures] = np.arange(len(pictures))
+
+    def __getstate__(self) -> dict:
+        """For other processes: the files are theirs to open, not sent along."""
+        return {name: value for name, value in vars(self).items() if name != "_maps"}
+
+    @property
+    def bytes_per_map(self) -> int:
+        """Bytes of the maps of one photo."""
+        return 2 * math.prod(self.map_shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all maps."""
+        return len(self.pictures) * self.variants * self.bytes_per_map
+
+    @property
+    def files(self) -> list[tuple[str, slice]]:
+        """The files' names, and which of ``pictures`` are in each."""
+        starts = range(0, len(self.pictures), self._rows_per_file)
+        return [
+            (f"maps{number:04d}.npy", slice(start, start + self._rows_per_file))
+            for number, start in enumerate(starts)
+        ]
+
+    @cached_property
+    def _maps(self) -> list[np.ndarray]:
+        """The files as memory, each float16 (pictures, variants, h, w, c)."""
+        return [np.load(self.folder / name, mmap_mode="r") for name, _ in self.files]
+
+    def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
+        """Maps of some pictures.
+
+        Args:
+            pictures: int (...), rows of the catalogue's pictures.
+            variant: which variant, below ``variants``, of all or, int (...), of each.
+
+        Returns:
+            float16 (..., h, w, c).
+
+        Raises:
+            KeyError: a picture without maps.
+        """
+        rows = self._row[pictures]
+        if (rows < 0).any():
+            missing = np.unique(np.asarray(pictures)[rows < 0])
+            raise KeyError(
+                f"{len(missing)} pictures (first: {missing[0]}) are not in the feature cache, "
+                "which has those that its own handler trains on"
+            )
+        maps = np.empty((rows.size, *self.map_shape), np.float16)
+        files, places = np.divmod(rows.ravel(), self._rows_per_file)
+        variants = np.broadcast_to(variant, rows.shape).ravel()
+        for i, (file, place, v) in enumerate(
+            zip(files.tolist(), places.tolist(), variants.tolist(), strict=True)
+        ):
+            maps[i] = self._maps[file][place, v]
+        return maps.reshape(*rows.shape, *self.map_shape)
+
+    def batches(self, epoch: int, steps: int) -> FeatureBatches:
+        """The batches of one epoch: the same pictures as the handler's own, as maps.
+
+        Args:
+            epoch, steps: see :meth:`lib.data.dataset.DatasetHandler.training_batches`.
+
+        Raises:
+            SamplingError: too few usable pictures.
+        """
+        return FeatureBatches(self, self.handler.training_batches(epoch, steps).plan, epoch)
+
+
+class FeatureBatches(keras.utils.PyDataset):
+    """The batches of one epoch as feature maps, for ``fit`` on every Keras backend.
+
+    Args:
+        cache: has the maps.
+        plan: int64 (steps, ...), the pictures of each batch.
+        epoch: number of the epoch, for which variants are drawn.
+    """
+
+    def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
+        # Threads, not processes: copying releases Python's lock.
+        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
+        self._cache, self.plan, self._epoch = cache, plan, epoch
+        self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
+        self._rows = own_rows(plan.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Maps of one batch, float16 (..., h, w, c), a variant drawn for each photo; and groups,
+        int32 (...)."""
+        pictures = self.plan[step]
+        # As in the handler's batches, each has randomness of its own.
+        seed = self._cache.handler.settings.seed
+        rng = np.random.default_rng([seed, self._epoch, int(step)])
+        variants = rng.integers(self._cache.variants, size=pictures.shape)
+        pictures, variants = pictures[self._rows], variants[self._rows]
+        return self._cache.maps(pictures, variants), self._group[pictures]
+
+
+def build_cache(
+    trunk: keras.Model,
+    handler: DatasetHandler,
+    folder: Path,
+    variants: int = 2,
+    engine: str = "auto",
+) -> FeatureCache:
+    """Compute the feature maps that training can need, or find them computed.
+
+    An interrupted build, be it killed, goes on where it stopped when it is called again. Files that
+    are damaged are computed anew.
+
+    Args:
+        trunk: from a tower, at the handler's image size.
+        handler: its usable triplets, or for P x K batches its landmarks of two pictures and more,
+            are what is computed.
+        folder: for all caches; each has a folder of its own in it.
+        variants: of each picture, 1 or more, the first of them not augmented.
+        engine: see :class:`FrozenTrunk`.
+
+    Raises:
+        FeatureCacheError: too little free space, which is found before anything is computed;
+            another process builds the same cache; or maps that float16 can't hold.
+        SamplingError: there is nothing to train on.
+        ValueError: an unknown engine, more variants than there are, or a trunk of another image
+            size.
+    """
+    settings = handler.settings
+    if variants < 1 or (variants > 1 and settings.augmentation is None):
+        raise ValueError(
+            f"{variants} variants: there is at least 1, the picture itself, and no other without "
+            "augmentation"
+        )
+    if trunk.input_shape[1] != settings.image_size:
+        raise ValueError(
+            f"the trunk takes photos of {trunk.input_shape[1]} pixels, the handler serves "
+            f"{settings.image_size}"
+        )
+    pictures = _pictures_to_train_on(handler)
+    frozen = FrozenTrunk(trunk, engine)
+    made_of = {
+        "format": _FORMAT,
+        "file_bytes": _SHARD_BYTES,
+        "pictures": _digest(handler, pictures),
+        "trunk": fingerprint(trunk),
+        "engine": frozen.name,
+        "image_size": settings.image_size,
+        "variants": variants,
+        # One variant is the picture itself, whatever augmentation there may be.
+        "augmentation": asdict(settings.augmentation) if variants > 1 else None,
+        "seed": settings.seed if variants > 1 else None,
+    }
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    cache = FeatureCache(
+        handler, Path(folder) / name, pictures, variants, tuple(trunk.output_shape[1:])
+    )
+    if len(_whole_files(cache)) < len(cache.files):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        shown = show_path(cache.folder)
+        message = f"another process builds the feature cache {shown}: wait for its end"
+        with only_writer(cache.folder, FeatureCacheError(message)):
+            _build(cache, frozen, made_of)
+    return cache
+
+
+def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
+    """All pictures that a plan of the handler's can have, in ascending order."""
+    if handler.settings.pictures_per_landmark:
+        table = handler.catalogue.pictures
+        known = table.loc[handler.chosen & (table["landmark"] != UNKNOWN), "landmark"]
+        pictures = known.index[known.map(known.value_counts()) >= 2].to_numpy(np.int64)
+    else:
+        pictures = np.unique(handler.triplets)
+    if not len(pictures):
+        raise SamplingError("there are no pictures to train on: use more shards")
+    return pictures
+
+
+def _digest(handler: DatasetHandler, pictures: np.ndarray) -> str:
+    """Stands for the bytes of pictures and their order."""
+    hashes = handler.catalogue.pictures["image"].to_numpy()[pictures]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+def _whole_files(cache: FeatureCache) -> dict[str, dict]:
+    """The entries of the manifest whose files are there, and have the checksum it says."""
+    path = cache.folder / MANIFEST
+    try:
+        listed = read_json(path)["files"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{show_path(path)} is damaged ({error}): the feature cache is built anew")
+        return {}
+    whole = {}
+    checking = tqdm(listed.items(), desc="checking features", unit=" files", leave=False)
+    for name, entry in checking:
+        file = cache.folder / name
+        if file.is_file() and entry == {"bytes": file.stat().st_size, "xxh3": checksum(file)}:
+            whole[name] = entry
+        else:
+            tqdm.write(f"{show_path(file)} is missing or damaged: it is computed anew")
+    return whole
+
+
+def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
+    """Compute the files that are not there yet, one after the other."""
+    for part in cache.folder.glob(".part-*"):  # of a process that was killed
+        part.unlink()
+    whole = _whole_files(cache)
+    todo = [(name, rows) for name, rows in cache.files if name not in whole]
+    _state_size(cache, frozen, sum(len(cache.pictures[rows]) for _, rows in todo))
+    total = len(cache.pictures) * cache.variants
+    done = total - cache.variants * sum(len(cache.pictures[rows]) for _, rows in todo)
+    with tqdm(total=total, initial=done, desc="features", unit=" photos") as bar:
+        for name, rows in todo:
+            whole[name] = _write_file(cache, frozen, cache.folder / name, rows, bar)
+            # The file has its name by now; what the manifest does not list yet does not count.
+            write_json(cache.folder / MANIFEST, {"made_of": made_of, "files": whole})
+
+
+def _state_size(cache: FeatureCache, frozen: FrozenTrunk, missing: int) -> None:
+    """Say what it takes, and stop if there is no room for it."""
+    needed = missing * cache.variants * cache.bytes_per_map
+    free = shutil.disk_usage(cache.folder).free
+    have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if needed < cache.bytes else ""
+    print(
+        f"feature cache: {len(cache.pictures)} pictures x {cache.variants} variants x "
+        f"{cache.bytes_per_map} bytes = {cache.bytes / 1e9:.2f} GB{have}; "
+        f"{free / 1e9:.2f} GB free; by {frozen.name}",
+        flush=True,
+    )
+    if needed > free:
+        others = sum(
+            path.stat().st_size
+            for path in cache.folder.parent.glob("*/maps*.npy")
+            if path.parent != cache.folder
+        )
+        raise FeatureCacheError(
+            f"the feature cache needs {needed / 1e9:.2f} GB more in "
+            f"{show_path(cache.folder.parent)}, where {free / 1e9:.2f} GB are free: choose fewer "
+            "variants or another folder"
+            + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
+        )
+
+
+def _write_file(
+    cache: FeatureCache, frozen: FrozenTrunk, path: Path, rows: slice, bar: tqdm
+) -> dict:
+    """Compute and write one file; returns its entry in the manifest."""
+    pictures = cache.pictures[rows]
+    starts = range(0, len(pictures), _BATCH)
+    tasks = [
+        (pictures[start : start + _BATCH], variant, rows.start + start)
+        for start in starts
+        for variant in range(cache.variants)
+    ]
+
+    def photos_of(task) -> np.ndarray:
+        some, variant, start = task
+        if variant == 0:
+            return cache.handler.photos(some)
+        rng = np.random.default_rng([cache.handler.settings.seed, variant, start])
+        return cache.handler.batch(some, rng)[0]
+
+    with (
+        replacing(path) as part,
+        part.open("wb") as file,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        shape = (len(pictures), cache.variants, *cache.map_shape)
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        ahead, of_variants = reader.submit(photos_of, tasks[0]), []
+        for i in range(len(tasks)):
+            photos = ahead.result()
+            if i + 1 < len(tasks):
+                ahead = reader.submit(photos_of, tasks[i + 1])
+            of_variants.append(frozen(photos))
+            bar.update(len(photos))
+            if len(of_variants) == cache.variants:
+                # Written, not mapped: a disk that fills up is an error then, not a crash.
+                file.write(np.stack(of_variants, axis=1))
+                of_variants = []
+    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}

@@ -1,0 +1,164 @@
+"""What a training shows of itself: a progress bar, ``history.csv``, and a log for TensorBoard.
+
+    log = TrainingLog(run, validation)
+    with log.progress("head", steps=800, done=100):
+        model.fit(..., callbacks=[log])               # moves the bar
+    log.write(history, embeddings, is_best=True)      # after each epoch
+
+``tensorboard --logdir runs`` then shows the curves of all runs, the hardest validation triplets of
+every epoch as pictures, and in its projector the validation photos where the best epoch puts them.
+
+Every epoch has an event file of its own, which is written as a whole and replaced as a whole: an
+epoch that is trained once more after an interruption can neither double its points nor lose any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tensorboardX import RecordWriter, summary
+from tensorboardX.proto.event_pb2 import Event
+from tqdm import tqdm
+
+from lib.data.decoding import resize
+from lib.files import replacing
+
+HISTORY, TENSORBOARD = "history.csv", "tensorboard"
+
+HARDEST = 8  # triplets drawn for an epoch
+PROJECTED = 512  # triplets in the projector, two photos each
+THUMBNAIL = 64  # pixels; TensorBoard takes at most 8192 for all photos side by side
+
+_PROJECTOR = """embeddings {{
+  tensor_name: "validation"
+  tensor_path: "projector/tensors.tsv"
+  metadata_path: "projector/metadata.tsv"
+  sprite {{
+    image_path: "projector/sprite.png"
+    single_image_dim: {side}
+    single_image_dim: {side}
+  }}
+}}
+"""
+
+
+class TrainingLog(keras.callbacks.Callback):
+    """Shows one training, and keeps what it showed in the run's folder.
+
+    Args:
+        run: folder for ``history.csv`` and the folder ``tensorboard``.
+        validation: uint8 (n, 3, s, s, 3), triplets of n landmarks.
+    """
+
+    def __init__(self, run: Path, validation: np.ndarray):
+        super().__init__()
+        self.run, self.validation = run, validation
+
+    @contextlib.contextmanager
+    def progress(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
+        """A progress bar while the block runs; as a Keras callback, the log moves it.
+
+        Args:
+            name: what stands before the bar.
+            steps: at most so many batches.
+            done: so many of them before.
+        """
+        with tqdm(total=steps, initial=done, desc=name, unit=" steps", mininterval=1) as self._bar:
+            yield
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Keras' hook: one step more."""
+        self._bar.update(1)
+
+    def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
+        """Show and write down the epoch that has just ended, the last row of the history.
+
+        Args:
+            history: a row an epoch, with at least epoch, loss and val_map.
+            embeddings: float32 (n, 3, d) of the validation triplets.
+            is_best: whether the projector is to show this epoch.
+
+        Raises:
+            OSError: the files can't be written.
+        """
+        row = history[-1]
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", val_map=f"{row['val_map']:.3f}")
+        with replacing(self.run / HISTORY) as part:
+            pd.DataFrame(history).to_csv(part, index=False)
+        self._write_events(row, embeddings)
+        if is_best:
+            self._write_projector(embeddings)
+
+    def _write_events(self, row: dict, embeddings: np.ndarray) -> None:
+        shown = {name: value for name, value in row.items() if name not in ("epoch", "stage")}
+        summaries = [
+            summary.scalar(_tag(name), value) for name, value in shown.items() if np.isfinite(value)
+        ]
+        sheet = _sheet(self.validation[hardest_triplets(embeddings)[:HARDEST]])
+        summaries.append(summary.image("validation/hardest_triplets", sheet, dataformats="HWC"))
+        events = [Event(file_version="brain.Event:2", wall_time=time.time())]
+        events += [Event(summary=s, step=row["epoch"], wall_time=time.time()) for s in summaries]
+        path = self.run / TENSORBOARD / f"events.out.tfevents.{row['epoch']:06d}"
+        with replacing(path) as part, contextlib.closing(RecordWriter(str(part))) as writer:
+            for event in events:
+                writer.write(event.SerializeToString())
+
+    def _write_projector(self, embeddings: np.ndarray) -> None:
+        folder = self.run / TENSORBOARD / "projector"
+        triplets = self.validation[:PROJECTED]
+        photos = triplets[:, :2].reshape(-1, *triplets.shape[2:])
+        side = min(THUMBNAIL, photos.shape[1])
+        with replacing(folder / "tensors.tsv") as part:
+            points = embeddings[:PROJECTED, :2].reshape(len(photos), -1)
+            np.savetxt(part, points, fmt="%.6g", delimiter="\t")
+        with replacing(folder / "metadata.tsv") as part:
+            pairs = (f"{i}\tanchor\n{i}\tpositive\n" for i in range(len(triplets)))
+            part.write_text("landmark\trole\n" + "".join(pairs), encoding="utf-8")
+        with replacing(folder / "sprite.png") as part:
+            Image.fromarray(_sprite(photos, side)).save(part, format="PNG")
+        with replacing(folder.parent / "projector_config.pbtxt") as part:
+            part.write_text(_PROJECTOR.format(side=side), encoding="utf-8")
+
+
+def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
+    """Order triplets by how much farther the positive is than the negative, the worst first.
+
+    Args:
+        embeddings: float (n, 3, d) of unit norm: anchor, positive, negative.
+
+    Returns:
+        int64 (n,), the numbers of the triplets.
+    """
+    anchor, positive, negative = embeddings.swapaxes(0, 1)
+    # For unit vectors, distances are ordered as inner products are, the other way round.
+    return np.argsort((anchor * (positive - negative)).sum(axis=1), kind="stable")
+
+
+def _tag(column: str) -> str:
+    """A name by which TensorBoard puts curves of one kind into one section."""
+    if column.startswith("val_"):
+        return f"validation/{column.removeprefix('val_')}"
+    return f"training/{column}"
+
+
+def _sheet(triplets: np.ndarray) -> np.ndarray:
+    """A picture with a triplet in each row: uint8 (n, 3, s, s, 3) -> (n s, 3 s, 3)."""
+    n, roles, height, width, channels = triplets.shape
+    return triplets.swapaxes(1, 2).reshape(n * height, roles * width, channels)
+
+
+def _sprite(photos: np.ndarray, side: int) -> np.ndarray:
+    """All photos in one square, row by row: uint8 (n, s, s, 3) -> (k side, k side, 3)."""
+    k = math.ceil(math.sqrt(len(photos)))
+    sprite = np.zeros((k, k, side, side, 3), np.uint8)
+    for i, photo in enumerate(photos):
+        sprite[i // k, i % k] = resize(photo, side)
+    return sprite.swapaxes(1, 2).reshape(k * side, k * side, 3)

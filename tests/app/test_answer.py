@@ -1,0 +1,215 @@
+"""Search: a photo in, the most similar photos out, from a folder."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.app.answer import (
+    KINDS,
+    Gallery,
+    Question,
+    Search,
+    SearchError,
+    folder_below,
+    landmark_of,
+    open_gallery,
+)
+from lib.evaluation.occlusion import occlusion_heat
+from lib.files import only_writer
+from lib.network.engine import Engine
+from lib.search.embedding import EmbeddingJobError
+from tests.conftest import unit
+
+SIZE = 16
+
+
+def fake_engine(calls=None):
+    """An engine that sees colours: the mean of each quarter of the photo."""
+
+    def compute(photos):
+        if calls is not None:
+            calls.append(len(photos))
+        quarters = photos.reshape(-1, 2, SIZE // 2, 2, SIZE // 2, 3).mean(axis=(2, 4))
+        return unit(quarters.reshape(len(photos), -1) + 1).astype(np.float32)
+
+    return Engine(compute, SIZE, 12, "fake", "fake")
+
+
+def colour(number, landmark):
+    rng = np.random.default_rng(landmark)
+    photo = np.empty((24, 24, 3))
+    photo[:12], photo[12:] = rng.integers(0, 256, (2, 3))
+    return (0.9 * photo + 2 * number).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five photos of each of 20 landmarks."""
+    for landmark in range(20):
+        (tmp_path / "photos" / f"landmark_{landmark}").mkdir(parents=True)
+        for number in range(5):
+            path = tmp_path / "photos" / f"landmark_{landmark}" / f"{number}.png"
+            Image.fromarray(colour(number, landmark)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def search(folder, tmp_path):
+    engine = fake_engine()
+    return Search(engine, open_gallery(engine, folder, tmp_path / "jobs"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rerank", ["none", "query expansion"])
+def test_each_kind_finds_the_landmark(search, kind, rerank):
+    for name in search.gallery.names[::7]:
+        answer = search.answer(search.photo(name), Question(4, kind, rerank), without=name)
+        assert name not in answer.names and len(set(answer.names)) == 4
+        assert {landmark_of(found) for found in answer.names} == {landmark_of(name)}
+        assert answer.votes == {landmark_of(name): pytest.approx(1)}
+        assert (np.diff(answer.similarities) <= 0).all() and answer.similarities[0] > 0.99
+        assert 0 < answer.seconds < 5
+
+
+def test_exact_similarities_are_the_cosines(search):
+    photo = colour(3, 77)[:SIZE, :SIZE]
+    answer = search.answer(photo, Question(k=500))
+    expected = search.gallery.embeddings @ search.engine.embed(photo[None])[0]
+    assert len(answer.names) == 100
+    np.testing.assert_allclose(answer.similarities, np.sort(expected)[::-1], atol=1e-5)
+    assert answer.names[0] == search.gallery.names[int(expected.argmax())]
+
+
+def test_without_passes_over_no_other_photo(search):
+    name = search.gallery.names[0]
+    all_of_them = search.answer(search.photo(name), Question(100))
+    others = search.answer(search.photo(name), Question(100), without=name)
+    assert all_of_them.names[0] == name and others.names == all_of_them.names[1:]
+
+
+def test_query_expansion_does_not_let_a_photo_vote_for_itself(search):
+    name = search.gallery.names[0]
+    gallery = search.gallery
+    alone = Gallery(gallery.folder, gallery.names[1:], gallery.embeddings[1:], 0)
+    question = Question(5, rerank="query expansion")
+    expected = Search(search.engine, alone).answer(search.photo(name), question)
+    found = search.answer(search.photo(name), question, without=name)
+    assert found.names == expected.names
+    np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-6)
+
+
+def test_votes_are_shares_weighed_by_similarity(search):
+    answer = search.answer(search.photo(search.gallery.names[0]), Question(12))
+    weights = {}
+    for name, similarity in zip(answer.names, answer.similarities, strict=True):
+        weights[landmark_of(name)] = weights.get(landmark_of(name), 0) + float(similarity)
+    assert len(weights) > 1 and next(iter(answer.votes)) == "landmark_0"
+    assert list(answer.votes.values()) == sorted(answer.votes.values(), reverse=True)
+    for landmark, weight in weights.items():
+        assert answer.votes[landmark] == pytest.approx(weight / sum(weights.values()))
+
+
+def test_photos_in_no_landmark_s_folder_have_no_votes(tmp_path):
+    Image.fromarray(colour(0, 0)).save(tmp_path / "only.png")
+    engine = fake_engine()
+    search = Search(engine, open_gallery(engine, tmp_path, tmp_path / ".jobs"))
+    question = Question(4, rerank="query expansion")
+    assert search.answer(search.photo("only.png"), question).votes == {}
+    assert search.answer(search.photo("only.png"), question, without="only.png").names == []
+    assert search.gallery.landmarks() == []
+
+
+def test_why_looks_at_both_photos(search, rng):
+    a, b = rng.integers(0, 256, (2, SIZE, SIZE, 3)).astype(np.uint8)
+    embed = search.engine.embed
+    ours, theirs = search.why(a, b)
+    np.testing.assert_array_equal(ours, occlusion_heat(embed, a, embed(b[None])[0]))
+    np.testing.assert_array_equal(theirs, occlusion_heat(embed, b, embed(a[None])[0]))
+    assert ours.any() and theirs.any() and (ours != theirs).any()
+
+
+def test_a_gallery_is_embedded_once_and_says_how_far_it_is(folder, tmp_path):
+    (folder / "landmark_0" / "broken.jpg").write_text("no photo")
+    calls, reports = [], []
+    first = open_gallery(
+        fake_engine(calls), folder, tmp_path / "jobs", lambda *report: reports.append(report)
+    )
+    assert first.unreadable == 1 and sum(calls) == 100 and len(first.landmarks()) == 20
+    assert reports == [(32, 101), (64, 101), (96, 101), (101, 101)]
+    again = open_gallery(fake_engine(calls), folder, tmp_path / "jobs")
+    assert sum(calls) == 100 and again.names == first.names
+    Image.fromarray(colour(5, 0)).save(folder / "landmark_0" / "new.png")
+    assert len(open_gallery(fake_engine(calls), folder, tmp_path / "jobs").names) == 101
+
+
+def test_folders_without_photos_are_refused_without_a_path(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SearchError, match=r"^There are no photos in this folder"):
+        open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
+    (tmp_path / "empty" / "a.jpg").write_text("no photo")
+    with pytest.raises(SearchError, match=r"^None of the photos"):
+        open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
+
+
+def test_two_windows_do_not_embed_one_folder_at_a_time(folder, tmp_path):
+    open_gallery(fake_engine(), folder, tmp_path / "jobs")
+    (job,) = (tmp_path / "jobs").iterdir()
+    with only_writer(job, RuntimeError()), pytest.raises(EmbeddingJobError, match="wait"):
+        open_gallery(fake_engine(), folder, tmp_path / "jobs")
+
+
+@pytest.mark.parametrize("typed", ["Pictures/2024", "./Pictures//2024/", " Pictures/2024 "])
+def test_a_folder_below_the_root_is_found(tmp_path, typed):
+    (tmp_path / "Pictures" / "2024").mkdir(parents=True)
+    expected = (tmp_path / "Pictures" / "2024").resolve()
+    assert folder_below(tmp_path, typed) == expected
+    assert folder_below(tmp_path, str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("", ".", "..", "/", "/etc", "../outside", "link", "Pictures/../..", ".hidden", "a/.ssh"),
+        *("absent", "file.jpg", "nul\0", "~nobody-of-this-name/x", "loop", "x" * 5000),
+    ],
+)
+def test_no_other_folder_is(tmp_path, typed):
+    root = tmp_path / "root"
+    for folder in ("Pictures", ".hidden", "a/.ssh"):
+        (root / folder).mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "file.jpg").touch()
+    with pytest.raises(SearchError, match=r"^There is no such folder that may be searched in\.$"):
+        folder_below(root, typed)
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"kind": "best"}, {"rerank": "magic"}])
+def test_a_question_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Question(**wrong)
+
+
+def test_neither_keras_nor_tensorflow_is_loaded():
+    script = (
+        "import lib.app.widget, sys; print({'keras', 'tensorflow', 'torch'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.strip() == "set()", found.stderr
+
+
+def test_threads_may_share_a_search(search):
+    name, results = search.gallery.names[0], []
+    photo = search.photo(name)
+    ask = lambda: results.append(search.answer(photo, Question(3)).names)  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8 and len({tuple(names) for names in results}) == 1

@@ -1,0 +1,368 @@
+"""The search app in a real browser: the page that `make app` serves, and in JupyterLab."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.app.page import write_page_notebook
+from lib.app.upload import MOST_BYTES
+from lib.files import project_root
+from lib.network.engine import ENGINE, export_engine
+from lib.network.tower import TowerSettings, build_tower
+from tests.conftest import end_server, wait_for
+
+api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+
+from tests.notebooks.test_browser import run_all, start_lab  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+LANDMARKS, PHOTOS = 10, 6
+NOTEBOOK = project_root() / "notebooks" / "06_search_app.ipynb"
+
+
+def scene(number, landmark):
+    """A photo of a landmark: four colours, which a network without training tells apart as well."""
+    colours = np.random.default_rng(landmark).integers(30, 256, (4, 3))
+    photo = np.empty((120, 160, 3))
+    photo[:60, :80], photo[:60, 80:], photo[60:, :80], photo[60:, 80:] = colours
+    return Image.fromarray((photo * (1 - 0.03 * number)).astype(np.uint8))
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def photo_of(landmark):
+    """A photo of a landmark that is not in the gallery, as Playwright hands it over."""
+    return {"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": jpeg(scene(2.5, landmark))}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A project's folder with a run, a gallery, and folders of somebody's own photos."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "environment.yml").touch()
+    (root / "run").mkdir()
+    tower = build_tower(TowerSettings(image_size=32, last_stage=3, embedding_size=16, weights=""))
+    export_engine(tower, root / "run" / ENGINE)
+    for landmark in range(LANDMARKS + 2):
+        place = "gallery" if landmark < LANDMARKS else "home/Pictures"
+        folder = root / place / f"landmark_{landmark:03}"
+        folder.mkdir(parents=True)
+        for number in range(PHOTOS):
+            (folder / f"{number}.jpg").write_bytes(jpeg(scene(number, landmark)))
+    (root / "home" / "Pictures" / "broken.jpg").write_text("no photo")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(browser, root, tmp_path_factory):
+    """The page's address, as `make app` opens it in a browser; nothing of the user's is used."""
+    home = tmp_path_factory.mktemp("home")
+    log, opened, user_browser = home / "log", home / "opened", home / "browser"
+    user_browser.write_text(f'#!/bin/sh\necho "$1" >{opened}.part && mv {opened}.part {opened}\n')
+    user_browser.chmod(0o755)
+    folders = {f"JUPYTER_{kind}_DIR": str(home / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "lib.app.page", "--port=8950"),
+                *("--run-dir", root / "run", "--gallery", root / "gallery"),
+                *("--folders-root", root / "home"),
+            ],
+            env=os.environ
+            | folders
+            | {"HOME": str(home), "IPYTHONDIR": str(home), "BROWSER": f"{user_browser} %s"},
+            cwd=project_root(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_for(opened.is_file, server, log)
+        yield opened.read_text().strip()
+    finally:
+        end_server(server)
+
+
+class App:
+    """The app as somebody in front of it sees it."""
+
+    def __init__(self, page):
+        self.page, self.input = page, page.locator(".photo-drop input")
+        self.photos = page.locator(".app-grid .app-cell img")
+
+    def open(self, address):
+        self.page.goto(address)
+        self.page.get_by_text(f"{LANDMARKS * PHOTOS} photos ready.").wait_for()
+        return self
+
+    def status(self, text):
+        """Wait for a line."""
+        self.page.locator(".status").get_by_text(text).wait_for()
+
+    def shows(self, landmark, photos=8):
+        """Wait for an answer, the landmark first, in the vote and among the photos."""
+        self.status(f"Looks most like landmark {landmark:03}. ")
+        first = re.compile(rf"^Result 1: landmark {landmark:03}, similarity (0\.9|1\.0)")
+        api.expect(self.photos.first).to_have_attribute("alt", first, timeout=60_000)
+        api.expect(self.photos).to_have_count(photos, timeout=60_000)
+        votes = self.page.locator(".votes li").first
+        api.expect(votes).to_contain_text(f"landmark {landmark:03}", timeout=60_000)
+
+
+@pytest.fixture
+def app(page, address):
+    """The app; at the end nothing of the machine may be on the page."""
+    app = App(page).open(address)
+    yield app
+    content = page.content()
+    assert "Traceback" not in content and "/tmp/" not in content and str(Path.home()) not in content
+
+
+def test_a_photo_finds_its_landmark_and_the_controls_matter(app):
+    requests = []
+    app.page.on("request", lambda request: requests.append(request.url))
+    app.input.set_input_files(photo_of(3))
+    app.shows(3)
+    assert app.page.locator(".app-grid .bar").count() == 8
+    # The photos that are shown are those of the landmark: the colour of a corner tells.
+    shown = Image.open(io.BytesIO(app.photos.first.screenshot())).convert("RGB")
+    difference = np.asarray(shown, int)[40, 40] - np.asarray(scene(2.5, 3), int)[30, 40]
+    assert np.abs(difference).max() < 20
+
+    app.page.get_by_label("Photos to show").select_option("4")
+    app.shows(3, photos=4)
+    assert [
+        re.findall(r"landmark \d+", app.photos.nth(i).get_attribute("alt")) for i in range(4)
+    ] == [["landmark 003"]] * 4
+    app.page.get_by_label("Photos to show").select_option("12")
+    app.shows(3, photos=12)
+    for kind in ("graph", "inverted lists", "exact"):
+        app.page.get_by_label("Index").select_option(kind)
+        app.status(f"({kind}).")
+        app.shows(3, photos=12)
+    app.page.get_by_label("Re-ranking").select_option("query expansion")
+    app.status("(exact, query expansion).")
+    app.shows(3, photos=12)
+    assert all(url.startswith(("data:", "blob:")) for url in requests)
+
+
+def test_whatever_is_uploaded_gets_a_line_and_the_page_lives_on(app, tmp_path):
+    good = photo_of(1)["buffer"]
+    files = {
+        "This is no picture that can be read.": b"MZ\x90 no photo",
+        "This picture is damaged": good[: len(good) // 2],
+        "This is no picture that can be read": b"",
+        "This file has 21 MB; up to 20 MB": bytes(MOST_BYTES + 2**20),
+    }
+    for number, (line, content) in enumerate(files.items()):
+        (tmp_path / "photo.jpg").write_bytes(content)
+        app.input.set_input_files(tmp_path / "photo.jpg")
+        alert = app.page.get_by_role("alert")
+        alert.wait_for()
+        assert line in alert.text_content()
+        app.input.set_input_files(photo_of(number))  # the page lives on
+        app.shows(number)
+
+
+def test_a_large_photo_arrives_whole(app, tmp_path):
+    """More bytes than a server of Jupyter takes in one message, and many pixels."""
+    noise = np.random.default_rng(0).integers(-20, 21, (3000, 4000, 3))
+    pixels = np.asarray(scene(2.5, 6).resize((4000, 3000), Image.NEAREST)) + noise
+    path = tmp_path / "large.jpg"
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=99)
+    assert 10 * 2**20 < path.stat().st_size < MOST_BYTES
+    app.input.set_input_files(path)
+    app.status("Looks most like landmark 006.")
+
+
+def test_thirty_photos_in_a_row(app):
+    for number in range(30):
+        app.input.set_input_files(photo_of(number * 7 % LANDMARKS))
+        app.shows(number * 7 % LANDMARKS)
+
+
+def test_two_people_at_once(app, browser, address):
+    other = App(browser.new_page())
+    other.page.set_default_timeout(60_000)
+    other.open(address)
+    for number in range(4):
+        app.input.set_input_files(photo_of(number))
+        other.input.set_input_files(photo_of(9 - number))
+        app.shows(number)
+        other.shows(9 - number)
+    other.page.get_by_label("Photos to show").select_option("4")
+    other.shows(6, photos=4)
+    app.shows(3, photos=8)
+    other.page.close()
+
+
+def test_dropped_and_pasted(app):
+    hand_over = """([kind, bytes]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", { type: "image/jpeg" }));
+      const event = kind === "paste"
+        ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+        : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+      document.querySelector(kind === "beside" ? "h1" : ".photo-drop").dispatchEvent(event);
+    }"""
+    for landmark, kind in enumerate(("drop", "beside", "paste")):
+        app.page.evaluate(hand_over, [kind, list(photo_of(landmark)["buffer"])])
+        app.shows(landmark)
+
+
+def test_samples_what_matched_and_more_like_this(app):
+    samples = app.page.locator(".sample")
+    assert samples.count() == 8
+    assert "data:image/jpeg" in samples.first.evaluate("e => getComputedStyle(e).backgroundImage")
+    samples.nth(7).click()
+    app.shows(9)
+    # The sample itself is not among the results: three photos of its landmark are left.
+    own = [app.photos.nth(i).get_attribute("alt") for i in range(8)]
+    assert sum("landmark 009" in text for text in own) == PHOTOS - 1
+    app.page.get_by_title("Show what matched in result 2, landmark 009").click()
+    pair = app.page.locator(".why img")
+    api.expect(pair).to_have_count(2)
+    assert pair.nth(1).get_attribute("alt") == "result 2, bright where it matches"
+    app.status("What matched between your photo and result 2 is shown.")
+    fourth = re.search(r"landmark (\d+)", own[3])[1]
+    app.page.get_by_title("Search with result 4,").click()
+    app.shows(int(fourth))
+    api.expect(pair).to_have_count(0)
+
+
+def test_a_folder_of_ones_own(app, root):
+    folder = app.page.get_by_label("A folder of yours")
+    button = app.page.get_by_role("button", name="Search in this folder")
+    for typed in ("", "../gallery", "/etc", str(root / "run"), "nowhere"):
+        folder.fill(typed)
+        folder.blur()
+        button.click()
+        app.page.get_by_role("alert").wait_for()
+        assert str(root) not in app.page.get_by_role("alert").text_content()
+        app.input.set_input_files(photo_of(2))
+        app.shows(2)
+    folder.fill("Pictures")
+    button.click()
+    app.status("12 photos ready. 1 file could not be read.")
+    app.input.set_input_files(photo_of(LANDMARKS))
+    app.shows(LANDMARKS)
+    app.page.get_by_label("Search in").select_option("the gallery")
+    app.status("60 photos ready.")
+
+
+def tab_to(page, locator):
+    """Press Tab until an element has the focus."""
+    for _ in range(60):
+        if locator.evaluate("e => e === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail("Tab does not get there")
+
+
+def test_by_the_keyboard_alone(app):
+    # From here on Playwright waits for file choosers; begun later, it may miss the first one.
+    app.page.on("filechooser", lambda chooser: None)
+    tab_to(app.page, app.page.locator(".sample").first)
+    app.page.keyboard.press("Enter")
+    app.shows(0)
+    tab_to(app.page, app.input)
+    zone = app.page.locator(".photo-drop")
+    assert zone.evaluate("e => getComputedStyle(e).outlineWidth") == "3px"
+    with app.page.expect_file_chooser() as chooser:
+        app.page.keyboard.press("Space")
+    chooser.value.set_files(photo_of(4))
+    app.shows(4)
+    tab_to(app.page, app.page.get_by_label("Photos to show"))
+    app.page.keyboard.press("ArrowUp")
+    app.shows(4, photos=4)
+    why = app.page.get_by_title("Show what matched in result 1,")
+    tab_to(app.page, why)
+    assert why.evaluate("e => getComputedStyle(e).outlineWidth") == "3px"
+    app.page.keyboard.press("Space")
+    app.page.locator(".why img").first.wait_for()
+
+
+def test_usable_for_everybody(app):
+    """axe-core finds nothing serious, before and after an answer, and with a message of failure."""
+    states = [
+        lambda: None,
+        lambda: (app.input.set_input_files(photo_of(5)), app.shows(5)),
+        lambda: app.page.get_by_title("Show what matched in result 1,").click(),
+        lambda: app.page.locator(".why img").first.wait_for(),
+        lambda: app.input.set_input_files(photo_of(5) | {"buffer": b"no photo"}),
+        lambda: app.page.get_by_role("alert").wait_for(),
+    ]
+    for reach in states:
+        reach()
+        result = axe.Axe().run(app.page).response
+        assert len(result["passes"]) > 15
+        bad = [v for v in result["violations"] if v["impact"] in ("serious", "critical")]
+        assert bad == [], [(v["id"], [node["html"] for node in v["nodes"]]) for v in bad]
+    assert app.page.evaluate("document.documentElement.lang") == "en"
+    assert app.page.title() == "Landmark search"
+
+
+def test_a_narrow_window_needs_no_scrolling_to_the_side(app):
+    app.input.set_input_files(photo_of(5))
+    app.shows(5)
+    for width in (420, 1000, 1400):
+        app.page.set_viewport_size({"width": width, "height": 900})
+        width_of_page = app.page.evaluate("document.documentElement.scrollWidth")
+        assert width_of_page <= width
+
+
+def request(url, **headers):
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=20
+        ) as got:
+            return got.status, got.url, got.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, url, error.read().decode()
+
+
+def test_the_page_is_for_this_machine_and_this_user(address):
+    base, _, token = address.partition("?token=")
+    assert base.startswith("http://127.0.0.1:") and len(token) > 30
+    _, url, content = request(base)
+    assert "/login" in url and "search-app" not in content  # without the token
+    assert request(address, Host="example.org")[0] == 403  # another site's name for 127.0.0.1
+    port = int(re.search(r":(\d+)/", base)[1])
+    listening = Path("/proc/net/tcp")
+    if listening.is_file():  # Linux
+        local = [line.split()[1] for line in listening.read_text().splitlines()[1:]]
+        assert {a.split(":")[0] for a in local if a.endswith(f":{port:04X}")} == {"0100007F"}
+    for path in ("voila/files/search_app.ipynb", f"voila/files/{ENGINE}", "voila/files/../x"):
+        assert request(f"{base}{path}?token={token}")[0] in (403, 404)
+
+
+def test_in_jupyterlab(browser, page, root, tmp_path_factory):
+    """The notebook itself, its first half, with this run's parameters."""
+    parameters = {"run_dir": str(root / "run"), "gallery_dir": str(root / "gallery")}
+    write_page_notebook(NOTEBOOK, root / "app.ipynb", parameters)
+    with start_lab(root, tmp_path_factory.mktemp("lab")) as lab:
+        run_all(page, lab("app"))
+        app = App(page)
+        app.status(f"{LANDMARKS * PHOTOS} photos ready.")
+        app.input.set_input_files(photo_of(8))
+        app.shows(8)
+        page.goto("about:blank")  # it would complain about the end of the server
+        assert nbformat.read(root / "app.ipynb", as_version=4).cells[0].metadata.tags == [
+            "parameters"
+        ]

@@ -1,0 +1,201 @@
+"""The search app's widget and its page, without a browser (see test_app_browser.py)."""
+
+import io
+import logging
+from dataclasses import replace
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.app import page as app_page
+from lib.app.answer import landmark_of, open_gallery
+from lib.app.drop import PhotoDrop
+from lib.app.upload import MOST_BYTES
+from lib.app.widget import SAMPLES, SearchApp
+from tests.app.test_answer import colour, fake_engine
+
+ODD = '<b>a & "b"'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three photos of each of twelve landmarks, one of them with an odd name."""
+    for landmark in range(12):
+        name = ODD if landmark == 11 else f"landmark_{landmark:02}"
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            path = tmp_path / "photos" / name / f"{number}.png"
+            Image.fromarray(colour(number, landmark)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def app(folder, tmp_path):
+    engine = fake_engine()
+    gallery = open_gallery(engine, folder, tmp_path / "jobs")
+    return SearchApp(engine, gallery, tmp_path / "jobs", folders_root=tmp_path)
+
+
+def png(landmark):
+    buffer = io.BytesIO()
+    Image.fromarray(colour(4, landmark)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# What a browser does.
+
+
+def send(drop, content, piece=1000):
+    for start in range(0, max(len(content), 1), piece):
+        part = memoryview(content)[start : start + piece]
+        drop._on_message(drop, {"start": start, "size": len(content)}, [part])
+
+
+def button(app, rank, which):
+    return app._grid.children[rank].children[1].children[which]
+
+
+def results(app):
+    return [cell.children[0].value for cell in app._grid.children]
+
+
+def test_a_photo_in_pieces_is_answered(app):
+    assert app.answer is None and "36 photos ready" in app._status.value
+    send(app._drop, png(5), piece=50)
+    assert landmark_of(app.answer.names[0]) == "landmark_05" and len(results(app)) == 8
+    assert "Looks most like landmark 05." in app._status.value
+    assert 'alt="Result 1: landmark 05, similarity 1.00"' in results(app)[0]
+    assert app._shown.value.index("landmark 05") < app._shown.value.index("%")
+    app._k.value = 24
+    assert len(results(app)) == 24 and len(set(app.answer.names)) == 24
+
+
+def test_names_are_text_not_html(app):
+    send(app._drop, png(11))
+    assert "&lt;b&gt;a &amp; &quot;b&quot;" in results(app)[0] and "<b>" not in results(app)[0]
+    assert "<b>" not in app._shown.value + app._status.value
+
+
+@pytest.mark.parametrize(
+    ("content", "buffers"),
+    [
+        ({"start": 0, "size": 10}, []),
+        ({"start": 5, "size": 10}, [b"12345"]),
+        ({"start": 0, "size": 3}, [b"12345"]),
+        ({"start": "0", "size": 5}, [b"12345"]),
+        ({"start": 0}, [b"12345"]),
+        ({"refused": "much"}, []),
+        ("hello", []),
+        (None, []),
+    ],
+)
+def test_what_a_browser_does_not_send_is_dropped(app, content, buffers):
+    app._drop._on_message(app._drop, content, buffers)
+    assert app.answer is None and "36 photos ready" in app._status.value
+    send(app._drop, png(5))
+    assert landmark_of(app.answer.names[0]) == "landmark_05"
+
+
+def test_no_more_is_kept_than_may_come():
+    photos = []
+    drop = PhotoDrop(photos.append, pytest.fail)
+    half = bytes(MOST_BYTES // 2)
+    for start in (0, len(half), 2 * len(half)):
+        drop._on_message(drop, {"start": start, "size": 10 * MOST_BYTES}, [half])
+    assert len(drop._received) <= MOST_BYTES and photos == []
+
+
+def test_a_failure_is_one_line_for_the_user_and_a_traceback_for_the_log(app, caplog):
+    def fails(photos):
+        raise RuntimeError("/secret/path is broken")
+
+    engine = app.search.engine
+    app.search.engine = replace(engine, compute=fails)
+    with caplog.at_level(logging.ERROR):
+        send(app._drop, png(5))
+    assert "That went wrong, and was noted." in app._status.value
+    assert "secret" not in app._status.value and 'role="alert"' in app._status.value
+    assert "/secret/path is broken" in caplog.text and "Traceback" in caplog.text
+    app.search.engine = engine
+    send(app._drop, png(5))
+    assert "Looks most like landmark 05." in app._status.value
+
+
+def test_a_sample_is_not_compared_with_itself(app):
+    samples = app._samples.children
+    assert len(samples) == SAMPLES
+    samples[0].children[1].click()
+    query = app.search.gallery.names[0]
+    assert query not in app.answer.names and landmark_of(app.answer.names[0]) == landmark_of(query)
+    more, why = button(app, 1, 0), button(app, 1, 1)
+    second = app.answer.names[1]
+    why.click()
+    assert app._why.value.count("<img") == 2 and "result 2, bright where" in app._why.value
+    more.click()
+    assert second not in app.answer.names and app._why.value == ""
+
+
+def test_a_photo_that_is_gone_is_grey_and_stops_nothing(app, folder):
+    (folder / "landmark_05" / "0.png").unlink()
+    send(app._drop, png(5))
+    assert "landmark_05/0.png" in app.answer.names and len(results(app)) == 8
+    button(app, app.answer.names.index("landmark_05/0.png"), 0).click()
+    assert 'role="alert"' in app._status.value and str(folder) not in app._status.value
+
+
+def test_a_folder_of_ones_own(app, tmp_path):
+    (tmp_path / "mine" / "harbour").mkdir(parents=True)
+    for number in range(40):
+        Image.fromarray(colour(number % 5, number)).save(
+            tmp_path / "mine/harbour" / f"{number}.png"
+        )
+    seen = []
+    app._progress.observe(lambda change: seen.append(change.new), "value")
+    app._folder.value = "mine"
+    app._open.click()
+    assert "40 photos ready." in app._status.value and app._where.value == "mine"
+    assert ["of 40 photos" in text for text in seen] == [True, True, False]
+    assert 'value="32"' in seen[0] and 'aria-label="Photos read"' in seen[0]
+    send(app._drop, png(30))
+    assert app.answer.names[0] == "harbour/30.png"
+    app._where.value = "the gallery"
+    assert app.answer is None and "36 photos ready." in app._status.value
+    for typed in ("", "mine/harbour/3.png", "../photos/..", "jobs"):
+        app._folder.value = typed
+        app._open.click()
+        assert 'role="alert"' in app._status.value and str(tmp_path) not in app._status.value
+        assert not app._open.disabled and app._where.value == "the gallery"
+
+
+# ---- The page
+
+
+def test_the_page_has_the_cells_of_the_app_with_its_parameters(tmp_path):
+    notebook = app_page.project_root() / "notebooks" / app_page.NOTEBOOK
+    path = app_page.write_page_notebook(notebook, tmp_path / "page.ipynb", {"run_dir": "x'y"})
+    cells = nbformat.read(path, as_version=4).cells
+    assert [cell.cell_type for cell in cells] == ["code"] * 5
+    assert cells[0].metadata.tags == ["parameters"] and cells[1].source == 'run_dir = "x\'y"'
+    assert cells[-1].source.startswith("SearchApp(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--run-dir", "absent"], "there is no trained model in absent: run `make demo` first"),
+        (["--run-dir", "{tmp}"], "run `make demo` first"),
+    ],
+)
+def test_without_a_run_the_command_says_what_to_do(tmp_path, capsys, arguments, line):
+    assert app_page.main([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("app: ") and line in printed and printed.count("\n") == 1
+
+
+def test_a_damaged_network_is_one_line_too(tmp_path, capsys):
+    (tmp_path / app_page.ENGINE).write_bytes(b"damaged")
+    assert app_page.main(["--run-dir", str(tmp_path)]) == 1
+    assert "export it anew" in capsys.readouterr().err
+    assert np.asarray(list(tmp_path.iterdir())).size == 1  # and nothing was written

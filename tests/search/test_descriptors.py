@@ -1,0 +1,76 @@
+"""Several views of a photo: sizes, mirroring, exponents, and their generalized mean."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.network.tower import TowerSettings, build_tower, embed, resized
+from lib.search.descriptors import aggregate, describe_views
+from tests.conftest import unit
+
+
+@pytest.fixture(scope="module")
+def tower() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return build_tower(TowerSettings(32, 0, last_stage=3, weights=""))
+
+
+@pytest.fixture
+def photos_at(rng):
+    photos = {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (24, 32)}
+    return photos.__getitem__
+
+
+def test_views_are_in_order_of_size_each_followed_by_its_mirror_image(tower, photos_at):
+    views = describe_views(tower, photos_at, (24, 32))
+    assert views.shape == (4, 3, 512) and views.dtype == np.float32
+    np.testing.assert_allclose(views[2], embed(tower, photos_at(32)), atol=1e-6)
+    np.testing.assert_allclose(views[3], embed(tower, photos_at(32)[:, :, ::-1]), atol=1e-6)
+    np.testing.assert_allclose(views[0], embed(resized(tower, 24), photos_at(24)), atol=1e-6)
+    np.testing.assert_array_equal(
+        describe_views(tower, photos_at, (24, 32), mirrored=False), views[::2]
+    )
+    with pytest.raises(ValueError, match="at least one size"):
+        describe_views(tower, photos_at, ())
+
+
+def test_another_exponent_changes_the_views_but_not_the_tower(tower, photos_at):
+    before = embed(tower, photos_at(32))
+    (view,) = describe_views(tower, photos_at, (32,), mirrored=False, gem_ps=(1.0,))
+    maps = tower.get_layer("trunk").predict(photos_at(32), verbose=0)
+    np.testing.assert_allclose(view, unit(maps.mean(axis=(1, 2))), atol=1e-3)  # p = 1: the average
+    np.testing.assert_array_equal(embed(tower, photos_at(32)), before)
+    both = describe_views(tower, photos_at, (32,), gem_ps=(1.0, None))
+    assert both.shape == (4, 3, 512)
+    np.testing.assert_allclose(both[[0, 2]], [view, before], atol=1e-6)
+
+    average = build_tower(TowerSettings(32, 0, pooling="average", last_stage=3, weights=""))
+    with pytest.raises(ValueError, match="no GeM pooling"):
+        describe_views(average, photos_at, (32,), gem_ps=(4.6,))
+
+
+def test_aggregate_by_hand():
+    views = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    np.testing.assert_allclose(aggregate(views), [[0.5**0.5, 0.5**0.5]], atol=1e-6)
+    views = np.array([[[0.6, 0.8], [0.0, -1.0]], [[0.8, 0.6], [0.0, -1.0]]])
+    # Of the first photo: the lowest values are 0 and -1; at p = 2 the second dimension is
+    # sqrt((1.8^2 + 1.6^2) / 2) - 1.
+    first = [((0.36 + 0.64) / 2) ** 0.5, ((1.8**2 + 1.6**2) / 2) ** 0.5 - 1]
+    np.testing.assert_allclose(aggregate(views, p=2), unit(np.array([first, [0, -1]])), atol=1e-6)
+    np.testing.assert_allclose(aggregate(views, p=np.inf)[0], unit(np.array([0.8, 0.8])), atol=1e-6)
+    with pytest.raises(ValueError, match="p must be at least 1"):
+        aggregate(views, p=0.5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 1.5, 3.0, 10.0]))
+def test_aggregate_has_unit_norm_whatever_the_order_and_number_of_equal_views(seed, p):
+    rng = np.random.default_rng(seed)
+    views = unit(rng.normal(size=(3, 4, 5)))
+    result = aggregate(views, p)
+    np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(aggregate(views[::-1], p), result, atol=1e-6)
+    np.testing.assert_allclose(aggregate(np.concatenate([views, views]), p), result, atol=1e-6)
+    np.testing.assert_allclose(aggregate(views[:1].repeat(2, axis=0), p), views[0], atol=1e-5)

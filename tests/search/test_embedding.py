@@ -1,0 +1,407 @@
+"""Own photos to embeddings: all of them, in a known order, whatever is wrong with some."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import count
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.data.catalogue import open_catalogue
+from lib.data.photos import PhotoError, TestSetError, read_photo
+from lib.network.engine import Engine, keras_engine
+from lib.network.tower import embed
+from lib.search.embedding import (
+    EMBEDDINGS,
+    JOB,
+    PROGRESS,
+    EmbeddingJobError,
+    PhotoSource,
+    embed_folder,
+    embed_job,
+    photos_at,
+    photos_below,
+    photos_in_shards,
+)
+
+
+@pytest.fixture(scope="module")
+def tower() -> keras.Model:
+    """Embeds a photo as the direction of its mean colour."""
+    photos = keras.Input((8, 8, 3), dtype="uint8")
+    means = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(photos))
+    return keras.Model(photos, keras.layers.UnitNormalization()(means))
+
+
+def save(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 30), colour).save(path)
+
+
+def test_all_photos_below_a_folder_are_embedded_by_name(tmp_path, tower):
+    colours = {f"{i:02d}.png": (9 * i + 1, 5, 200 - i) for i in range(7)}
+    colours |= {"rome/a.jpg": (255, 0, 0), "rome/old/b.JPG": (0, 255, 0)}
+    for name, colour in colours.items():
+        save(tmp_path / name, colour)
+    save(tmp_path / ".hidden" / "c.jpg", (0, 0, 0))
+    (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / "rome" / "broken.jpg").write_text("no photo either")
+    embeddings, names, skipped = embed_folder(tower, tmp_path, batch_size=3)
+    assert names == sorted(colours)
+    assert len(skipped) == 1 and "rome/broken.jpg is not a readable picture" in skipped[0]
+    for name, embedding in zip(names, embeddings, strict=True):
+        mean = read_photo(tmp_path / name, 8).reshape(-1, 3).mean(axis=0)
+        np.testing.assert_allclose(embedding, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_a_folder_without_a_readable_photo_is_named(tmp_path, tower):
+    with pytest.raises(TestSetError, match="holds no photos"):
+        embed_folder(tower, tmp_path / "absent")
+    (tmp_path / "a.jpg").write_text("no photo")
+    with pytest.raises(TestSetError, match=r"none of the photos.*a\.jpg is not a readable"):
+        embed_folder(tower, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Kinds of pictures: red above, blue below, whatever the file makes of it
+# --------------------------------------------------------------------------------------------------
+
+
+def two_colours(size=(40, 40)) -> Image.Image:
+    image = Image.new("RGB", size, (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, size[0], size[1] // 2))
+    return image
+
+
+def transparent() -> Image.Image:
+    """White can be seen, green can't."""
+    image = Image.new("RGBA", (40, 40), (0, 255, 0, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 40, 20))
+    return image
+
+
+def deep(dtype) -> Image.Image:
+    """Grey in 16 bits: 200 of 255 above, 100 below."""
+    return Image.fromarray(
+        np.repeat([200 * 257, 100 * 257], 20)[:, None].repeat(40, 1).astype(dtype)
+    )
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (76, 76, 76)
+
+KINDS = {
+    "colour.jpg": (two_colours(), {}, RED, BLUE),
+    "upside_down.jpg": (two_colours().rotate(180), {"exif": turned(3)}, RED, BLUE),
+    "on_its_side.jpg": (two_colours().rotate(90), {"exif": turned(6)}, RED, BLUE),
+    "on_its_side.png": (two_colours().rotate(90), {"exif": turned(6)}, RED, BLUE),
+    "on_its_side.webp": (two_colours().rotate(90), {"exif": turned(6)}, RED, BLUE),
+    "cmyk.jpg": (two_colours().convert("CMYK"), {}, RED, BLUE),
+    "cmyk_large.jpg": (two_colours((900, 700)).convert("CMYK"), {}, RED, BLUE),
+    "grey.jpg": (two_colours().convert("L"), {}, GREY, (29, 29, 29)),
+    "grey.png": (two_colours().convert("L"), {}, GREY, (29, 29, 29)),
+    "black_and_white.png": (
+        two_colours().convert("L").point(lambda v: 255 * (v > 50), "1"),
+        {},
+        WHITE,
+        (0, 0, 0),
+    ),
+    "palette.png": (two_colours().convert("P"), {}, RED, BLUE),
+    "palette.gif": (two_colours().convert("P"), {}, RED, BLUE),
+    "palette_alpha.png": (two_colours().quantize(2), {"transparency": 0}, None, None),
+    "alpha.png": (transparent(), {}, WHITE, WHITE),
+    "alpha.webp": (transparent(), {"lossless": True, "exact": True}, WHITE, WHITE),
+    "grey_alpha.png": (transparent().convert("LA"), {}, WHITE, WHITE),
+    "grey16.png": (deep(np.uint16), {}, (200,) * 3, (100,) * 3),
+    "grey16.tif": (deep(np.uint16), {}, (200,) * 3, (100,) * 3),
+    "grey32.tif": (deep(np.int32), {}, (200,) * 3, (100,) * 3),
+    "colour.bmp": (two_colours(), {}, RED, BLUE),
+} | {
+    f"animated.{kind}": (
+        two_colours(),
+        {"save_all": True, "append_images": [Image.new("RGB", (40, 40), "green")]},
+        RED,
+        BLUE,
+    )
+    for kind in ("gif", "webp", "png")
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_any_kind_of_picture_is_seen_as_people_see_it(tmp_path, name):
+    image, options, above, below = KINDS[name]
+    image.save(tmp_path / name, **options)
+    photo = read_photo(tmp_path / name, 16)
+    assert photo.shape == (16, 16, 3) and photo.dtype == np.uint8
+    if above is None:  # one of the two colours became transparent
+        assert sorted(tuple(photo[row, 8]) for row in (3, 12))[1] == WHITE
+    else:
+        np.testing.assert_allclose(photo[3, 8], above, atol=6)
+        np.testing.assert_allclose(photo[12, 8], below, atol=6)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as lib.data.photos does
+def test_a_bomb_is_named_and_a_large_photo_is_not_one(tmp_path, tower):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
+    two_colours((12_000, 9_000)).save(tmp_path / "b.jpg", quality=30)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    _, names, skipped = embed_folder(tower, tmp_path)
+    assert names == ["a.png", "b.jpg"]
+    assert len(skipped) == 1 and "bomb.png is not a readable picture" in skipped[0]
+
+
+@pytest.mark.parametrize("name", ["colour.jpg", "palette.png", "alpha.webp", "palette.gif"])
+def test_no_damage_stops_the_others(tmp_path, rng, name):
+    """A damaged file is read or is a PhotoError, whatever its decoder raises."""
+    image, options, _, _ = KINDS[name]
+    image.save(tmp_path / name, **options)
+    content = (tmp_path / name).read_bytes()
+    failed = 0
+    for _ in range(100):
+        damaged = bytearray(content[: rng.integers(1, len(content) + 1)])
+        for place in rng.integers(len(damaged), size=3):
+            damaged[place] = rng.integers(256)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            assert read_photo(tmp_path / name, 16).shape == (16, 16, 3)
+        except PhotoError as error:
+            failed += name in str(error)
+    assert failed > 20
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tower) -> Engine:
+    return keras_engine(tower)
+
+
+def numbered(n: int = 50, calls=None, digest: str = "some") -> PhotoSource:
+    """Pictures that tell their number; each seventh can't be read."""
+
+    def read(number: int, size: int) -> np.ndarray:
+        if calls is not None:
+            calls.append(number)
+        if number % 7 == 3:
+            raise PhotoError(f"number {number} can't be read")
+        return np.full((size, size, 3), (number % 256, 99, 255 - number % 256), np.uint8)
+
+    return PhotoSource([f"picture {i}" for i in range(n)], read, digest)
+
+
+def expected_of(engine: Engine, n: int = 50) -> np.ndarray:
+    good = [i for i in range(n) if i % 7 != 3]
+    return engine.embed(np.stack([numbered().read(i, engine.image_size) for i in good]))
+
+
+def test_a_job_embeds_all_that_can_be_read_in_order(tmp_path, engine, tower):
+    found = embed_job(engine, numbered(), tmp_path / "out", batch_size=8)
+    assert found.names == [f"picture {i}" for i in range(50) if i % 7 != 3]
+    assert found.skipped == [f"number {i} can't be read" for i in range(3, 50, 7)]
+    assert isinstance(found.embeddings, np.memmap) and found.embeddings.dtype == np.float32
+    np.testing.assert_allclose(found.embeddings, expected_of(engine), atol=1e-6)
+    photos = np.stack([numbered().read(i, 8) for i in range(3)])
+    np.testing.assert_allclose(found.embeddings[:3], embed(tower, photos), atol=1e-6)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock", EMBEDDINGS, JOB, PROGRESS,
+    ]  # fmt: skip
+
+
+def test_a_job_of_files_gives_what_the_folder_gives(tmp_path, engine, tower):
+    for i in range(9):
+        save(tmp_path / "photos" / f"{i % 3}" / f"{i}.png", (30 * i, 80, 9))
+    (tmp_path / "photos" / "0" / "broken.jpg").write_text("no photo")
+    expected = embed_folder(tower, tmp_path / "photos")
+    below = embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "a", 4)
+    np.testing.assert_allclose(below.embeddings, expected.embeddings, atol=1e-6)
+    assert below[1:] == expected[1:]
+    paths = [tmp_path / "photos" / name for name in [*reversed(below.names), "absent.jpg"]]
+    at = embed_job(engine, photos_at(paths), tmp_path / "b", 4)
+    np.testing.assert_allclose(at.embeddings[::-1], expected.embeddings, atol=1e-6)
+    assert at.names == list(map(str, paths[:-1]))
+    assert len(at.skipped) == 1 and "absent.jpg" in at.skipped[0]
+
+
+def test_pictures_of_shards_are_embedded_by_their_hash(small_world, tmp_path, engine):
+    catalogue = open_catalogue(small_world / "Dataset" / "demo_world")
+    some = np.array([5, 0, 70, 9])
+    found = embed_job(engine, photos_in_shards(catalogue, some), tmp_path / "some")
+    assert found.names == [catalogue.pictures["image"][i].hex() for i in some]
+    whole = embed_job(engine, photos_in_shards(catalogue), tmp_path / "all")
+    assert len(whole.names) == len(catalogue.pictures)
+    np.testing.assert_allclose(whole.embeddings[some], found.embeddings, atol=1e-6)
+
+
+def test_a_finished_job_is_found_again(tmp_path, engine):
+    calls = []
+    first = embed_job(engine, numbered(calls=calls), tmp_path, 8)
+    content = (tmp_path / EMBEDDINGS).read_bytes()
+    again = embed_job(engine, numbered(calls=calls), tmp_path, 8)
+    assert sorted(calls) == list(range(50))
+    assert again[1:] == first[1:] and (tmp_path / EMBEDDINGS).read_bytes() == content
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_job_without_a_readable_picture_has_no_rows(tmp_path, engine, n):
+    def read(number, size):
+        raise PhotoError("can't be read")
+
+    found = embed_job(engine, PhotoSource(["a"] * n, read, "none"), tmp_path)
+    assert found.embeddings.shape == (0, 3) and found.names == [] and len(found.skipped) == n
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: cut(folder / EMBEDDINGS, -1),
+        lambda folder: cut(folder / EMBEDDINGS, 0),
+        lambda folder: cut(folder / EMBEDDINGS, 50),
+        lambda folder: flip(folder / EMBEDDINGS, 300),
+        lambda folder: flip(folder / EMBEDDINGS, 80),
+        lambda folder: cut(folder / PROGRESS, -1),
+        lambda folder: cut(folder / PROGRESS, 500),
+        lambda folder: flip(folder / PROGRESS, 15),
+        lambda folder: (folder / PROGRESS).write_text("[1]\n{}\n"),
+        lambda folder: (folder / PROGRESS).unlink(),
+        lambda folder: (folder / EMBEDDINGS).unlink(),
+    ],
+)
+def test_damage_is_found_and_repaired(tmp_path, engine, damage):
+    first = embed_job(engine, numbered(), tmp_path, 8)
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    damage(tmp_path)
+    again = embed_job(engine, numbered(), tmp_path, 8)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content
+    assert again[1:] == first[1:]
+
+
+def test_a_folder_is_of_one_job(tmp_path, engine):
+    embed_job(engine, numbered(), tmp_path, 8)
+    with pytest.raises(EmbeddingJobError, match=r"another job \(it differs in pictures\)"):
+        embed_job(engine, numbered(51), tmp_path, 8)
+    with pytest.raises(EmbeddingJobError, match=r"differs in digest\): choose another folder"):
+        embed_job(engine, numbered(digest="other"), tmp_path, 8)
+    (tmp_path / JOB).write_text("{")
+    with pytest.raises(EmbeddingJobError, match="not valid JSON"):
+        embed_job(engine, numbered(), tmp_path, 8)
+    (tmp_path / JOB).unlink()
+    with pytest.raises(EmbeddingJobError, match=r"embeddings without a job\.json"):
+        embed_job(engine, numbered(), tmp_path, 8)
+
+
+def test_a_file_that_changes_makes_another_job(tmp_path, engine):
+    save(tmp_path / "photos" / "a.png", (1, 2, 3))
+    embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
+    os.utime(tmp_path / "photos" / "a.png", (1, 1))
+    with pytest.raises(EmbeddingJobError, match="differs in digest"):
+        embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
+
+
+def test_an_error_of_the_engine_loses_nothing(tmp_path, engine):
+    calls, batches = [], count()
+
+    def compute(photos):
+        if next(batches) == 3:
+            raise MemoryError
+        return engine.compute(photos)
+
+    failing = Engine(compute, 8, 3, engine.fingerprint, engine.name)
+    with pytest.raises(MemoryError):
+        embed_job(failing, numbered(), tmp_path, 8)
+    found = embed_job(engine, numbered(calls=calls), tmp_path, 8)
+    assert min(calls) == 24
+    np.testing.assert_allclose(found.embeddings, expected_of(engine), atol=1e-6)
+
+
+# No Keras, and so no threads of its own that a fork would lose.
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+from lib.search.embedding import PhotoSource, embed_job
+from lib.network.engine import Engine
+from lib.data.photos import PhotoError
+
+folder, n = Path(sys.argv[1]), 3000
+
+def read(number, size):
+    if number % 7 == 3:
+        raise PhotoError(f"number {number}")
+    return np.full((size, size, 3), (number % 256, number // 256, 9), np.uint8)
+
+def compute(photos):
+    time.sleep(0.001)
+    means = photos.mean(axis=(1, 2)).astype(np.float32)
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+source = PhotoSource([f"picture {i}" for i in range(n)], read, "some")
+engine = Engine(compute, 8, 3, "0" * 64, "numpy float32")
+
+def work(out, seconds):
+    "In a process of its own that is killed after a while; returns whether it was."
+    process = os.fork()
+    if process == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            embed_job(engine, source, out, 8)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+def content(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+start = time.perf_counter()
+assert not work(folder / "at once", 0)
+whole = time.perf_counter() - start
+rng = random.Random(0)
+kills, lines = 0, [0]
+for _ in range(20):
+    kills += work(folder / "killed", rng.uniform(0.0001, whole / 15))
+    progress = folder / "killed" / "progress.jsonl"
+    lines.append(progress.read_bytes().count(b"\\n") if progress.exists() else 0)
+assert lines == sorted(lines)  # nothing lost
+assert not work(folder / "killed", 0)
+assert content(folder / "killed") == content(folder / "at once")
+print(json.dumps({"kills": kills, "stages": len(set(lines))}))
+"""
+
+
+def test_twenty_kills_lose_and_double_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    # All are in the midst of it, unless the machine has become much faster since it was timed.
+    assert result["kills"] >= 10 and result["stages"] > 3
+    found = np.load(tmp_path / "killed" / EMBEDDINGS)
+    assert found.shape == (sum(i % 7 != 3 for i in range(3000)), 3)

@@ -1,0 +1,127 @@
+"""Tests of choosing an index: it finds enough, fits, and the truth is told about it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import plots
+from lib.search.photo_index import IndexSettings, PhotoIndex
+from lib.search.tuning import TargetUnreachableError, search_exactly, shares_found, tune
+from tests.conftest import unit
+
+N, D = 4000, 32
+
+
+def clustered(rng: np.random.Generator, n: int, centres: np.ndarray) -> np.ndarray:
+    """Unit vectors, float32 (n, D), round some centres."""
+    near = centres[rng.integers(len(centres), size=n)]
+    return unit(near + 0.12 * rng.normal(size=(n, D))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Vectors, and fresh queries of the same kind."""
+    rng = np.random.default_rng(5)
+    centres = unit(rng.normal(size=(200, D)))
+    return clustered(rng, N, centres), clustered(rng, 300, centres)
+
+
+@pytest.fixture(scope="module")
+def tuned(world):
+    return tune(world[0], 0.95, N * D * 2)
+
+
+def test_the_choice_finds_enough_for_fresh_queries_in_the_real_index(world, tuned):
+    vectors, queries = world
+    names = [str(i) for i in range(N)]
+    index = PhotoIndex.build(vectors, names, "model", tuned.settings)
+    found = np.array(index.search(queries, 10)[0]).astype(int)
+    exact, _ = search_exactly(vectors, np.arange(N), queries, 10)
+    assert shares_found(exact, found).mean() >= 0.94  # 3,000 neighbours: 0.01 is two errors
+
+
+def test_the_choice_fits_and_is_the_fastest_that_reaches_the_target(tuned):
+    table = tuned.frontier
+    (row,) = table[table["chosen"]].to_dict("records")
+    assert tuned.settings == IndexSettings(row["factory"], row["search"], row["rerank"])
+    assert row["bytes"] <= N * D * 2 and row["fits"] and row["frontier"]
+    others = table[(table["recall_low"] >= 0.95) & table["fits"]]
+    assert row["qps_2"] == others["qps_2"].max()
+    flat = table[table["factory"] == "Flat"]
+    assert flat["bytes"].tolist() == [(N - N // 10) * D * 4] and not flat["fits"].any()
+    assert table["vectors"].unique().tolist() == [N - N // 10]
+    assert (table["mapped_bytes"] > 0).equals(table["rerank"] > 0)
+
+
+def test_on_the_frontier_more_recall_costs_speed(tuned):
+    table = tuned.frontier
+    front = table[table["frontier"]].sort_values("recall")
+    assert len(front) >= 2
+    assert front["recall"].is_monotonic_increasing and front["qps_2"].is_monotonic_decreasing
+    for row in table[table["fits"]].itertuples():
+        as_good = front[(front["recall"] >= row.recall) & (front["qps_2"] >= row.qps_2)]
+        assert len(as_good), f"{row} is beaten by nothing on the frontier"
+
+
+def test_with_all_the_memory_everything_can_be_found(world):
+    settings, table = tune(world[0], 1.0, queries=world[1])
+    assert table.loc[table["chosen"], "recall"].tolist() == [1.0]
+    assert table["vectors"].unique().tolist() == [N]  # none is held out
+    assert isinstance(settings, IndexSettings)
+
+
+def test_a_sample_chooses_the_kinds_that_are_built_with_all(world):
+    table = tune(world[0], 0.9, sample=1000).frontier
+    first, full = (table[table["vectors"] == n] for n in (1000, N - N // 10))
+    assert len(first) + len(full) == len(table)
+    kinds = full["factory"].unique()
+    assert "Flat" in kinds and 3 <= len(kinds) < first["factory"].nunique()
+    assert not first["frontier"].any() and not first["chosen"].any() and full["chosen"].sum() == 1
+
+
+def test_mapped_vectors_give_the_same_recall(world, tmp_path):
+    np.save(tmp_path / "vectors.npy", world[0])
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+
+    def of(vectors):
+        table = tune(vectors, 0.95, N * (D + 8)).frontier
+        return table.set_index(["factory", "search", "rerank"])["recall"]
+
+    both = pd.concat([of(mapped), of(world[0])], axis=1, join="inner")  # where to end, time tells
+    assert len(both) >= 10
+    np.testing.assert_array_equal(both.iloc[:, 0], both.iloc[:, 1])
+
+
+def test_impossible_demands_tell_what_is_possible(world):
+    vectors = world[0]
+    with pytest.raises(TargetUnreachableError, match=r"recall@10 of 0.99 in 20,000 bytes.*460,800"):
+        tune(vectors, 0.99, 20_000)
+    # Half a byte for each dimension, and no room for more: the best of it is told.
+    rng = np.random.default_rng(1)
+    noise = unit(rng.normal(size=(2000, D))).astype(np.float32)
+    with pytest.raises(TargetUnreachableError, match=r"the best that fits is 0\.\d+ .*nprobe=.*by"):
+        tune(noise, 1.0, 2000 * 26)
+
+
+@pytest.mark.parametrize("target", [0, 1.01, float("nan")])
+def test_targets_that_make_no_sense_are_refused(world, target):
+    with pytest.raises(ValueError, match="target_recall must be above 0"):
+        tune(world[0], target)
+
+
+def test_too_few_vectors_are_refused(world):
+    with pytest.raises(ValueError, match="99 vectors are too few"):
+        tune(world[0][:99])
+
+
+def test_the_frontier_is_drawn(tuned, tmp_path):
+    plots.plot_frontier(tuned.frontier, save=tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_what_a_sample_rules_out_is_told_of_all(world):
+    for most, message in ((N * 26, "the best that fits is 0"), (100, "no kind of index is that")):
+        with pytest.raises(TargetUnreachableError, match=message):
+            tune(
+                clustered(np.random.default_rng(2), N, unit(np.ones((1, D)))), 1.0, most, sample=900
+            )

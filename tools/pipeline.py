@@ -1,0 +1,159 @@
+"""Runs the notebooks in order into one folder: ``python -m tools.pipeline [profile.yaml]``.
+
+Without a profile the parameters are those in the notebooks, the demo's. A profile is a YAML file of
+parameters; each notebook gets those that its ``parameters`` cell has. The run's folder then holds
+the executed notebooks, an HTML page of each, ``metrics.json``, figures, model and index,
+``environment.json``, and the report, ``report.html``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
+
+from lib.files import open_run, project_root, replacing, show_path
+from tools.report import NOTEBOOKS, record_environment, write_report
+
+
+class ProfileError(ValueError):
+    """A profile can't be used; the message names what to mend."""
+
+
+def read_profile(path: Path, known: set[str]) -> dict:
+    """Read a profile's parameters.
+
+    Args:
+        path: YAML file, a mapping of parameter names to values.
+        known: the parameters that any notebook has.
+
+    Raises:
+        ProfileError: no such file, not a mapping, or a name that no notebook knows.
+    """
+    try:
+        profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ProfileError(f"{path} can't be read: {error}") from None
+    if not isinstance(profile, dict):
+        raise ProfileError(f"{path} must map parameter names to values")
+    if unknown := sorted(set(profile) - known):
+        raise ProfileError(
+            f"{path}: no notebook has a parameter {', '.join(unknown)}; there are "
+            f"{', '.join(sorted(known))}"
+        )
+    return profile
+
+
+def notebook_parameters(notebook: Path) -> set[str]:
+    """Names of the parameters in a notebook's ``parameters`` cell."""
+    return set(papermill.inspect_notebook(str(notebook)))
+
+
+def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
+    """Execute the notebooks in order with papermill, and write a page of each.
+
+    Args:
+        run: the folder for what they produce; it is also passed to them as ``run_dir``.
+        parameters: values by name; a notebook gets those it knows.
+        notebooks: the folder they are in.
+
+    Raises:
+        PapermillExecutionError: a cell failed. The notebook as far as it got is in ``run``.
+    """
+    root = project_root()
+    run_dir = run.relative_to(root).as_posix() if run.is_relative_to(root) else str(run)
+    parameters = {**parameters, "run_dir": run_dir}
+    with tqdm(NOTEBOOKS, unit=" notebooks", file=sys.stderr) as bar:
+        for name in bar:
+            bar.set_description(name)
+            source, target = notebooks / f"{name}.ipynb", run / f"{name}.ipynb"
+            known = notebook_parameters(source)
+            try:
+                papermill.execute_notebook(
+                    str(source),
+                    str(target),
+                    {k: v for k, v in parameters.items() if k in known},
+                    kernel_name="python3",
+                    cwd=str(notebooks),
+                    progress_bar=False,
+                    store_widget_state=False,  # photos, once more, that no page shows
+                )
+            finally:
+                if target.is_file():
+                    write_page(target)
+
+
+def write_page(notebook: Path) -> Path:
+    """Write an executed notebook as an HTML page beside it."""
+    # A progress bar is one line on the page, not one for each step.
+    exporter = HTMLExporter()
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)
+    page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
+    with replacing(notebook.with_suffix(".html")) as part:
+        part.write_text(page, encoding="utf-8")
+    return notebook.with_suffix(".html")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.pipeline", description=__doc__)
+    parser.add_argument("profile", nargs="?", type=Path, help="YAML file of notebook parameters")
+    parser.add_argument("--run-dir", default="", help="folder for the results; default: a new one")
+    options = parser.parse_args(arguments)
+
+    # TensorFlow is chatty, and the kernels write into this terminal.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    root, start = project_root(), time.monotonic()
+    notebooks = root / "notebooks"
+    known = set().union(*(notebook_parameters(notebooks / f"{n}.ipynb") for n in NOTEBOOKS))
+    try:
+        parameters = read_profile(options.profile, known) if options.profile else {}
+    except ProfileError as error:
+        print(error, file=sys.stderr)
+        return 2
+    run = open_run(options.run_dir, start_new=True)
+    record_environment(run, options.profile.name if options.profile else "")
+    try:
+        run_notebooks(run, parameters, notebooks)
+        failure = None
+    except PapermillExecutionError as error:
+        failure = f"{error.ename}: {error.evalue}"
+    report = write_report(run)
+
+    print(f"\nResults of {(time.monotonic() - start) / 60:.1f} minutes in {show_path(run)}:")
+    for what, name in RESULTS.items():
+        if found := sorted(run.glob(name)):
+            print(
+                f"  {what:<20} {show_path(found[0] if len(found) == 1 else run)}"
+                + (f"/{name} ({len(found)})" if len(found) > 1 else "")
+            )
+    if failure:
+        print(f"\nStopped: {failure}", file=sys.stderr)
+        return 1
+    print(f"\nOpen {report.as_uri()} in a browser.")
+    return 0
+
+
+RESULTS = {
+    "report": "report.html",
+    "executed notebooks": "*.ipynb",
+    "pages of them": "0*.html",
+    "metrics": "metrics.json",
+    "figures": "figures/*.png",
+    "model": "model.keras",
+    "index": "gallery.index",
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
