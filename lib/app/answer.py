@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.data.photos import PhotoError, TestSetError, read_photo
-from lib.evaluation.occlusion import occlusion_heat
+from lib.evaluation.explain import occlusion_heat
 from lib.network.engine import Engine
 from lib.search.embedding import embed_job, photos_below
 from lib.search.photo_index import IndexSettings, PhotoIndex
@@ -212,7 +212,7 @@ class Search:
         """What two photos, uint8 (s, s, 3), have in common in the network's eyes.
 
         Returns:
-            a heat map of each, float32 (g, g), see :func:`lib.evaluation.occlusion.occlusion_heat`.
+            a heat map of each, float32 (g, g), see :func:`lib.evaluation.explain.occlusion_heat`.
         """
         embeddings = self.engine.embed(np.stack([photo, other]))
         return (

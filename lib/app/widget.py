@@ -37,7 +37,7 @@ from lib.app.answer import (
 from lib.app.drop import PhotoDrop
 from lib.app.upload import UploadError, read_upload
 from lib.data.photos import picture_of
-from lib.evaluation.failures import overlay
+from lib.evaluation.explain import overlay
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError
 

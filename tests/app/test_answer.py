@@ -18,7 +18,7 @@ from lib.app.answer import (
     landmark_of,
     open_gallery,
 )
-from lib.evaluation.occlusion import occlusion_heat
+from lib.evaluation.explain import occlusion_heat
 from lib.files import only_writer
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError

@@ -1,0 +1,132 @@
+"""Shows where a search fails, and which parts of a photo make it similar to another.
+
+    table = failure_table(embeddings, labels, names)     # a row for each query, the worst first
+    heat = occlusion_heat(engine.embed, photo, engine.embed(other[None])[0])
+    picture = overlay(photo[None], heat[None])[0]
+
+Occlusion: Zeiler, Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014,
+section 4.2. They hid squares and watched the probability of a class; here the similarity to another
+photo is watched. It works with any network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+
+from lib.evaluation.metrics import average_precision, leave_one_out
+
+HEAT = colormaps["inferno"]
+
+
+def failure_table(embeddings: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
+    """Search each photo among all others, and list the first right and the first wrong result.
+
+    Args:
+        embeddings: float (n, d) of unit norm.
+        labels: (n,), the landmark of each photo.
+        names: of the photos.
+
+    Returns:
+        a row for each photo whose landmark has another photo, indexed by its row of
+        ``embeddings``, the lowest average precision first:
+
+        * name, label;
+        * AP: average precision, from 0 to 1;
+        * first_hit: rank of the first photo of its landmark, counted from 1;
+        * right, wrong: rows of the most similar photo of its landmark and of another;
+        * right_similarity, wrong_similarity: their cosines.
+
+    Raises:
+        ValueError: no landmark has two photos, or there is only one landmark.
+    """
+    labels = np.asarray(labels)
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    hits = leave_one_out(embeddings, labels)
+    rows = np.flatnonzero(hits.any(axis=1))
+    if len(rows) == 0 or hits[rows].all():
+        raise ValueError("there must be two landmarks, one of them with two photos")
+    similarity = embeddings[rows] @ embeddings.T
+    same = labels[rows, None] == labels[None, :]
+    right = np.where(same, similarity, -np.inf)
+    right[np.arange(len(rows)), rows] = -np.inf
+    wrong = np.where(same, -np.inf, similarity)
+    table = pd.DataFrame(
+        {
+            "name": np.asarray(names)[rows],
+            "label": labels[rows],
+            "AP": average_precision(hits[rows]),
+            "first_hit": hits[rows].argmax(axis=1) + 1,
+            "right": right.argmax(axis=1),
+            "wrong": wrong.argmax(axis=1),
+            "right_similarity": right.max(axis=1),
+            "wrong_similarity": wrong.max(axis=1),
+        },
+        index=rows,
+    )
+    return table.sort_values("AP", kind="stable")
+
+
+def occlusion_heat(
+    embed: Callable[[np.ndarray], np.ndarray], photo: np.ndarray, target: np.ndarray, grid: int = 8
+) -> np.ndarray:
+    """Measure how much each part of a photo adds to its similarity to a target.
+
+    A square two cells wide, in the photo's mean colour, covers each cell of a grid in turn. All
+    covered photos are embedded in one batch. A part of one even colour looks the same when it is
+    covered, so its heat is 0.
+
+    Args:
+        embed: from uint8 (n, s, s, 3) to float32 (n, d) of unit norm, such as
+            :meth:`lib.network.engine.Engine.embed`.
+        photo: uint8 (s, s, 3).
+        target: float (d,) of unit norm, the embedding of the other photo.
+        grid: cells along each side, at most s.
+
+    Returns:
+        float32 (grid, grid): how far the cosine falls when the cell is covered; 0 where it does not
+        fall.
+
+    Raises:
+        ValueError: a grid below 1, or finer than the photo.
+    """
+    size = len(photo)
+    if not 1 <= grid <= size:
+        raise ValueError(f"grid must be from 1 to the photo's {size} pixels, got {grid}")
+    colour = photo.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    covered = np.repeat(photo[None], grid * grid + 1, axis=0)  # the last one stays uncovered
+    cell = size / grid
+    for number in range(grid * grid):
+        row, column = divmod(number, grid)
+        top, left = (max(round((i - 0.5) * cell), 0) for i in (row, column))
+        bottom, right = (round((i + 1.5) * cell) for i in (row, column))
+        covered[number, top:bottom, left:right] = colour
+    similarities = np.asarray(embed(covered), np.float32) @ np.asarray(target, np.float32)
+    return np.maximum(similarities[-1] - similarities[:-1], 0).reshape(grid, grid)
+
+
+def overlay(photos: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """Lay heat maps over photos, bright where the heat is.
+
+    Args:
+        photos: uint8 (n, s, s, 3), RGB.
+        heat: float (n, h, w), not negative, from :func:`occlusion_heat` or
+            :func:`lib.network.pooling.contribution`. Each map is divided by its maximum; a map of
+            zeros stays dark.
+        opacity: of the heat, from 0 (only the photo) to 1.
+
+    Returns:
+        uint8 (n, s, s, 3), RGB.
+    """
+    size = photos.shape[1:3]
+    pictures = []
+    for photo, places in zip(photos, np.asarray(heat, dtype=np.float32), strict=True):
+        scaled = places / (places.max() or 1)
+        scaled = cv2.resize(scaled, size[::-1], interpolation=cv2.INTER_CUBIC)
+        colours = 255 * HEAT(np.clip(scaled, 0, 1))[..., :3]
+        pictures.append((1 - opacity) * photo + opacity * colours)
+    return np.round(np.stack(pictures)).astype(np.uint8)
