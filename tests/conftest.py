@@ -42,7 +42,7 @@ def rng() -> np.random.Generator:
 def browser():
     """Chromium, or a skipped test that names the way to it."""
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
-    from chromium import OPTIONS, find_chromium
+    from tests.chromium import OPTIONS, find_chromium
 
     with api.sync_playwright() as playwright:
         path = find_chromium(playwright)

@@ -131,7 +131,7 @@ def assert_same_training(run: Path, expected: Path, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    from test_training import tiny_tower
+    from tests.training.test_stages import tiny_tower
 
     path = tmp_path_factory.mktemp("start") / "tower.keras"
     save_tower(tiny_tower(), path)
