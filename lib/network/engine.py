@@ -15,12 +15,9 @@ The file is a ZIP archive of ``network.xml``, ``network.bin`` and ``manifest.jso
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-import threading
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +26,12 @@ import numpy as np
 import xxhash
 
 from lib.files import checksum, replacing, show_path
+from lib.network.openvino import (
+    NETWORK_FILES,
+    compile_network,
+    export_network,
+    import_openvino,
+)
 
 if TYPE_CHECKING:  # what runs an exported tower does without Keras
     import keras
@@ -38,9 +41,8 @@ ENGINE = "tower.engine"  # name of a run's exported tower
 
 _FORMAT = 1
 _BATCH = 64  # photos that go through the network together
-_MANIFEST, _NETWORK = "manifest.json", ("network.xml", "network.bin")
+_MANIFEST = "manifest.json"
 _LEAST_COSINE = 0.9999  # of the exported tower's embeddings and the tower's own, in float32
-_OPENVINO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 class EngineError(ValueError):
@@ -91,14 +93,14 @@ class Engine:
 
 def keras_engine(tower: keras.Model) -> Engine:
     """A tower in memory as an engine, on whatever Keras' backend computes on."""
-    from lib.network.tower import embed, fingerprint
+    from lib.network.tower import compute_precision, embed, fingerprint  # loads Keras
 
     return Engine(
         compute=lambda photos: embed(tower, photos),
         image_size=tower.input_shape[1],
         dimension=tower.output_shape[-1],
         fingerprint=fingerprint(tower),
-        name=f"keras {_precision(tower)}",
+        name=f"keras {compute_precision(tower)}",
     )
 
 
@@ -114,9 +116,9 @@ def export_engine(tower: keras.Model, path: Path) -> None:
     Raises:
         EngineError: the exported network computes something else than the tower.
     """
-    from lib.network.tower import embed, fingerprint
+    from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
 
-    tower_in_float32 = _in_float32(tower)
+    tower_in_float32 = in_float32(tower)
     with replacing(path) as part:
         with tempfile.TemporaryDirectory() as folder:
             export_network(tower_in_float32, Path(folder))
@@ -125,10 +127,10 @@ def export_engine(tower: keras.Model, path: Path) -> None:
                 "fingerprint": fingerprint(tower),
                 "image_size": tower.input_shape[1],
                 "dimension": tower.output_shape[-1],
-                "files": {name: checksum(Path(folder) / name) for name in _NETWORK},
+                "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
             }
             with zipfile.ZipFile(part, "w") as archive:
-                for name in _NETWORK:
+                for name in NETWORK_FILES:
                     archive.write(Path(folder) / name, name)
                 archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
         photos = _pictures(tower.input_shape[1])
@@ -165,10 +167,10 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = json.loads(archive.read(_MANIFEST))
-            xml, weights = (archive.read(name) for name in _NETWORK)
+            xml, weights = (archive.read(name) for name in NETWORK_FILES)
         found = {
             name: xxhash.xxh3_128_hexdigest(content)
-            for name, content in zip(_NETWORK, (xml, weights), strict=True)
+            for name, content in zip(NETWORK_FILES, (xml, weights), strict=True)
         }
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}, not {_FORMAT}")
@@ -184,109 +186,6 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         raise EngineError(
             f"{show_path(path)} is no exported tower, or a damaged one ({reason}): export it anew"
         ) from None
-
-
-# --------------------------------------------------------------------------------------------------
-# OpenVINO
-# --------------------------------------------------------------------------------------------------
-
-
-def import_openvino():
-    """OpenVINO, kept from reporting its use over the network and writing to the home folder."""
-    sys.modules.setdefault("openvino_telemetry", None)  # as if that package were not installed
-    import openvino
-
-    return openvino
-
-
-def fast_precision() -> str:
-    """What OpenVINO computes in, if not told otherwise: what the processor does fast."""
-    core = import_openvino().Core()
-    return _keras_name(core.get_property("CPU", "INFERENCE_PRECISION_HINT"))
-
-
-def export_network(model: keras.Model, folder: Path) -> Path:
-    """Write a Keras model's forward pass as OpenVINO's ``network.xml`` and ``network.bin``.
-
-    Args:
-        model: on Keras' TensorFlow or PyTorch backend; one in mixed precision is exported in
-            float32.
-        folder: to write to.
-
-    Returns:
-        the path of ``network.xml``.
-    """
-    path = Path(folder) / _NETWORK[0]
-    import_openvino()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, which are not about this network
-        _in_float32(model).export(str(path), format="openvino", verbose=False)
-    return path
-
-
-def compile_network(
-    network, shape: tuple[int, ...], precision: str = "auto", threads: int | None = None
-) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """Make a network ready to compute.
-
-    Args:
-        network: as OpenVINO has read it, of one input and one output.
-        shape: of one row of the input, without the batch.
-        precision, threads: as for :func:`load_engine`.
-
-    Returns:
-        the function from a batch, uint8 (n, *shape), to float32 (n, ...), which threads may share;
-        and its name, engine and precision.
-    """
-    ov = import_openvino()
-    network.reshape([-1, *shape])  # PyTorch's has lost it
-    asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision]}
-    if threads:
-        # Bound to cores, the threads of all processes would be on the first ones.
-        asked |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-    compiled = ov.Core().compile_model(network, "CPU", asked)
-    request, lock = compiled.create_infer_request(), threading.Lock()
-
-    def compute(batch: np.ndarray) -> np.ndarray:
-        with lock:
-            request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
-            return request.get_output_tensor(0).data.copy()  # the next call writes there
-
-    return compute, f"openvino {_keras_name(compiled.get_property('INFERENCE_PRECISION_HINT'))}"
-
-
-def _keras_name(element_type) -> str:
-    """Keras' name of one of OpenVINO's types."""
-    names = {short: name for name, short in _OPENVINO_NAMES.items()}
-    return names[element_type.get_type_name()]
-
-
-def _precision(model: keras.Model) -> str:
-    """What a model computes in: half precision if any of its layers does."""
-    precisions = {layer.compute_dtype for layer in _layers(model)}
-    return next((p for p in ("bfloat16", "float16") if p in precisions), "float32")
-
-
-def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The layers of a model and of the models in it."""
-    for layer in model.layers:
-        yield layer
-        if hasattr(layer, "layers"):
-            yield from _layers(layer)
-
-
-def _in_float32(model: keras.Model) -> keras.Model:
-    """The same network without casts to half precision, which OpenVINO can't read."""
-    if _precision(model) == "float32":
-        return model
-    import keras
-
-    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return layer.from_config(layer.get_config() | {"dtype": "float32"})
-
-    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def _pictures(size: int) -> np.ndarray:

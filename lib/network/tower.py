@@ -27,8 +27,8 @@ import numpy as np
 from keras import ops
 
 from lib.files import replacing, show_path
-from lib.network.engine import fast_precision
 from lib.network.losses import MetricLoss
+from lib.network.openvino import fast_precision
 from lib.network.pooling import make_pooling
 
 # The end of each of ResNet50's stages: name of the layer, pixels of the photo per place of the map.
@@ -41,7 +41,7 @@ STAGES = {
 # Every network of keras.applications: its constructors, the only names that begin with a capital.
 BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
 
-PRECISIONS = ("float32", "mixed_bfloat16")
+POLICIES = ("float32", "mixed_bfloat16")
 
 # Towers of several sizes are several networks, each traced once. TensorFlow looks at their common
 # source code, counts one function that is traced again and again, and warns.
@@ -99,9 +99,9 @@ class TowerSettings:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
         if self.embedding_size < 0:
             raise ValueError(f"embedding_size must not be negative, got {self.embedding_size}")
-        if self.precision not in PRECISIONS:
+        if self.precision not in POLICIES:
             raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+                f"precision must be one of {', '.join(POLICIES)}, got {self.precision!r}"
             )
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
@@ -166,7 +166,7 @@ def build_tower(settings: TowerSettings) -> keras.Model:
 
 
 def fast_policy() -> str:
-    """What this machine trains fast in, of ``PRECISIONS``.
+    """The Keras dtype policy, of ``POLICIES``, that trains fast on this machine.
 
     A GPU is taken to be fast in bfloat16. Processors without instructions for it emulate it, many
     times slower than float32.
@@ -338,6 +338,37 @@ def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
     batch = photos.reshape(-1, *photos.shape[-3:])
     maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
     return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
+
+
+def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a model, with those of nested models in place of the models themselves."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from layers_of(layer)
+        else:
+            yield layer
+
+
+def compute_precision(model: keras.Model) -> str:
+    """The lowest precision that any layer computes in: "bfloat16", "float16" or "float32"."""
+    precisions = {layer.compute_dtype for layer in layers_of(model)}
+    return next((p for p in ("bfloat16", "float16") if p in precisions), "float32")
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """The same network computing in float32: the model itself, or a copy of one in half precision.
+
+    OpenVINO can't read casts to half precision.
+    """
+    if compute_precision(model) == "float32":
+        return model
+
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+        return layer.from_config(layer.get_config() | {"dtype": "float32"})
+
+    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def gem_exponent(tower: keras.Model) -> float:

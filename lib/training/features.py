@@ -36,8 +36,8 @@ from lib.data.dataset import DatasetHandler
 from lib.data.sampling import SamplingError
 from lib.data_parallel import own_rows
 from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
-from lib.network.engine import compile_network, export_network, fast_precision, import_openvino
-from lib.network.tower import fingerprint
+from lib.network.openvino import compile_network, export_network, fast_precision, import_openvino
+from lib.network.tower import fingerprint, in_float32
 
 MANIFEST = "manifest.json"
 ENGINES = ("auto", "keras", "openvino")
@@ -119,7 +119,8 @@ class FrozenTrunk:
         if self._engine == "keras":
             return lambda photos: np.asarray(self._trunk.predict_on_batch(photos), np.float32)
         with tempfile.TemporaryDirectory() as folder:
-            network = import_openvino().Core().read_model(export_network(self._trunk, folder))
+            path = export_network(in_float32(self._trunk), folder)
+            network = import_openvino().Core().read_model(path)
             return compile_network(network, self._trunk.input_shape[1:])[0]
 
 

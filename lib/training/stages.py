@@ -49,7 +49,14 @@ from lib.network.losses import (
     negative_distance,
     positive_distance,
 )
-from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, save_tower
+from lib.network.tower import (
+    Siamese,
+    embed,
+    feature_maps,
+    gem_exponent,
+    layers_of,
+    save_tower,
+)
 from lib.training.features import FeatureCache
 from lib.training.log import HISTORY, TENSORBOARD, TrainingLog
 
@@ -196,7 +203,7 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
     """
     trunk = tower.get_layer("trunk")
     trunk.trainable = train != "head"
-    blocks = {layer: re.match(r"conv(\d+)_", layer.name) for layer in _layers(trunk)}
+    blocks = {layer: re.match(r"conv(\d+)_", layer.name) for layer in layers_of(trunk)}
     last = max((int(match[1]) for match in blocks.values() if match), default=None)
     if train == "last-block" and (last or 0) < 2:  # a MobileNet's one "conv1_" is its first
         raise TrainingError(
@@ -208,15 +215,6 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
         # A frozen batch normalization uses its moving statistics in training as well.
         is_norm = isinstance(layer, keras.layers.BatchNormalization)
         layer.trainable = bool(moves) and not (is_norm and batch_norm == "frozen")
-
-
-def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The layers of a model and of the models in it."""
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _layers(layer)
-        else:
-            yield layer
 
 
 def train(

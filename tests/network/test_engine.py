@@ -12,6 +12,7 @@ import pytest
 from lib.files import project_root
 from lib.network import engine as engines
 from lib.network.engine import EngineError, export_engine, keras_engine, load_engine
+from lib.network.openvino import fast_precision, import_openvino
 from lib.network.tower import TowerSettings, build_tower, embed, fingerprint, load_tower, save_tower
 
 SETTINGS = {"image_size": 32, "last_stage": 3, "embedding_size": 16}
@@ -62,11 +63,11 @@ def test_an_exported_tower_embeds_as_the_tower_does(tower, exported, photos, pre
 
 
 def test_auto_is_what_the_processor_is_fast_in(exported):
-    assert load_engine(exported).name == f"openvino {engines.fast_precision()}"
+    assert load_engine(exported).name == f"openvino {fast_precision()}"
 
 
 def test_an_engine_computes_on_as_many_threads_as_it_is_given(exported, photos, monkeypatch):
-    core, compiled = type(engines.import_openvino().Core()), []
+    core, compiled = type(import_openvino().Core()), []
     compile_model = core.compile_model
 
     def remembered(*args):

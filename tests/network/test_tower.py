@@ -203,8 +203,9 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"], folder = sys.argv[1], Path(sys.argv[2])
 import keras, numpy as np
 from keras import ops
-from lib.network.losses import MININGS, LossSettings, MetricLoss, active_share_within,
-embedding_spread from lib.network.tower import Siamese, embed, fingerprint, load_tower
+from lib.network.losses import MININGS, LossSettings, MetricLoss, active_share_within
+from lib.network.losses import embedding_spread
+from lib.network.tower import Siamese, embed, fingerprint, load_tower
 assert keras.backend.backend() == sys.argv[1]
 photos = np.load(folder / "photos.npy")
 tower = load_tower(folder / "model.keras")

@@ -1,0 +1,99 @@
+"""OpenVINO: takes a network over from Keras and runs it on the processor.
+
+    export_network(tower, folder)                           # network.xml and network.bin
+    network = import_openvino().Core().read_model(folder / "network.xml")
+    compute, name = compile_network(network, (64, 64, 3))   # name: "openvino bfloat16"
+    embeddings = compute(photos)                            # uint8 (n, 64, 64, 3) -> float32
+
+On a processor that multiplies bfloat16, OpenVINO computes in it unless told otherwise. Importing
+this module loads neither OpenVINO nor Keras.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+NETWORK_FILES = ("network.xml", "network.bin")
+
+# Names of precisions in this project, and OpenVINO's for them.
+_OPENVINO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def import_openvino():
+    """Import OpenVINO without its telemetry, which uses the network and the home folder."""
+    sys.modules.setdefault("openvino_telemetry", None)  # as if that package were not installed
+    import openvino
+
+    return openvino
+
+
+def fast_precision() -> str:
+    """The precision that OpenVINO prefers on this processor: "float32" or "bfloat16"."""
+    core = import_openvino().Core()
+    return _precision_name(core.get_property("CPU", "INFERENCE_PRECISION_HINT"))
+
+
+def export_network(model: keras.Model, folder: Path) -> Path:
+    """Write the forward pass of a Keras model as ``network.xml`` and ``network.bin``.
+
+    Args:
+        model: computes in float32 (see :func:`lib.network.tower.in_float32`), on Keras' TensorFlow
+            or PyTorch backend.
+        folder: where to write.
+
+    Returns:
+        the path of ``network.xml``.
+    """
+    path = Path(folder) / NETWORK_FILES[0]
+    import_openvino()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, which are not about this network
+        model.export(str(path), format="openvino", verbose=False)
+    return path
+
+
+def compile_network(
+    network, shape: tuple[int, ...], precision: str = "auto", threads: int | None = None
+) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """Compile a network for the processor.
+
+    Args:
+        network: read by OpenVINO, with one input and one output.
+        shape: of one input row, without the batch dimension.
+        precision: "float32", "bfloat16", or "auto": :func:`fast_precision`.
+        threads: number of threads, at least 1; None: one per core, bound to it.
+
+    Returns:
+        the function from a batch, uint8 (n, *shape), to float32 (n, ...), which threads may share;
+        and its name, such as "openvino bfloat16".
+    """
+    ov = import_openvino()
+    network.reshape([-1, *shape])  # the PyTorch backend exports the input without its shape
+    asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision]}
+    if threads:
+        # Pinned, the threads of several processes would all share the first cores.
+        asked |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    compiled = ov.Core().compile_model(network, "CPU", asked)
+    request, lock = compiled.create_infer_request(), threading.Lock()
+
+    def compute(batch: np.ndarray) -> np.ndarray:
+        with lock:
+            request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
+            return request.get_output_tensor(0).data.copy()  # the next call overwrites it
+
+    return compute, f"openvino {_precision_name(compiled.get_property('INFERENCE_PRECISION_HINT'))}"
+
+
+def _precision_name(element_type) -> str:
+    names = {theirs: ours for ours, theirs in _OPENVINO_NAMES.items()}
+    return names[element_type.get_type_name()]
