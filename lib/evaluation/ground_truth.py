@@ -1,51 +1,65 @@
-"""Ground truths: which photos of a gallery a search should find, for each query.
+"""Reads which photos a search should find for each query, from files or labels.
 
-Read from the files of the public benchmarks, or made of labelled photos.
 :func:`lib.evaluation.metrics.judge` and :func:`lib.evaluation.metrics.query_table` measure rankings
-by them.
+by it.
 
-    truth = read_revisited(Path("gnd_roxford5k.pkl"))["medium"]
+    truth = read_revisited(Path("gnd_roxford5k.mat"))["medium"]
     truth = read_landmarks(Path("retrieval_solution_v2.1.csv"), index_names, "Private")
     photos = read_folder(Path("photos")).table                  # from lib.data.labelled
     truth = from_labels(photos["image_id"], photos["landmark_id"], queries="first")
 
-Where the files come from:
-
-* Oxford and Paris revisited: http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/ has
-  ``gnd_roxford5k.pkl``, and http://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/ has
-  ``gnd_rparis6k.pkl``; a file ``.mat`` of the same name lies beside each.
-* Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark):
-  https://s3.amazonaws.com/google-landmark/ground_truth/retrieval_solution_v2.1.csv, and the gallery
-  in https://s3.amazonaws.com/google-landmark/metadata/index.csv.
+The files of Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark):
+https://s3.amazonaws.com/google-landmark/ground_truth/retrieval_solution_v2.1.csv, and the gallery
+in https://s3.amazonaws.com/google-landmark/metadata/index.csv. Those of Oxford and Paris revisited:
+see :data:`REVISITED_FILES`.
 """
 
 from __future__ import annotations
 
 import csv
-import math
-import pickle
-import pickletools
-import re
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.io import loadmat
 
 from lib.files import show_path
 
+REVISITED_FILES = (
+    "http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.mat",
+    "http://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/gnd_rparis6k.mat",
+)
 LARGEST = 64_000_000  # bytes of a file of the revisited benchmarks: the real ones are far smaller
 
-_KINDS = ("easy", "hard", "junk")
-_LEVELS = {  # which kinds are positives, and which are junk
+_LEVELS = {  # which kinds of photos are positives, and which are junk
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
+
+# SciPy takes sizes and types from a file as they are. A damaged file can end the process or fill
+# the memory, so this program reads it in a process of its own, with 1 GiB of memory.
+_READ_MAT = """
+import json, sys
+try:
+    import resource
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, 2**30)):
+        resource.setrlimit(limit, (value, value))
+except (ImportError, ValueError):  # Windows has no limits; macOS does not limit the memory
+    pass
+from scipy.io import loadmat
+path, largest, *names = sys.argv[1:]
+content = loadmat(path, simplify_cells=True, variable_names=names)
+text = json.dumps({name: content.get(name) for name in names}, default=lambda array: array.tolist())
+sys.exit(f"it holds more than {largest} letters" if len(text) > int(largest) else print(text))
+"""
+_SECONDS = 60  # for reading a file; it takes one
 
 
 class GroundTruthError(ValueError):
@@ -250,20 +264,14 @@ def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, lis
 
 
 def read_revisited(path: Path) -> dict[str, GroundTruth]:
-    """Read the ground truth of Oxford or Paris revisited, ``gnd_roxford5k.pkl`` or the like.
+    """Read the ground truth of Oxford or Paris revisited, one of :data:`REVISITED_FILES`.
 
-    Positives are annotated as easy or hard, and the three levels of Radenović, Iscen, Tolias,
-    Avrithis, Chum, "Revisiting Oxford and Paris", CVPR 2018, put them to use:
+    Positives are annotated as easy or hard. Radenović, Iscen, Tolias, Avrithis, Chum, "Revisiting
+    Oxford and Paris", CVPR 2018, define three levels:
 
     * easy: the easy ones are positives, the hard ones junk;
     * medium: both are positives;
     * hard: the hard ones are positives, the easy ones junk.
-
-    Nothing that a pickle says is executed: of its objects only arrays and numbers of numpy are
-    known here, and rebuilt from their bytes.
-
-    Args:
-        path: the ``.pkl`` or the ``.mat`` file; both hold the same.
 
     Returns:
         "easy", "medium" and "hard", with boxes.
@@ -271,24 +279,23 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
     Raises:
         GroundTruthError: the file can't be used; the message names the query.
     """
-    path = Path(path)
     try:
-        content = _load(path)
+        content = _load_mat(Path(path))
         gallery, queries = _names(content, "imlist"), _names(content, "qimlist")
-        entries = content.get("gnd")
+        entries = content["gnd"]
+        entries = [entries] if isinstance(entries, dict) else entries  # of a single query
         if not isinstance(entries, list) or len(entries) != len(queries):
             raise GroundTruthError(f"gnd is no list of {len(queries)} queries")
-        first = 1 if path.suffix == ".mat" else 0
-        boxes, lists = np.empty((len(queries), 4)), []
+        boxes, photos = np.empty((len(queries), 4)), []
         for number, (name, entry) in enumerate(zip(queries, entries, strict=True)):
             try:
                 boxes[number] = _box(entry)
-                lists.append({kind: _photos(entry, kind, first) for kind in _KINDS})
+                photos.append({kind: _photos(entry, kind) for kind in ("easy", "hard", "junk")})
             except GroundTruthError as error:
                 raise GroundTruthError(f"query {number} ({name!r}): {error}") from None
 
         def joined(kinds: tuple[str, ...]) -> list[np.ndarray]:
-            return [np.concatenate([photos[kind] for kind in kinds]) for photos in lists]
+            return [np.concatenate([of_query[kind] for kind in kinds]) for of_query in photos]
 
         return {
             level: GroundTruth(queries, gallery, joined(positives), joined(junk), boxes)
@@ -298,29 +305,46 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
         raise GroundTruthError(f"{show_path(path)}: {error}") from None
 
 
-def _load(path: Path) -> dict:
+def _load_mat(path: Path) -> dict[str, Any]:
+    """The variables of a ``.mat`` file as lists, numbers, strings and dictionaries."""
+    if path.suffix != ".mat":
+        raise GroundTruthError(
+            "only .mat files are read, for a pickle can run any program: download "
+            + " or ".join(REVISITED_FILES)
+        )
+    command = [sys.executable, "-c", _READ_MAT, path, str(LARGEST), "imlist", "qimlist", "gnd"]
     try:
         if path.stat().st_size > LARGEST:
             raise GroundTruthError(f"such a file has never more than {LARGEST / 1e6:.0f} MB")
-        return _load_mat(path) if path.suffix == ".mat" else _load_pickle(path)
-    except GroundTruthError:
-        raise
-    except Exception as error:  # whatever a damaged file leads to, deep in a parser
+        read = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SECONDS,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # each thread takes memory
+        )
+        if read.returncode == 0:
+            return json.loads(read.stdout)
+    except (OSError, subprocess.TimeoutExpired, RecursionError) as error:
         raise GroundTruthError(f"it can't be read ({error})") from None
+    lines = read.stderr.decode(errors="replace").split("\n")
+    reason = next((line for line in reversed(lines) if line), f"signal {-read.returncode}")
+    raise GroundTruthError(f"it can't be read ({reason[:200]}): download it again")
 
 
-def _names(content: dict, key: str) -> list[str]:
-    names = content.get(key)
+def _names(content: dict[str, Any], key: str) -> list[str]:
+    names = content[key]
+    names = [names] if isinstance(names, str) else names  # a list of one
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise GroundTruthError(f"{key} is no list of names")
     return names
 
 
 def _numbers(entry: Any, key: str) -> np.ndarray:
-    values = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or key not in entry:
+        raise GroundTruthError(f"it has no list {key}")
     try:
-        # MATLAB has empty lists in any shape.
-        return np.asarray([] if values is None else values, dtype=np.float64).reshape(-1)
+        return np.asarray(entry[key], dtype=np.float64).reshape(-1)  # MATLAB's lists have any shape
     except (TypeError, ValueError):
         raise GroundTruthError(f"{key} is no list of numbers") from None
 
@@ -332,122 +356,9 @@ def _box(entry: Any) -> np.ndarray:
     return box
 
 
-def _photos(entry: Any, kind: str, first: int) -> np.ndarray:
-    """Photos counted from 0, in a file that counts from ``first``."""
-    if not isinstance(entry, dict) or kind not in entry:
-        raise GroundTruthError(f"it has no list {kind}")
+def _photos(entry: Any, kind: str) -> np.ndarray:
+    """Photos counted from 0; MATLAB counts from 1."""
     numbers = _numbers(entry, kind)
-    if not np.isfinite(numbers).all() or (numbers != np.floor(numbers)).any():
+    if not ((numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)).all():
         raise GroundTruthError(f"{kind} has a number that is not whole")
-    return numbers.astype(np.int64) - first
-
-
-def _load_mat(path: Path) -> dict:
-    content = loadmat(path, simplify_cells=True, variable_names=["imlist", "qimlist", "gnd"])
-    # A list of one is simplified, too.
-    return {
-        key: [value] if isinstance(value, (str, dict)) else list(value)
-        for key, value in content.items()
-        if key in ("imlist", "qimlist", "gnd")
-    }
-
-
-def _load_pickle(path: Path) -> dict:
-    data = path.read_bytes()
-    # The unpickler makes room for as many objects as the largest number given to one.
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise GroundTruthError(f"the pickle is damaged: it has no {argument} objects")
-    # Strings of Python 2, those in arrays too, become str with a letter for each byte.
-    content = _Unpickler(BytesIO(data), encoding="latin1").load()
-    if not isinstance(content, dict):
-        raise GroundTruthError("the pickle holds no dictionary")
-    entries = content.get("gnd")
-    if isinstance(entries, list):
-        content["gnd"] = [
-            {key: value.values if isinstance(value, _Array) else value for key, value in e.items()}
-            if isinstance(e, dict)
-            else None
-            for e in entries
-        ]
-    return content
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds only what numpy's arrays and numbers need, all of it from classes in this file."""
-
-    def find_class(self, module: str, name: str) -> _Global:
-        stand_in = _GLOBALS.get((module.replace("numpy._core.", "numpy.core."), name))
-        if stand_in is None:
-            raise GroundTruthError(f"the pickle asks for {module}.{name}: it is refused")
-        return stand_in
-
-
-class _Global:
-    """Stands in for a function or class that a pickle calls. It can't be changed from there."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        self._call = call
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise GroundTruthError("the pickle changes a function: it is refused")
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: the type of plain numbers."""
-
-    def __init__(self, name: Any, *_: Any):
-        if not (isinstance(name, str) and re.fullmatch("[iuf][1248]", name)):
-            raise GroundTruthError(f"the pickle has an array of {name!r}, not of numbers")
-        self.name, self.order = name, "|"
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise GroundTruthError(f"the pickle has numbers of byte order {state[1]!r}")
-        self.order = state[1]
-
-    def read(self, shape: tuple, data: bytes | str, order: str) -> np.ndarray:
-        if isinstance(data, str):  # from Python 2
-            data = data.encode("latin1")
-        values = np.frombuffer(data, dtype=np.dtype(self.order + self.name))
-        if values.size != math.prod(shape):
-            raise GroundTruthError(f"the pickle has {values.size} numbers for an array of {shape}")
-        return values.reshape(shape, order=order)
-
-
-class _Array:
-    """Stands in for numpy.ndarray."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, by_columns, data = state
-        self.values = dtype.read(shape, data, "F" if by_columns else "C")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How protocols 0 to 2 write bytes."""
-    if encoding != "latin1":
-        raise GroundTruthError(f"the pickle has bytes in {encoding!r}")
-    return text.encode("latin1")
-
-
-_GLOBALS = {
-    ("numpy", "ndarray"): _Global(_Array),
-    ("numpy", "dtype"): _Global(_Dtype),
-    ("numpy.core.multiarray", "_reconstruct"): _Global(_Array),
-    ("numpy.core.multiarray", "scalar"): _Global(
-        lambda dtype, data: dtype.read((), data, "C").item()
-    ),
-    ("numpy.core.numeric", "_frombuffer"): _Global(
-        lambda data, dtype, shape, order: dtype.read(shape, data, order)
-    ),
-    ("_codecs", "encode"): _Global(_encode),
-    ("__builtin__", "bytes"): _Global(lambda: b""),  # so do protocols 0 to 2 write empty bytes
-}
+    return numbers.astype(np.int64) - 1
