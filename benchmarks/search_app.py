@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from lib.app.answer import JOBS, KINDS, RERANKINGS, open_gallery
 from lib.app.widget import SearchApp
-from lib.files import open_run, project_root
+from lib.files import project_root
 from lib.network.engine import ENGINE, load_engine
+from lib.runs import open_run
 
 START = """
 import sys

@@ -1,8 +1,9 @@
-"""Where things lie on disk, and how they get there whole: the project's folders, runs, safe writes.
+"""Files that are either whole or absent, locks between processes, paths for messages.
 
-root = project_root()
-run = open_run("")                    # the newest folder in runs/
-record_metrics(run, training={"epochs": 6})
+with replacing(path) as part:         # part is renamed to path if the block succeeds
+    part.write_text("...")
+with only_writer(folder, BusyError("another process writes there")):
+    remove_half_written(folder)       # what a killed process left
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from datetime import datetime
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+_PART = ".part-"  # begins the names of files that are being written
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -40,32 +42,45 @@ def project_root(start: Path | None = None) -> Path:
     )
 
 
+def show_path(path: Path) -> str:
+    """A path for messages: relative to this project if it lies inside, else absolute.
+
+    It never raises, since error handlers call it; bytes of a name that are not UTF-8 are escaped.
+    """
+    try:
+        # realpath, as Path.resolve() raises on links that form a loop.
+        path = Path(os.path.realpath(path))
+        root = Path(__file__).resolve().parent.parent
+        if path.is_relative_to(root) and (root / "environment.yml").is_file():
+            path = path.relative_to(root)
+    except (OSError, ValueError):  # the working directory was deleted; a null byte in the path
+        pass
+    return Path(path).as_posix().encode(errors="backslashreplace").decode()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that it is either whole or absent.
 
-    Yields a temporary path beside ``path``. When the block ends well, its content is flushed to
-    the disk and renamed to ``path`` in one step; when the block fails, it is removed and what was
-    at ``path`` stays.
+    Yields the path of a temporary file in the same folder. If the block succeeds, its content is
+    flushed to the disk and renamed to ``path`` in one step. If the block fails, it is removed and
+    the previous file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # It ends like the final name: writers such as Keras choose the format by that.
-    handle, name = tempfile.mkstemp(prefix=".part-", suffix=f"-{path.name}", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; give it the permissions an ordinary new file gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    part = path.with_name(f"{_PART}{secrets.token_hex(4)}-{path.name}")
+    with _sign_of_life(part):
+        # Not tempfile: its files are private, and these get the permissions of ordinary new ones.
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
 
 
@@ -80,20 +95,56 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _sign_of_life(part: Path) -> Iterator[None]:
+    """Hold the lock beside a half-written file, which the system lifts when the process ends.
+
+    Raises:
+        filelock.Timeout: a live writer holds it.
+    """
+    import filelock  # here: 0.1 s, which a process that only reads need not wait
+
+    lock = Path(f"{part}.lock")  # not the file itself: HDF5 locks what it writes
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows keeps files that others have open
+            lock.unlink(missing_ok=True)
+
+
+def remove_half_written(folder: Path, subfolders: bool = False) -> None:
+    """Remove the temporary files of :func:`replacing` whose writers have died.
+
+    A file whose writer is alive, in whatever process, stays.
+
+    Args:
+        folder: may be absent.
+        subfolders: whether to look into all folders below as well.
+    """
+    import filelock
+
+    found = folder.rglob(f"{_PART}*") if subfolders else folder.glob(f"{_PART}*")
+    for part in {Path(str(path).removesuffix(".lock")) for path in found if path.is_file()}:
+        # PermissionError: the folder is read-only, or a reader has the file open on Windows.
+        with contextlib.suppress(filelock.Timeout, PermissionError), _sign_of_life(part):
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def only_writer(folder: Path, busy: Exception | None) -> Iterator[None]:
-    """Keep other processes out; the system lifts the lock when this one ends, however it does.
+    """Keep other processes and threads out; the system lifts the lock when the process dies.
 
     Args:
         folder: the lock is the file ``.lock`` in it.
-        busy: is raised if another process holds the lock; None: wait until it lets go.
+        busy: raised if another process holds the lock; None: wait until it is free.
     """
-    import fcntl  # here: Windows has none, and does without what needs the lock
+    import filelock
 
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise busy from None
+    try:
+        lock = filelock.FileLock(folder / ".lock", timeout=0 if busy else -1).acquire()
+    except filelock.Timeout:
+        raise busy from None
+    with lock:
         yield
 
 
@@ -119,64 +170,3 @@ def checksum(path: Path) -> str:
     """XXH3 of a file's content, 32 hexadecimal digits: finds damage, not forgery."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs: one folder for everything that one execution of the notebooks produces
-# --------------------------------------------------------------------------------------------------
-
-
-def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
-    """Make an empty folder ``runs/<date>_<time>`` and point ``runs/latest`` at it.
-
-    Two runs started within one second get different folders (the second a suffix ``-2``).
-    """
-    runs = runs or project_root() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    stamp = now().strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        run = runs / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-        with contextlib.suppress(FileExistsError):
-            run.mkdir()
-            break
-    link = runs / f".latest-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(run.name, target_is_directory=True)
-    link.replace(runs / "latest")
-    return run
-
-
-def open_run(run_dir: str, *, start_new: bool = False) -> Path:
-    """The folder a notebook writes to.
-
-    Args:
-        run_dir: a folder relative to the project's root (made if absent), or "" for the newest run.
-        start_new: with an empty ``run_dir``, begin a new run instead of continuing the newest.
-    """
-    if run_dir:
-        run = project_root() / run_dir
-        run.mkdir(parents=True, exist_ok=True)
-        return run.resolve()
-    latest = project_root() / "runs" / "latest"
-    if start_new or not latest.is_dir():
-        return new_run()
-    return latest.resolve()
-
-
-def record_metrics(run: Path, **sections: Any) -> Path:
-    """Put named sections into the run's ``metrics.json``; its other sections stay.
-
-    Two notebooks may do so at once.
-    """
-    path = Path(run) / "metrics.json"
-    with only_writer(path.parent, busy=None):
-        metrics = read_json(path) if path.is_file() else {}
-        write_json(path, metrics | sections)
-    return path
-
-
-def show_path(path: Path) -> str:
-    """A path for people: relative to the project where it lies inside, so outputs are alike."""
-    path = Path(path).resolve()
-    root = project_root()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -18,7 +18,8 @@ from playwright.sync_api import sync_playwright
 
 from lib.demo.data import DemoSettings
 from lib.demo.world import render_jpegs
-from lib.files import open_run, project_root
+from lib.files import project_root
+from lib.runs import open_run
 from tests.chromium import OPTIONS, find_chromium
 
 ROOT = project_root()

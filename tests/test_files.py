@@ -1,17 +1,19 @@
-"""Files are whole or absent; runs get folders of their own."""
+"""Files are whole or absent, locks keep others out, paths in messages never raise."""
 
-import json
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lib.files import (
-    new_run,
+    only_writer,
     project_root,
     read_json,
-    record_metrics,
+    remove_half_written,
     replacing,
+    show_path,
     write_json,
 )
 
@@ -50,27 +52,88 @@ def test_json_comes_back_and_a_damaged_file_is_named(tmp_path):
         read_json(path)
 
 
-def test_metrics_of_one_notebook_leave_those_of_the_others(tmp_path):
-    record_metrics(tmp_path, data={"records": 3})
-    record_metrics(tmp_path, training={"loss": 0.5}, data={"records": 4})
-    content = json.loads((tmp_path / "metrics.json").read_text())
-    assert content == {"data": {"records": 4}, "training": {"loss": 0.5}}
+def test_new_files_have_the_permissions_of_ordinary_ones_without_a_change_of_the_umask(
+    tmp_path, monkeypatch
+):
+    # os.umask(0) was called to learn the umask: other threads' files were open to all meanwhile.
+    monkeypatch.setattr("os.umask", None)
+    with replacing(tmp_path / "a") as part:
+        part.write_text("a")
+    (tmp_path / "b").write_text("b")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_no_metrics_are_lost_if_notebooks_record_at_once(tmp_path):
-    def record(number):
-        record_metrics(tmp_path, **{f"notebook_{number}": {"value": number}})
+@pytest.mark.skipif(sys.platform == "win32", reason="uses links and names of POSIX")
+def test_a_path_for_a_message_never_raises(tmp_path, monkeypatch):
+    # It looked for environment.yml in the working directory, and raised outside of the project.
+    root = project_root()
+    (tmp_path / "loop").symlink_to("loop")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for folder in (root, root / "lib", tmp_path, gone):
+        monkeypatch.chdir(folder)
+        if folder == gone:
+            gone.rmdir()
+        assert show_path(root / "lib" / "files.py") == "lib/files.py"
+        assert show_path(tmp_path / "photo.jpg") == str(tmp_path / "photo.jpg")
+        assert show_path(tmp_path / "loop") == str(tmp_path / "loop")
+        assert "a" in show_path(Path("a")) and show_path(Path("a\0b"))
+        assert show_path(Path("/") / os.fsdecode(b"\xff.jpg")) == "/\\udcff.jpg"
 
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(record, range(40)))
-    assert len(read_json(tmp_path / "metrics.json")) == 40
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from lib.files import replacing
+
+with replacing(Path(sys.argv[1])) as part:
+    part.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
 
 
-def test_runs_of_the_same_second_are_different_and_latest_is_the_newest(tmp_path):
-    def now():
-        return datetime(2026, 5, 4, 3, 2, 1)
+@pytest.fixture
+def writer(tmp_path):
+    """Another process that is half through with writing ``file``."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "file")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=project_root(), **pipes) as process:
+        assert process.stdout.readline() == "writing\n"
+        yield process
+        process.kill()
 
-    first, second = new_run(tmp_path, now), new_run(tmp_path, now)
-    assert (first.name, second.name) == ("2026-05-04_03-02-01", "2026-05-04_03-02-01-2")
-    assert (tmp_path / "latest").resolve() == second.resolve()
-    assert not (tmp_path / "latest").readlink().is_absolute()  # the folder may be moved
+
+def test_half_written_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path, writer):
+    # Every .part-* was removed, also one that another process was about to rename.
+    (tmp_path / ".part-ray-x").mkdir()  # a folder is nobody's half-written file
+    (tmp_path / ".part-abc-old").write_text("left by a version without locks")
+    with replacing(tmp_path / "sub" / "mine") as part:
+        part.write_text("mine")
+        remove_half_written(tmp_path, subfolders=True)
+    assert (tmp_path / "sub" / "mine").read_text() == "mine"
+    writer.communicate("\n", timeout=20)
+    assert writer.returncode == 0 and (tmp_path / "file").read_text() == "half"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".part-ray-x", "file", "sub"]
+    remove_half_written(tmp_path / "absent")
+
+
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path, writer):
+    writer.kill()
+    writer.wait()
+    assert list(tmp_path.glob(".part-*-file"))
+    remove_half_written(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_keeps_others_out_until_its_holder_is_done(tmp_path):
+    with only_writer(tmp_path, None):
+        with pytest.raises(KeyError, match="busy"), only_writer(tmp_path, KeyError("busy")):
+            pass
+        code = "import os, sys, pathlib, lib.files as f; folder = pathlib.Path(sys.argv[1]); "
+        code += "lock = f.only_writer(folder, SystemExit(3)); lock.__enter__(); os._exit(0)"
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        assert subprocess.run(command, cwd=project_root()).returncode == 3
+    assert subprocess.run(command, cwd=project_root()).returncode == 0  # ends without letting go
+    with only_writer(tmp_path, KeyError("busy")):
+        pass

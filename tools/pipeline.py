@@ -22,7 +22,8 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lib.files import open_run, project_root, replacing, show_path
+from lib.files import project_root, replacing, show_path
+from lib.runs import open_run
 from tools.report import NOTEBOOKS, record_environment, write_report
 
 

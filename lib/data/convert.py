@@ -45,7 +45,14 @@ from lib.data.labelled import (
     read_folder,
 )
 from lib.data.records import RecordError, Triplet, read_triplets, write_shard
-from lib.files import only_writer, read_json, replacing, show_path, write_json
+from lib.files import (
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
 _AGAIN = "and do the same conversion again"
@@ -244,8 +251,7 @@ def _claim(target_dir: Path, description: dict) -> None:
         raise ConversionError(f"{where} holds shards of another origin: choose an empty folder")
     else:
         write_json(path, description)
-    for part in target_dir.glob(".part-*"):
-        part.unlink()
+    remove_half_written(target_dir)
 
 
 def _open_skipped(path: Path, absent: pd.DataFrame, done: Iterable[str]) -> None:

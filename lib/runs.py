@@ -1,0 +1,65 @@
+"""Run folders: each execution of the notebooks keeps its results in one, with its metrics.
+
+run = open_run("")                    # the newest folder in runs/
+record_metrics(run, training={"epochs": 6})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lib.files import only_writer, project_root, read_json, write_json
+
+
+def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
+    """Make an empty folder ``runs/<date>_<time>`` and point ``runs/latest`` at it.
+
+    Two runs started within one second get different folders (the second a suffix ``-2``).
+    """
+    runs = runs or project_root() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    stamp = now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        run = runs / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            run.mkdir()
+            break
+    link = runs / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.name, target_is_directory=True)
+    link.replace(runs / "latest")
+    return run
+
+
+def open_run(run_dir: str, *, start_new: bool = False) -> Path:
+    """The folder a notebook writes to.
+
+    Args:
+        run_dir: a folder relative to the project's root (made if absent), or "" for the newest run.
+        start_new: with an empty ``run_dir``, begin a new run instead of continuing the newest.
+    """
+    if run_dir:
+        run = project_root() / run_dir
+        run.mkdir(parents=True, exist_ok=True)
+        return run.resolve()
+    latest = project_root() / "runs" / "latest"
+    if start_new or not latest.is_dir():
+        return new_run()
+    return latest.resolve()
+
+
+def record_metrics(run: Path, **sections: Any) -> Path:
+    """Put named sections into the run's ``metrics.json``; its other sections stay.
+
+    Two notebooks may do so at once.
+    """
+    path = Path(run) / "metrics.json"
+    with only_writer(path.parent, busy=None):
+        metrics = read_json(path) if path.is_file() else {}
+        write_json(path, metrics | sections)
+    return path
