@@ -1,13 +1,13 @@
-"""Measures of retrieval quality, in plain numpy: what share of the right photos comes early.
+"""Measures retrieval quality (average precision, recall@k), with intervals and paired tests.
 
-All of them start from ``hits``, a boolean matrix (queries, ranks): ``hits[q, r]`` tells whether the
-photo at rank r (the best is r = 0) shows the landmark of query q.
+All measures start from ``hits``, a boolean matrix (queries, ranks): ``hits[q, r]`` tells whether
+the photo at rank r (0 is the best) shows the landmark of query q.
 
     hits = leave_one_out(embeddings, labels)
     value = interval(average_precision(hits), groups=labels)     # mAP with its 95 % interval
 
-With a ground truth that a benchmark gives (:mod:`lib.evaluation.ground_truth`), a protocol names
-the measures:
+With the ground truth of a benchmark (:mod:`lib.evaluation.ground_truth`), a protocol names the
+measures:
 
     table = query_table(ranks, read_revisited(path)["medium"], REVISITED)    # a row for each query
     table.mean()                                                             # mAP and mP@k
@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How much better one system is than another, and how easily chance alone would show that."""
+    """The gain of one system over another, and the probability of such a gain by chance."""
 
     difference: Interval
     p_value: float
@@ -46,17 +46,17 @@ class Comparison(NamedTuple):
 def judge(
     ranks: np.ndarray, positives: Sequence[np.ndarray], junk: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Turn rankings into ``hits``, by the photos that are positive or junk for each query.
+    """Turn rankings into ``hits``, given the positives and the junk of each query.
 
-    Junk counts neither for nor against: it is taken out, and what ranks behind it moves up
-    (Philbin, Chum, Isard, Sivic, Zisserman, "Object Retrieval with Large Vocabularies and Fast
-    Spatial Matching", CVPR 2007). A row that gets shorter is filled up with misses.
+    Junk counts neither for nor against: it is removed, and the photos behind it move up (Philbin,
+    Chum, Isard, Sivic, Zisserman, "Object Retrieval with Large Vocabularies and Fast Spatial
+    Matching", CVPR 2007). A row that gets shorter is filled up with misses.
 
     Args:
         ranks: int (q, r), numbers of gallery photos, the best first; -1, where a search returned
             fewer than r, is a miss.
         positives: for each query the numbers of its positives, int (p,).
-        junk: the same of photos to take out; None: there are none.
+        junk: for each query the numbers of its junk, int (j,); None: there is none.
 
     Returns:
         hits, bool (q, r).
@@ -80,12 +80,12 @@ def judge(
     if numbers.min(initial=0) < 0 or ranks.min(initial=0) < -1:
         raise ValueError("photos have numbers from 0 on (only in ranks, -1 stands for none)")
 
-    # One element for each photo, and a last one: that is where -1 leads.
+    # One element for each photo, and a last one, which index -1 leads to.
     size = 2 + max(numbers.max(initial=0), int(ranks.max(initial=0)))
     grade, seen = np.zeros(size, dtype=np.int8), np.zeros(size, dtype=bool)
     hits = np.zeros(ranks.shape, dtype=bool)
     for query, (good, bad) in enumerate(zip(positives, junk, strict=True)):
-        row = ranks[query].astype(np.intp)  # as numpy wants an index: not converted twice
+        row = ranks[query].astype(np.intp)  # numpy's own type of index: not converted twice
         seen[row] = True
         seen[-1] = False
         if np.count_nonzero(seen) != np.count_nonzero(row >= 0):
@@ -103,7 +103,7 @@ def judge(
 
 
 class _Found(NamedTuple):
-    """Where the hits are: a few numbers for each, as nearly all of a long ranking are misses."""
+    """The places of the hits; much smaller than ``hits``, as nearly all of a ranking is misses."""
 
     query: np.ndarray
     rank: np.ndarray
@@ -132,11 +132,11 @@ def average_precision(
     """Average precision: the precision at each hit's rank, averaged over a query's positives.
 
     With ``k`` it is AP@k: only the first k ranks count, and the sum is divided by min(k,
-    positives), so that a perfect start scores 1. Two protocols are AP@k:
+    positives), so that a perfect start scores 1. Two protocols use AP@k:
 
-    * k = 100 is what the Google Landmarks retrieval challenges rank by, mAP@100 (Weyand, Araujo,
-      Cao, Sim, "Google Landmarks Dataset v2", CVPR 2020, and the rules of the Kaggle challenges
-      "Landmark Retrieval" 2019 to 2021): the mean over queries q of
+    * k = 100 is mAP@100 of the Google Landmarks retrieval challenges (Weyand, Araujo, Cao, Sim,
+      "Google Landmarks Dataset v2", CVPR 2020, and the rules of the Kaggle challenges "Landmark
+      Retrieval" 2019 to 2021): the mean over queries q of
       1 / min(m_q, 100) * sum of P_q(k) rel_q(k) over k = 1 to min(n_q, 100);
     * k = n_positives is MAP@R (Musgrave, Belongie, Lim, "A Metric Learning Reality Check", ECCV
       2020).
@@ -147,7 +147,7 @@ def average_precision(
         k: how many ranks count, one number or int (q,); all if None.
         trapezoid: take the area under the precision-recall curve by trapezoids: instead of the
             precision at a hit, its average with the precision just before (1 before the first
-            rank). So do the Oxford and Paris benchmarks, also revisited (Radenović, Iscen, Tolias,
+            rank). The Oxford and Paris benchmarks do so, also revisited (Radenović, Iscen, Tolias,
             Avrithis, Chum, CVPR 2018; compute_ap in https://github.com/filipradenovic/revisitop).
 
     Returns:
@@ -169,29 +169,17 @@ def average_precision(
     return _divide(np.bincount(query, weights=precision, minlength=len(count)), best)
 
 
-def precision_at(hits: np.ndarray, k: int) -> np.ndarray:
-    """Share of hits among the first k ranks (a gallery of fewer than k counts the rest as misses).
-
-    Returns:
-        float64 (q,) from 0 to 1.
-    """
-    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
-    return hits[:, :k].sum(axis=1) / k
-
-
 def capped_precision_at(
     hits: np.ndarray, k: int, n_positives: np.ndarray | None = None
 ) -> np.ndarray:
-    """Precision at k, or at the rank of the last positive if that comes sooner.
+    """Share of hits among the first k ranks, or up to the last positive if it comes sooner.
 
-    It is the mP@k of the revisited Oxford and Paris benchmarks (compute_map, as above): a query
-    with fewer than k positives can reach 1, too. While some positive is still missing, its rank
-    lies behind the end, so the precision is that at k.
+    It is mP@k of the revisited Oxford and Paris benchmarks (compute_map, as above): a query with
+    fewer than k positives can reach 1, too. While a positive is missing, all k ranks count.
 
     Args:
-        hits: bool (q, r).
+        hits, n_positives: as for :func:`average_precision`.
         k: how many ranks count.
-        n_positives: int (q,), positives of each query in the whole gallery; None: the hits are all.
 
     Returns:
         float64 (q,) from 0 to 1; NaN for a query without positives.
@@ -208,9 +196,9 @@ def capped_precision_at(
 
 
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
-    """Share of a query's positives found among the first k ranks.
+    """Share of a query's positives among the first k ranks.
 
-    Metric-learning papers often call something else "recall@k": that is :func:`hit_at`.
+    In metric-learning papers, "recall@k" often is :func:`hit_at`.
 
     Returns:
         float64 (q,) from 0 to 1; NaN for a query without positives.
@@ -253,7 +241,7 @@ REVISITED: Protocol = {
 # Google Landmarks retrieval: mAP@100.
 LANDMARKS: Protocol = {"AP@100": lambda hits, n: average_precision(hits, n, k=100)}
 
-# Photos with labels, for instance INRIA Holidays: mAP, and what metric learning reports.
+# Labelled photos, for instance INRIA Holidays: mAP, and the measures of metric learning.
 GENERAL: Protocol = {
     "AP": average_precision,
     "AP@R": lambda hits, n: average_precision(hits, n, k=n),
@@ -268,16 +256,15 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
     """Evaluate rankings, query by query.
 
     Args:
-        ranks: int (q, r), numbers of gallery photos, the best first; -1 where there are no more.
-            Junk is still in there. Anything with rows to slice will do: only a few are read at a
-            time, so a memory-mapped file may be larger than the memory.
-        truth: what should be found.
+        ranks: int (q, r), numbers of gallery photos, the best first, junk included; -1 where there
+            are no more. Only a few rows are read at a time, so a memory-mapped file may be larger
+            than the memory.
+        truth: the positives and junk of each query.
         protocol: the measures, REVISITED, LANDMARKS, GENERAL or your own.
 
     Returns:
         a row for each query, under its name: the column n_positives, int, and one for each measure,
-        float64. Without positives there is nothing to find: measures are NaN, and pandas' mean()
-        leaves them out.
+        float64. Without positives the measures are NaN, and pandas' mean() leaves them out.
 
     Raises:
         ValueError: not a ranking for each query, or one that :func:`judge` refuses.
@@ -305,38 +292,37 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
 
 
 def interval(
-    values: np.ndarray,
-    groups: np.ndarray | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Mean over queries with a percentile-bootstrap confidence interval (Efron 1979).
+    """Mean over queries with its 95 % percentile-bootstrap confidence interval (Efron 1979).
 
     Args:
         values: float (q,); NaN (a query without positives) is left out.
         groups: (q,), which queries belong together. Photos of one landmark succeed and fail
             together, so whole landmarks are drawn, or the interval would be far too narrow.
-        level: probability of the interval.
         resamples: how many bootstrap samples.
-        seed: of the draws; equal arguments give the equal interval.
+        seed: of the draws; equal arguments give equal intervals.
 
     Raises:
         ValueError: no query has positives.
     """
     values = np.asarray(values, dtype=np.float64)
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
     kept = ~np.isnan(values)
     if not kept.any():
         raise ValueError("no query has a positive in the gallery: there is nothing to average")
-    values, groups = values[kept], groups[kept]
-    _, group = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(group, weights=values), np.bincount(group)
-    draws = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    tail = (1 - level) / 2
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    _, group = np.unique(groups[kept], return_inverse=True)
+    sums, sizes = np.bincount(group, weights=values[kept]), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, 2**20 // len(sums))  # 8 MB of draws at a time
+    for start in range(0, resamples, step):
+        block = means[start : start + step]
+        draws = rng.integers(len(sums), size=(len(block), len(sums)))
+        block[:] = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+    tail = (1 - 0.95) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(values[kept].mean()), float(low), float(high))
 
 
 def compare(
@@ -355,11 +341,10 @@ def compare(
     Args:
         a: float (q,); NaN (a query without positives) is left out.
         b: the same of the other system.
-        groups: (q,), which queries belong together, as in :func:`interval`: they change their sign
-            together.
+        groups: (q,), as for :func:`interval`: the differences of a group change sign together.
         resamples: how many random choices of signs; the least possible p-value is
             1 / (resamples + 1).
-        seed: of the draws; equal arguments give the equal result.
+        seed: of the draws; equal arguments give equal results.
 
     Returns:
         the mean of b - a with its interval, and the p-value.
@@ -377,6 +362,7 @@ def compare(
     sums = np.bincount(group, weights=(b - a)[kept])
     # Sums that differ by rounding alone are equal.
     observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    # scipy.stats.permutation_test does the same, but takes some 7 times as long.
     rng = np.random.default_rng(seed)
     as_far = 0
     for start in range(0, resamples, 500):  # a few at a time: memory stays at 500 x groups
@@ -399,7 +385,7 @@ def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     embeddings = np.asarray(embeddings, dtype=np.float32)
     hits = np.empty((len(labels), len(labels) - 1), dtype=bool)
-    for start in range(0, len(labels), 1024):  # a slice at a time: memory stays at 1024 x n
+    for start in range(0, len(labels), 1024):  # memory stays at 1024 x n
         rows = np.arange(start, min(start + 1024, len(labels)))
         similarity = embeddings[rows] @ embeddings.T
         similarity[np.arange(len(rows)), rows] = -np.inf  # the query itself comes last ...
@@ -413,7 +399,7 @@ def pair_hits(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
     Args:
         queries: float (n, d), compared with ``positives`` by their inner product.
-        positives: float (n, d), row i shows what query i shows.
+        positives: float (n, d), row i shows the landmark of query i.
 
     Returns:
         hits, bool (n, n).
