@@ -1,17 +1,21 @@
-"""Writes the demo world to disk in the formats of the real thing, quirks included.
+"""Writes the demo world to disk in the file formats of the Kaggle set.
 
 make_demo_data(project_root())
-    Dataset/demo_world/train00.tfrec ... train15.tfrec    triplets, as Kaggle's set has them
+    Dataset/demo_world/train00.tfrec ... train15.tfrec    triplets, with the Kaggle set's quirks
     Dataset/demo_world/unseen/<landmark>/<view>.jpg       a labelled gallery of other landmarks
     Test_set/demo_world/*.jpg, ground_truth.csv           one query, 4 positives, 95 distractors
+
+``Dataset/demo_world/world.json`` lists the files with their checksums. Files that are not listed
+there are never changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import inspect
-import shutil
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -25,13 +29,15 @@ from lib.data.photos import GROUND_TRUTH
 from lib.data.records import Triplet, shard_name, write_shard
 from lib.demo import world as demo_world
 from lib.demo.world import render_jpegs  # in a module of its own: light to import in each process
-from lib.files import only_writer, read_json, replacing, write_json
+from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
 from lib.workers import process_pool
 
-FULL_SHARDS = 15  # ... which has 15 shards of equal size, and one for the remainder
-_MANIFEST = "world.json"
+FULL_SHARDS = 15  # of equal size, as in the Kaggle set; one more holds the remainder
 
-# Landmarks of the test set and of the unseen gallery have numbers that no shard uses.
+_DATASET, _TEST_SET = "Dataset/demo_world", "Test_set/demo_world"
+_MANIFEST = f"{_DATASET}/world.json"
+
+# Numbers of the first landmarks of the unseen gallery and of the test set; no shard uses them.
 _FIRST_UNSEEN, _FIRST_TEST = 1_000_000, 2_000_000
 
 
@@ -40,10 +46,10 @@ class DemoSettings:
     """How large the demo world is.
 
     Attributes:
-        seed: all of it follows from the seed.
-        landmarks: landmarks in the shards; nearly twice as many triplets.
+        seed: determines all shapes, photos and triplets.
+        landmarks: number of landmarks in the shards, which hold nearly twice as many triplets.
         unseen_landmarks, unseen_views: size of the labelled gallery.
-        distractors: photos of the test set that show other landmarks than the query's.
+        distractors: number of test photos that show other landmarks than the query's.
     """
 
     seed: int = 7
@@ -54,7 +60,7 @@ class DemoSettings:
 
 
 class View(NamedTuple):
-    """A photo of the demo world: which landmark, and its number among the photos of it."""
+    """A photo of the demo world: its landmark, and its number among the landmark's photos."""
 
     landmark: int
     view: int
@@ -101,95 +107,107 @@ def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
 
 
 def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
-    """Write the demo world below ``root``, unless it is there already, whole and by these settings.
+    """Write the demo world below ``root``, unless it is already there and undamaged.
 
-    If another process is about to write it, this one waits and finds it.
+    If another process is writing it, this one waits and then finds it. When the settings or the
+    drawing code have changed, or a file is missing or damaged, all files are written again. Files
+    that this function did not write stay as they are.
 
     Returns:
-        whether it was written now. The same settings give the same files, byte for byte, with the
-        same version of Pillow.
+        whether files were written. With the same version of Pillow, the same settings give the same
+        files, byte for byte.
+
+    Raises:
+        FileExistsError: a file that this function did not write has a name that it needs.
     """
     settings = settings or DemoSettings()
-    dataset_dir, test_set_dir = root / "Dataset" / "demo_world", root / "Test_set" / "demo_world"
-    # Written last: a world without it was interrupted. Changed settings or drawing code change it.
-    manifest = asdict(settings) | {"drawn_by": _drawing_code_digest()}
-    if _is_whole(dataset_dir, test_set_dir, manifest):
-        return False
-    dataset_dir.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(dataset_dir.parent, busy=None):
-        if _is_whole(dataset_dir, test_set_dir, manifest):
+    code = inspect.getsource(demo_world).encode()
+    wanted = asdict(settings) | {"drawn_by": hashlib.sha256(code).hexdigest()[:16]}
+    (root / "Dataset").mkdir(parents=True, exist_ok=True)
+    with only_writer(root / "Dataset", busy=None):
+        found = _read_manifest(root)
+        files = found.pop("files", {})
+        if found == wanted and all(
+            (root / name).is_file() and checksum(root / name) == digest
+            for name, digest in files.items()
+        ):
             return False
-        _write_world(dataset_dir, test_set_dir, settings, manifest)
+        _write_world(root, settings, wanted, [_MANIFEST, *files] if found else [])
     return True
 
 
-def _write_world(
-    dataset_dir: Path, test_set_dir: Path, settings: DemoSettings, manifest: dict
-) -> None:
-    for folder in (dataset_dir, test_set_dir):
-        shutil.rmtree(folder, ignore_errors=True)
+def _read_manifest(root: Path) -> dict:
+    """Settings, and under "files" the checksum of each file; empty without a usable manifest."""
+    try:
+        manifest = read_json(root / _MANIFEST)
+        if not isinstance(manifest["files"], dict):  # older worlds: the number of files
+            sizes = {name: manifest[name] for name in asdict(DemoSettings())}
+            manifest["files"] = dict.fromkeys(_file_names(_plan_photos(DemoSettings(**sizes))[0]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return manifest
+
+
+def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str]) -> None:
+    """Write all files; those named in ``own`` may be replaced."""
+    photos, roles = _plan_photos(settings)
+    names = _file_names(photos)
+    paths = {root / name: name for name in [_MANIFEST, *names]}
+    folders = {folder for path in paths for folder in path.parents if root in folder.parents}
+    foreign = [folder for folder in folders if folder.exists() and not folder.is_dir()] + [
+        path
+        for path, name in paths.items()
+        if path.is_dir() or (name not in own and os.path.lexists(path))
+    ]
+    if foreign:
+        raise FileExistsError(
+            f"the demo world needs the name {show_path(foreign[0])}, which holds something else "
+            f"(in all {len(foreign)} such names): move or delete it"
+        )
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    # The names come first: after an interruption the next call knows which files are its own.
+    write_json(root / _MANIFEST, wanted | {"files": dict.fromkeys([*own, *names])})
+    for name in set(own) - {_MANIFEST, *names}:
+        (root / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder is not empty
+            (root / name).parent.rmdir()
 
     plan = plan_triplets(settings)
-    unseen = [
-        View(_FIRST_UNSEEN + i, v)
-        for i in range(settings.unseen_landmarks)
-        for v in range(settings.unseen_views)
-    ]
-    roles = _plan_test_set(settings)
-    jpegs = _render(settings.seed, chain(*plan, unseen, roles))
-    _write_shards(dataset_dir, plan, jpegs)
-    for view in unseen:
-        name = f"landmark_{view.landmark - _FIRST_UNSEEN:03d}/{view.view}.jpg"
-        _write_bytes(dataset_dir / "unseen" / name, jpegs[view])
-    _write_test_set(test_set_dir, roles, jpegs)
-    manifest["files"] = _count_files(dataset_dir, test_set_dir)
-    write_json(dataset_dir / _MANIFEST, manifest)
-
-
-def _drawing_code_digest() -> str:
-    return hashlib.sha256(inspect.getsource(demo_world).encode()).hexdigest()[:16]
-
-
-def _count_files(*folders: Path) -> int:
-    return sum(path.suffix in (".tfrec", ".jpg", ".csv") for f in folders for path in f.rglob("*"))
-
-
-def _is_whole(dataset_dir: Path, test_set_dir: Path, manifest: dict) -> bool:
-    try:
-        found = read_json(dataset_dir / _MANIFEST)
-    except (FileNotFoundError, ValueError):
-        return False
-    return found == manifest | {"files": _count_files(dataset_dir, test_set_dir)}
-
-
-def _write_shards(folder: Path, plan: list[tuple[View, View, View]], jpegs) -> None:
+    jpegs = _render(settings.seed, chain(*plan, photos.values()))
     size = len(plan) // FULL_SHARDS
     for number in range(FULL_SHARDS + 1):
         end = (number + 1) * size if number < FULL_SHARDS else len(plan)
         triplets = (Triplet(*(jpegs[v] for v in t)) for t in plan[number * size : end])
-        write_shard(folder / shard_name(number), triplets)
+        write_shard(root / names[number], triplets)
+    for name, view in photos.items():
+        (root / name).unlink(missing_ok=True)  # it may be a link to a file elsewhere
+        (root / name).write_bytes(jpegs[view])
+    with replacing(root / names[-1]) as part, part.open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "role"), *roles])
+    write_json(root / _MANIFEST, wanted | {"files": {n: checksum(root / n) for n in names}})
 
 
-def _plan_test_set(settings: DemoSettings) -> dict[View, str]:
-    """The photos of the test set and their roles, in the order of their names."""
-    query, first = View(_FIRST_TEST, 0), _FIRST_TEST + 1
+def _file_names(photos: Iterable[str]) -> list[str]:
+    """All files but the manifest: the shards, the photos, and last the ground truth."""
+    shards = [f"{_DATASET}/{shard_name(number)}" for number in range(FULL_SHARDS + 1)]
+    return [*shards, *photos, f"{_TEST_SET}/{GROUND_TRUTH}"]
+
+
+def _plan_photos(settings: DemoSettings) -> tuple[dict[str, View], list[tuple[str, str]]]:
+    """The photos of gallery and test set by file name, and the rows of the ground truth."""
+    photos = {
+        f"{_DATASET}/unseen/landmark_{i:03d}/{v}.jpg": View(_FIRST_UNSEEN + i, v)
+        for i in range(settings.unseen_landmarks)
+        for v in range(settings.unseen_views)
+    }
     others = [(View(_FIRST_TEST, v), "positive") for v in range(1, 5)]
-    others += [(View(first + i, 0), "distractor") for i in range(settings.distractors)]
+    others += [(View(_FIRST_TEST + 1 + i, 0), "distractor") for i in range(settings.distractors)]
     np.random.default_rng([settings.seed, 2]).shuffle(others)
-    # The query comes first, so that it is the query without ground truth too.
-    return {query: "query"} | dict(others)
-
-
-def _write_test_set(folder: Path, roles: dict[View, str], jpegs) -> None:
-    rows = []
-    for number, (view, role) in enumerate(roles.items()):
-        rows.append((f"photo_{number:03d}.jpg", role))
-        _write_bytes(folder / rows[-1][0], jpegs[view])
-    with replacing(folder / GROUND_TRUTH) as part, part.open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "role"), *rows])
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    # Not atomic each: the manifest, written last, makes the world valid as a whole.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    # Without ground truth, the first photo by name is taken as the query.
+    query = (View(_FIRST_TEST, 0), "query")
+    roles = []
+    for number, (view, role) in enumerate([query, *others]):
+        roles.append((f"photo_{number:03d}.jpg", role))
+        photos[f"{_TEST_SET}/{roles[-1][0]}"] = view
+    return photos, roles

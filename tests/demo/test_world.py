@@ -2,12 +2,16 @@
 
 import csv
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import lib.demo.data
 from lib.data.photos import jpeg_quality
 from lib.data.records import read_triplets
 from lib.demo.data import DemoSettings, make_demo_data, plan_triplets
@@ -90,20 +94,89 @@ def test_the_test_set_has_one_query_four_positives_and_distractors(small_world):
     assert min(rows, key=lambda row: row["image"])["role"] == "query"
 
 
+TINY = DemoSettings(landmarks=20, unseen_landmarks=2, unseen_views=2, distractors=3)
+
+
+def files_below(folder) -> dict:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
 def test_a_whole_world_is_kept_and_a_damaged_one_made_anew(tmp_path):
-    tiny = DemoSettings(landmarks=20, unseen_landmarks=2, unseen_views=2, distractors=3)
-    assert make_demo_data(tmp_path, tiny)
-    first = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert not make_demo_data(tmp_path, tiny)
+    assert make_demo_data(tmp_path, TINY)
+    first = files_below(tmp_path)
+    assert not make_demo_data(tmp_path, TINY)
     (tmp_path / "Test_set" / "demo_world" / "photo_001.jpg").unlink()
-    assert make_demo_data(tmp_path, tiny)
-    again = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert again == first  # byte for byte
+    assert make_demo_data(tmp_path, TINY)
+    assert files_below(tmp_path) == first  # byte for byte
+    # A file of the same size with other content was taken for whole, as only files were counted.
+    with (tmp_path / "Dataset" / "demo_world" / "train03.tfrec").open("rb+") as file:
+        file.write(b"damaged")
+    assert make_demo_data(tmp_path, TINY)
+    assert files_below(tmp_path) == first
+
+
+def test_files_of_others_stay(tmp_path):
+    """Any difference in the number of files removed both folders with all that was in them."""
+    make_demo_data(tmp_path, TINY)
+    first = files_below(tmp_path)
+    others = {
+        "Dataset/demo_world/notes.csv": b"mine",
+        "Dataset/demo_world/unseen/landmark_001/mine.jpg": b"mine",
+        "Test_set/demo_world/holiday/beach.jpg": b"mine",
+    }
+    for name, content in others.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert not make_demo_data(tmp_path, TINY)
+    smaller = replace(TINY, unseen_landmarks=1, distractors=1)
+    assert make_demo_data(tmp_path, smaller)
+    found = files_below(tmp_path)
+    assert others.items() <= found.items()
+    # What it wrote itself and no longer needs is gone.
+    assert "Dataset/demo_world/unseen/landmark_001/0.jpg" not in found
+    assert "Test_set/demo_world/photo_007.jpg" not in found
+    assert make_demo_data(tmp_path, TINY)
+    assert files_below(tmp_path) == first | others
+
+
+@pytest.mark.parametrize("name", ["train00.tfrec", "unseen", "world.json"])
+def test_a_file_in_the_way_is_named_and_kept(tmp_path, name):
+    taken = tmp_path / "Dataset" / "demo_world" / name
+    taken.parent.mkdir(parents=True)
+    taken.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=rf"{name}.*move or delete it"):
+        make_demo_data(tmp_path, TINY)
+    assert taken.read_bytes() == b"mine" and not (tmp_path / "Test_set").exists()
+
+
+def test_a_file_linked_elsewhere_is_not_written_through(tmp_path):
+    make_demo_data(tmp_path, TINY)
+    photo, mine = tmp_path / "Test_set" / "demo_world" / "photo_001.jpg", tmp_path / "mine.jpg"
+    mine.write_bytes(b"mine")
+    photo.unlink()
+    photo.symlink_to(mine)
+    assert make_demo_data(tmp_path, TINY)
+    assert mine.read_bytes() == b"mine" and photo.read_bytes()[:2] == b"\xff\xd8"
+
+
+def test_an_interrupted_world_and_one_of_an_earlier_version_are_completed(tmp_path, monkeypatch):
+    make_demo_data(tmp_path, TINY)
+    first = files_below(tmp_path)
+    path = tmp_path / "Dataset" / "demo_world" / "world.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"files": 26, "drawn_by": "earlier"}))
+    assert make_demo_data(tmp_path, TINY)
+    assert files_below(tmp_path) == first
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lib.demo.data, "write_shard", Mock(side_effect=KeyboardInterrupt))
+        make_demo_data(tmp_path, replace(TINY, seed=1))
+    assert make_demo_data(tmp_path, TINY)
+    assert files_below(tmp_path) == first
 
 
 def test_two_at_once_make_one_world(tmp_path):
-    tiny = DemoSettings(landmarks=20, unseen_landmarks=2, unseen_views=2, distractors=3)
     with ThreadPoolExecutor(2) as threads:
-        made = list(threads.map(make_demo_data, [tmp_path] * 2, [tiny] * 2))
+        made = list(threads.map(make_demo_data, [tmp_path] * 2, [TINY] * 2))
     assert sorted(made) == [False, True]
-    assert not make_demo_data(tmp_path, tiny)  # it is whole
+    assert not make_demo_data(tmp_path, TINY)  # it is whole
