@@ -41,6 +41,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from lib.data.duplicates import near_duplicates
 from lib.data.records import (
     FEATURES,
     DatasetNotFoundError,
@@ -56,7 +57,6 @@ from lib.data.records import (
     shard_number,
 )
 from lib.files import replacing, show_path
-from lib.search.photo_index import near_duplicates
 from lib.workers import process_pool
 
 CATALOGUE = "landmarks.parquet"
@@ -139,7 +139,7 @@ class Catalogue:
 
         Of the degenerate triplets the positive is the anchor, of the false negatives the negative
         shows the anchor's landmark; near-duplicates see
-        :func:`lib.search.photo_index.near_duplicates`.
+        :func:`lib.data.duplicates.near_duplicates`.
         """
         sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
         return pd.Series(

@@ -790,30 +790,3 @@ def _read_part(
             ) from None
         _set_search(index, settings.search)
     return _Part(names, _mapped(paths["vectors"], dimension), live, index, files)
-
-
-def near_duplicates(perceptual_hashes: np.ndarray, most: int = 3) -> np.ndarray:
-    """Pairs of pictures whose perceptual hashes differ in few bits.
-
-    Args:
-        perceptual_hashes: uint64 (n,), as in a catalogue.
-        most: bits that may differ, from 0 to 3.
-
-    Returns:
-        int64 (m, 2), each pair once, the smaller number first, in ascending order.
-
-    Raises:
-        ValueError: ``most`` beyond 3.
-    """
-    if not 0 <= most <= 3:
-        raise ValueError(f"most must be from 0 to 3, got {most}")
-    codes = np.asarray(perceptual_hashes, dtype=">u8").view(np.uint8).reshape(-1, 8)
-    # Where at most 3 bits differ, one of 4 quarters of the hash must agree: pictures are compared
-    # only within the bucket of a quarter.
-    index = faiss.IndexBinaryMultiHash(64, 4, 16)
-    index.add(codes)
-    starts, _, found = index.range_search(codes, most + 1)
-    pairs = np.stack(
-        [np.repeat(np.arange(len(codes)), np.diff(starts.astype(np.int64))), found], axis=1
-    )
-    return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)

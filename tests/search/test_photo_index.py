@@ -33,7 +33,6 @@ from lib.search.photo_index import (
     IndexSettings,
     PhotoIndex,
     UnusableIndexError,
-    near_duplicates,
 )
 from tests.conftest import unit
 
@@ -600,21 +599,3 @@ def test_unsuitable_embeddings_queries_and_settings_are_refused(index, embedding
         IndexSettings("SQ8", rerank=-1)
     with pytest.raises(ValueError, match="compares every photo has no 'nprobe=3'"):
         IndexSettings(search="nprobe=3")
-
-
-def test_near_duplicates_against_brute_force(rng):
-    hashes = rng.integers(0, 2**64, size=300, dtype=np.uint64)
-    for i in range(0, 120, 2):  # plant pairs that differ in 0 to 5 bits
-        bits = rng.permutation(64)[: i // 2 % 6]
-        hashes[i + 1] = hashes[i] ^ np.uint64(sum(1 << int(b) for b in bits))
-    for most in range(4):
-        expected = [
-            [a, b]
-            for a in range(300)
-            for b in range(a + 1, 300)
-            if int(hashes[a] ^ hashes[b]).bit_count() <= most
-        ]
-        assert len(expected) == 10 * (most + 1)
-        assert near_duplicates(hashes, most).tolist() == expected
-    with pytest.raises(ValueError, match="from 0 to 3"):
-        near_duplicates(hashes, 4)
