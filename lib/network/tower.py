@@ -41,6 +41,10 @@ STAGES = {
 # Every network of keras.applications: its constructors, the only names that begin with a capital.
 BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
 
+# Entries of a Keras configuration that :func:`structure` leaves out: labels, where a class is
+# defined, what follows from the rest, and what does not change the embeddings.
+_NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "trainable"}
+
 POLICIES = ("float32", "mixed_bfloat16")
 
 # Towers of several sizes are several networks, each traced once. TensorFlow looks at their common
@@ -381,17 +385,49 @@ def gem_exponent(tower: keras.Model) -> float:
     return float("nan") if p is None else float(np.mean(ops.convert_to_numpy(p)))
 
 
-def fingerprint(tower: keras.Model) -> str:
+def fingerprint(model: keras.Model) -> str:
     """SHA-256 over a model's structure and weights, 64 hexadecimal digits.
 
-    Embeddings of two models can't be compared; an index keeps the fingerprint of the model that
-    made it.
+    Embeddings of two models can't be compared, so everything made with a model keeps its
+    fingerprint. Equal on all Keras backends, and for a model saved and loaded again.
     """
-    structure = [(type(layer).__name__, layer.name) for layer in tower.layers]
-    digest = hashlib.sha256(json.dumps([tower.input_shape, structure]).encode())
-    for weight in tower.weights:
+    digest = hashlib.sha256(structure(model).encode())
+    for weight in model.weights:
         digest.update(np.ascontiguousarray(ops.convert_to_numpy(weight)).tobytes())
     return digest.hexdigest()
+
+
+def structure(model: keras.Model) -> str:
+    """Types, settings and connections of a model's layers, as JSON.
+
+    Names are left out, since Keras counts them up within a process, and so are dtypes: a tower and
+    its engine share a fingerprint whatever precision each computes in.
+    """
+    return json.dumps(_without_names(model.get_config()), sort_keys=True)
+
+
+def _without_names(config, places: dict[str, int] | None = None):
+    """A Keras configuration with references to layers by their place, not by their name."""
+    if isinstance(config, dict):
+        if "layers" in config:
+            names = (layer["config"]["name"] for layer in config["layers"])
+            places = {name: place for place, name in enumerate(names)}
+        return {
+            key: _with_places(value, places)
+            if key in ("keras_history", "input_layers", "output_layers")
+            else _without_names(value, places)
+            for key, value in config.items()
+            if key not in _NO_STRUCTURE
+        }
+    if isinstance(config, list | tuple):
+        return [_without_names(value, places) for value in config]
+    return config
+
+
+def _with_places(reference, places: dict[str, int]):
+    if isinstance(reference, list | tuple):
+        return [_with_places(value, places) for value in reference]
+    return places.get(reference, reference)
 
 
 def save_tower(tower: keras.Model, path: Path) -> None:

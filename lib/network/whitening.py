@@ -245,8 +245,8 @@ def fold(model: keras.Model, whitening: Whitening) -> keras.Model:
     """
     if model.name != "head":
         head = fold(model.get_layer("head"), whitening)
-        maps = model.get_layer("trunk")(model.inputs[0])
-        return keras.Model(model.inputs, head(maps), name=model.name)
+        maps = model.get_layer("trunk")(model.input)
+        return keras.Model(model.input, head(maps), name=model.name)
     d, k = whitening.projection.shape
     names = [layer.name for layer in model.layers]
     if "centring" in names:
@@ -274,4 +274,4 @@ def fold(model: keras.Model, whitening: Whitening) -> keras.Model:
         ]
     )
     x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
-    return keras.Model(model.inputs, x, name="head")
+    return keras.Model(model.input, x, name="head")

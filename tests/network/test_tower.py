@@ -24,6 +24,7 @@ from lib.network.tower import (
     embed,
     fingerprint,
     gem_exponent,
+    layers_of,
     load_tower,
     resized,
     save_tower,
@@ -128,6 +129,31 @@ def test_fingerprint_tells_models_apart(tower):
     assert fingerprint(other) == fingerprint(tower)
 
 
+def test_towers_of_equal_weights_and_different_settings_have_different_fingerprints(tmp_path):
+    # It was made of top-level layer names and weights: these shared one, and so did their indices.
+    settings = TowerSettings(32, 0, last_stage=3, weights="", pooling="average")
+    average = build_tower(settings)
+    towers = [average, resized(average, 40)]
+    for pooling in ("max", "rmac"):
+        towers.append(build_tower(replace(settings, pooling=pooling)))
+        towers[-1].set_weights(average.get_weights())
+    assert len({fingerprint(tower) for tower in towers}) == 4
+    for tower in towers:
+        save_tower(tower, tmp_path / "model.keras")
+        assert fingerprint(load_tower(tmp_path / "model.keras")) == fingerprint(tower)
+
+
+def test_a_fingerprint_does_not_depend_on_names_that_keras_counts_up(tmp_path):
+    settings = TowerSettings(32, 4, backbone="MobileNetV3Small", weights="", pooling="average")
+    one, other = build_tower(settings), build_tower(settings)
+    names = [[layer.name for layer in layers_of(tower)] for tower in (one, other)]
+    assert names[0] != names[1]  # "add_6" in place of "add"
+    other.set_weights(one.get_weights())
+    save_tower(other, tmp_path / "model.keras")
+    loaded = load_tower(tmp_path / "model.keras")
+    assert fingerprint(one) == fingerprint(other) == fingerprint(loaded)
+
+
 def test_files_that_are_no_tower_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebook 02_triplet_training first"):
         load_tower(tmp_path / "model.keras")
@@ -210,7 +236,6 @@ assert keras.backend.backend() == sys.argv[1]
 photos = np.load(folder / "photos.npy")
 tower = load_tower(folder / "model.keras")
 np.save(folder / "embeddings.npy", embed(tower, photos))
-print(fingerprint(tower))
 siamese = Siamese(tower, MetricLoss(LossSettings()))
 siamese.compile(keras.optimizers.SGD(0.01), metrics=[active_share_within(0.3), embedding_spread])
 triplets = photos.reshape(2, 3, 32, 32, 3)
@@ -221,6 +246,8 @@ for mining in MININGS[:-1]:  # the last draws at random
     loss = MetricLoss(LossSettings("triplet", mining))
     print(float(ops.convert_to_numpy(loss(groups, embeddings))))
 assert "tensorflow" not in sys.modules or sys.argv[1] == "tensorflow"
+# Last: Keras imports TensorFlow, where it is installed, to describe a network.
+print(fingerprint(load_tower(folder / "model.keras")))
 """
 
 
@@ -238,7 +265,7 @@ def test_a_saved_tower_embeds_and_trains_alike_in_fresh_tensorflow_and_jax(tower
         assert process.returncode == 0, process.stderr[-2000:]
         found = np.load(tmp_path / "embeddings.npy")
         np.testing.assert_allclose(found, embed(tower, photos), atol=1e-4)
-        *_, loaded, step, stored, semi_hard, batch_hard, batch_all = process.stdout.splitlines()
+        *_, step, stored, semi_hard, batch_hard, batch_all, loaded = process.stdout.splitlines()
         assert loaded == fingerprint(tower)
         mined = (stored, semi_hard, batch_hard, batch_all)
         numbers[backend] = np.array([*step.split(), *mined], dtype=float)
