@@ -35,12 +35,13 @@ CONDA_ACTIVE := $(shell [ -n "$$CONDA_PREFIX" ] && [ -x "$$CONDA_PREFIX/bin/pyth
 	{ [ "$$CONDA_DEFAULT_ENV" != base ] || "$$CONDA_PREFIX/bin/python" -c '$(HAS_TENSORFLOW)'; } && \
 	echo yes)
 ifeq ($(CONDA_ACTIVE),yes)
-PY := "$$CONDA_PREFIX/bin/python"
+BIN := "$$CONDA_PREFIX/bin"
 ENVIRONMENT := active-conda
 else
-PY := .venv/bin/python
+BIN := .venv/bin
 ENVIRONMENT := .venv/.stamp-$(EXTRA)
 endif
+PY := $(BIN)/python
 
 # Sets $$py to the first interpreter that is new enough and really runs (a pyenv shim may exist for
 # a version that is not active, and fail).
@@ -118,10 +119,13 @@ ifneq ($(filter test,$(MAKECMDGOALS)),)
 test-notebooks test-cluster: | test-lib  # which has all cores busy; with -j, the two run side by side
 endif
 
+# Which module may import which: the contracts are in pyproject.toml.
+LINT_IMPORTS := $(BIN)/lint-imports --no-cache --no-logo
 test-style: setup
 	@echo "== style"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(LINT_IMPORTS)
 
 test-lib: setup
 	@echo "== tests"
@@ -206,9 +210,10 @@ report: setup ## Write report.html, one page about the newest run, anew
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
 	$(PY) -m lib.demo.pretraining
 
-lint: setup ## Check style, and bring code and notebooks into the common format
+lint: setup ## Check style and imports, and bring code and notebooks into the common format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(LINT_IMPORTS)
 
 # Keeps what is locked where it still fits; delete the lock files first to move to new versions.
 COMPILE := pip compile --quiet --universal --python-version 3.11 --no-annotate \

@@ -37,6 +37,7 @@ PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protob
     "openvino",
     "tensorboardx",
     "tensorboard",
+    "import-linter",
     "ir-measures",
     "playwright",
     "axe-playwright-python",
