@@ -42,7 +42,7 @@ from lib.training.stages import CHECKPOINT, HISTORY, Stage, TrainingSettings, tr
 needs_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="needs Ray: make cluster"
 )
-pytestmark = [pytest.mark.cluster, needs_ray]
+pytestmark = [pytest.mark.long, needs_ray]
 
 # Everything that could differ: negatives mined from the whole batch, live statistics, an average.
 SETTINGS = TrainingSettings(
