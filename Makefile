@@ -119,11 +119,14 @@ endif
 
 # Which module may import which: the contracts are in pyproject.toml.
 LINT_IMPORTS := $(BIN)/lint-imports --no-cache --no-logo
+LINT_WORKFLOWS := $(BIN)/check-jsonschema --builtin-schema vendor.github-workflows \
+	.github/workflows/ci.yml .github/workflows/conda.yml
 test-style: setup
 	@echo "== style"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(LINT_IMPORTS)
+	$(LINT_WORKFLOWS)
 
 test-lib: setup
 	@echo "== tests"
@@ -146,7 +149,7 @@ test-notebooks: setup
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
 # and with uv:
 #   UV_TORCH_BACKEND=cpu make backends
-backends: .venv/.added-backends ## Add PyTorch to .venv: make test skips some tests without it
+backends: .venv/.added-backends ## Add PyTorch to .venv: some tests are skipped without it
 .venv/.added-backends: EXTRAS = backends
 .venv/.added-backends: MODULES = torch, pytorch_metric_learning
 
@@ -169,7 +172,7 @@ test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
-browser: setup ## Get Chromium if there is none: make test skips some tests without it
+browser: setup ## Get Chromium if there is none: some tests are skipped without it
 	@$(PY) tests/chromium.py || { \
 	  sudo=; [ "`id -u`" = 0 ] || sudo="sudo -n"; \
 	  command -v apt-get >/dev/null 2>&1 && \
@@ -212,10 +215,11 @@ report: setup ## Write report.html, one page about the newest run, anew
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
 	$(PY) -m lib.demo.pretraining
 
-lint: setup ## Check style and imports, and bring code and notebooks into the common format
+lint: setup ## Check imports and workflows, and bring code and notebooks into the common style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(LINT_IMPORTS)
+	$(LINT_WORKFLOWS)
 
 # Keeps what is locked where it still fits; delete the lock files first to move to new versions.
 COMPILE := pip compile --quiet --universal --python-version 3.11 --no-annotate \
