@@ -1,40 +1,35 @@
-"""Several processes that train one model together, as Keras' JAX backend does it.
+"""Several processes that train one model together, on Keras' JAX backend.
 
-    jax.distributed.initialize(...)                 # of whoever starts them, see lib/cluster/ray.py
-    with together(seed=1):
+    jax.distributed.initialize(...)                 # by whoever starts them, see lib/cluster/ray.py
+    with together(seed=1) as number:
         tower = load_tower(path)
-        train(tower, handler, validation, settings, run)       # the same call in every process
+        train(tower, handler, validation, settings, run)     # ``run``: a folder for each process
 
 Each process holds all weights and computes its rows of every batch. The loss sees the embeddings of
-the whole batch, so mining and negatives are those of one process, and so are gradients and the
-statistics of batch normalizations: what differs is the order of sums, and so their rounding.
-
-Without :func:`together` there is one process, and the functions here do nothing.
+the whole batch, so mining, gradients and batch statistics are those of one process, up to
+rounding. Without :func:`together` these functions do nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import weakref
 from collections.abc import Iterator
 
 import keras
 import numpy as np
 
-# A model's copy for this process alone. It is kept, so that it is compiled once.
+# A model's copy for this process alone, kept so that it is compiled once.
 _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def together(seed: int) -> Iterator[int]:
-    """Models made in the block are trained by all processes of ``jax.distributed``.
+    """Train the block's models with all processes of ``jax.distributed``; yields this one's number.
 
     Args:
-        seed: of Keras' random numbers, the same in all of them: weights must not differ, not even
-            those that a model has before its file is read.
-
-    Yields:
-        the number of this process, from 0.
+        seed: of Keras' random numbers, equal in all processes, as all weights must be.
 
     Raises:
         RuntimeError: Keras does not run on JAX.
@@ -47,7 +42,7 @@ def together(seed: int) -> Iterator[int]:
     import jax
 
     before = keras.distribution.distribution()
-    # Every process makes its own rows of a batch, so Keras has nothing to divide.
+    # Every process makes its own rows of a batch, so Keras must not divide batches.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     keras.utils.set_random_seed(seed)
     try:
@@ -80,13 +75,11 @@ def own_rows(rows: int) -> slice:
 def as_the_first(values: dict[str, float]) -> dict[str, float]:
     """The first process's values, in every process.
 
-    Processes that decide by numbers of their own, which may differ in the last digit, would part.
+    Metrics can differ in the last bit; decisions based on them would diverge between processes.
     """
     if keras.distribution.distribution() is None:
         return values
-    # As bytes: JAX would make float32 of them.
-    whole = from_the_first(np.array(list(values.values()), np.float64).tobytes())
-    return dict(zip(values, np.frombuffer(whole, np.float64).tolist(), strict=True))
+    return json.loads(from_the_first(json.dumps(values).encode()))  # JAX would make float32 of them
 
 
 def from_the_first(content: bytes) -> bytes:
@@ -94,19 +87,15 @@ def from_the_first(content: bytes) -> bytes:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     length = int(broadcast_one_to_all(np.int32(len(content))))
-    mine = np.zeros(length, np.uint8)
-    if len(content) == length:  # of the others, what they gave does not matter
-        mine[:] = np.frombuffer(content, np.uint8)
+    if len(content) != length:  # only the first one's content matters
+        content = bytes(length)
+    mine = np.frombuffer(content, np.uint8)
     return np.asarray(broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
 
 
 @contextlib.contextmanager
 def by_itself(model: keras.Model) -> Iterator[keras.Model]:
-    """For what each process computes on its own, such as an evaluation.
-
-    Yields:
-        the model, or a copy of it whose weights are this process's alone.
-    """
+    """Yield the model, or a copy that this process can evaluate without the others."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         yield model

@@ -345,7 +345,7 @@ def _train_in_worker(config: dict) -> None:
 
     from lib.data_parallel import from_the_first, together
     from lib.network.tower import fingerprint, load_tower
-    from lib.training.stages import CHECKPOINT
+    from lib.training.checkpoint import CHECKPOINT
     from lib.training.stages import train as train_here
 
     task: _Task = ray.get(config["task"])

@@ -39,6 +39,7 @@ from lib.network.tower import (
     computing_in,
     embed,
 )
+from lib.training.optimizer import make_optimizer
 from lib.workers import process_pool
 
 WEIGHTS = Path("weights/demo_resnet50.weights.h5")  # seen from the project's folder
@@ -213,14 +214,7 @@ def _siamese(settings: PretrainingSettings, image_size: int) -> Siamese:
     loss = MetricLoss(LossSettings(loss="infonce", temperature=settings.temperature))
     siamese = Siamese(tower, loss)
     total = settings.small_steps + settings.steps
-    warmup = total // 20
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0,
-        warmup_target=settings.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=total - warmup,
-    )
-    siamese.compile(keras.optimizers.Adam(schedule, beta_2=0.99, global_clipnorm=1.0))
+    siamese.compile(make_optimizer(settings.learning_rate, total, warmup_steps=total // 20))
     siamese.optimizer.build(siamese.trainable_variables)
     return siamese
 

@@ -1,17 +1,16 @@
-"""The feature maps of a frozen trunk: computed once, kept on disk, trained from many times.
+"""Feature maps of a frozen trunk, computed once, kept on disk, and trained from many times.
 
     cache = build_cache(tower.get_layer("trunk"), handler, Path("runs/features"), variants=2)
     for maps, groups in cache.batches(epoch=0, steps=100):
         ...                              # float16 (batch, 3, 4, 4, 2048), int32 (batch, 3)
-    cache.maps(pictures, variant=0)      # float16 (..., 4, 4, 2048)
 
-As long as the trunk does not change, neither do its maps, and an epoch of the head needs no photo.
-Of each picture there are some variants: variant 0 is the picture as it is stored, what evaluation
-sees too; the others are augmented, each in its own way. Training draws one of them each time.
+While the trunk does not change, its maps do not either, and an epoch of the head needs no photo.
+Variant 0 of a picture is the stored one, which evaluation sees too; the others are augmented.
+Training draws one variant each time.
 
-A cache is a folder named by a fingerprint of all that its maps follow from, so that a change of any
-of it makes another cache. In it lie the maps as ``.npy`` files of 256 MB, which are read as memory,
-and ``manifest.json`` with the size and checksum of each. A folder may be deleted at any time.
+A cache is a folder named by a hash of everything that its maps follow from: network, weights,
+pictures and augmentation. It holds the maps as memory-mapped ``.npy`` files of 256 MB, and
+``manifest.json`` with their sizes and checksums. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -35,7 +34,15 @@ from lib.data.catalogue import UNKNOWN
 from lib.data.dataset import DatasetHandler
 from lib.data.sampling import SamplingError
 from lib.data_parallel import own_rows
-from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
+from lib.files import (
+    checksum,
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
 from lib.network.openvino import compile_network, export_network, fast_precision, import_openvino
 from lib.network.tower import fingerprint, in_float32
 
@@ -53,24 +60,17 @@ class FeatureCacheError(RuntimeError):
     """Feature maps can't be computed or kept; the message says what to change."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The forward pass
-# --------------------------------------------------------------------------------------------------
-
-
 class FrozenTrunk:
-    """The forward pass of a trunk whose weights do not change, by the fastest engine there is.
+    """The forward pass of a trunk whose weights do not change, on the fastest engine.
 
-    On a processor OpenVINO's runtime is somewhat faster than Keras in float32, and more than twice
-    as fast where the processor multiplies bfloat16: there it computes in that, rounding factors to
-    8 bits and summing up in float32. It can take a network over from Keras' TensorFlow and PyTorch
-    backends. ``python -m benchmarks.train_step`` measures it.
+    On a processor OpenVINO is somewhat faster than Keras in float32, and more than twice as fast in
+    bfloat16 where the processor has it (``python -m benchmarks.train_step`` measures both). It can
+    read a network on Keras' TensorFlow and PyTorch backends.
 
     Args:
-        trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c), preprocessing inside. OpenVINO keeps
-            the weights that it has at the first call.
-        engine: "keras", "openvino", or "auto": OpenVINO where the backend computes on the processor
-            and OpenVINO can read it, else Keras.
+        trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c). OpenVINO keeps the weights that it
+            has at the first call.
+        engine: "keras", "openvino", or "auto": OpenVINO on a processor if it can read the network.
 
     Attributes:
         name: engine and precision, such as "openvino bfloat16".
@@ -84,19 +84,14 @@ class FrozenTrunk:
             raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         if engine == "auto":
             readable = keras.backend.backend() in ("tensorflow", "torch")
-            engine = "openvino" if readable and _is_on_processor(trunk) else "keras"
+            on_processor = all("cpu" in str(w.value.device).lower() for w in trunk.weights)
+            engine = "openvino" if readable and on_processor else "keras"
         self._trunk, self._engine = trunk, engine
         precision = fast_precision() if engine == "openvino" else trunk.outputs[0].dtype
         self.name = f"{engine} {precision}"
 
     def __call__(self, photos: np.ndarray) -> np.ndarray:
-        """The maps of photos; not from several threads at once.
-
-        Args:
-            photos: uint8 (n, s, s, 3).
-
-        Returns:
-            float16 (n, h, w, c).
+        """Maps of photos, uint8 (n, s, s, 3) -> float16 (n, h, w, c); not thread-safe.
 
         Raises:
             FeatureCacheError: a value beyond float16's range, or not a number.
@@ -115,7 +110,6 @@ class FrozenTrunk:
 
     @cached_property
     def _compute(self):
-        """The function from uint8 photos to maps."""
         if self._engine == "keras":
             return lambda photos: np.asarray(self._trunk.predict_on_batch(photos), np.float32)
         with tempfile.TemporaryDirectory() as folder:
@@ -124,24 +118,14 @@ class FrozenTrunk:
             return compile_network(network, self._trunk.input_shape[1:])[0]
 
 
-def _is_on_processor(trunk: keras.Model) -> bool:
-    """Whether the backend computes on the processor, not on a GPU."""
-    return all("cpu" in str(weight.value.device).lower() for weight in trunk.weights)
-
-
-# --------------------------------------------------------------------------------------------------
-# The cache
-# --------------------------------------------------------------------------------------------------
-
-
 class FeatureCache:
-    """Feature maps of the pictures that a handler's training batches are made of.
+    """The feature maps of a handler's training pictures, from :func:`build_cache`.
 
     Attributes:
         handler: plans the batches.
         folder: of this cache.
-        pictures: int64 (n,), the pictures that have maps, rows of the catalogue's, in order.
-        variants: how many of each.
+        pictures: int64 (n,), rows of the catalogue's pictures, in ascending order.
+        variants: of each picture.
         map_shape: (h, w, c).
     """
 
@@ -155,15 +139,14 @@ class FeatureCache:
     ):
         self.handler, self.folder = handler, folder
         self.pictures, self.variants, self.map_shape = pictures, variants, map_shape
-        # A whole number of batches: which photos are augmented how does not hang on where a file
-        # ends, and the last batch alone is smaller than the others.
+        # Whole batches: the augmentation of a photo does not depend on where files end.
         row = variants * self.bytes_per_map
         self._rows_per_file = max(_SHARD_BYTES // (row * _BATCH), 1) * _BATCH
         self._row = np.full(len(handler.catalogue.pictures), -1)
         self._row[pictures] = np.arange(len(pictures))
 
     def __getstate__(self) -> dict:
-        """For other processes: the files are theirs to open, not sent along."""
+        """For pickle: another process opens the files itself."""
         return {name: value for name, value in vars(self).items() if name != "_maps"}
 
     @property
@@ -191,14 +174,11 @@ class FeatureCache:
         return [np.load(self.folder / name, mmap_mode="r") for name, _ in self.files]
 
     def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
-        """Maps of some pictures.
+        """Maps of some pictures, float16 (..., h, w, c).
 
         Args:
             pictures: int (...), rows of the catalogue's pictures.
-            variant: which variant, below ``variants``, of all or, int (...), of each.
-
-        Returns:
-            float16 (..., h, w, c).
+            variant: a variant for all, or int (...) for each.
 
         Raises:
             KeyError: a picture without maps.
@@ -220,10 +200,7 @@ class FeatureCache:
         return maps.reshape(*rows.shape, *self.map_shape)
 
     def batches(self, epoch: int, steps: int) -> FeatureBatches:
-        """The batches of one epoch: the same pictures as the handler's own, as maps.
-
-        Args:
-            epoch, steps: see :meth:`lib.data.dataset.DatasetHandler.training_batches`.
+        """An epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps.
 
         Raises:
             SamplingError: too few usable pictures.
@@ -237,11 +214,11 @@ class FeatureBatches(keras.utils.PyDataset):
     Args:
         cache: has the maps.
         plan: int64 (steps, ...), the pictures of each batch.
-        epoch: number of the epoch, for which variants are drawn.
+        epoch: seeds the draw of the variants.
     """
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
-        # Threads, not processes: copying releases Python's lock.
+        # Threads, not processes: copying releases Python's global lock.
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
         self._cache, self.plan, self._epoch = cache, plan, epoch
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
@@ -251,12 +228,10 @@ class FeatureBatches(keras.utils.PyDataset):
         return len(self.plan)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Maps of one batch, float16 (..., h, w, c), a variant drawn for each photo; and groups,
-        int32 (...)."""
+        """Maps and groups of one batch, float16 (..., h, w, c) and int32 (...)."""
         pictures = self.plan[step]
-        # As in the handler's batches, each has randomness of its own.
-        seed = self._cache.handler.settings.seed
-        rng = np.random.default_rng([seed, self._epoch, int(step)])
+        seed = [self._cache.handler.settings.seed, self._epoch, int(step)]
+        rng = np.random.default_rng(seed)
         variants = rng.integers(self._cache.variants, size=pictures.shape)
         pictures, variants = pictures[self._rows], variants[self._rows]
         return self._cache.maps(pictures, variants), self._group[pictures]
@@ -271,22 +246,23 @@ def build_cache(
 ) -> FeatureCache:
     """Compute the feature maps that training can need, or find them computed.
 
-    An interrupted build, be it killed, goes on where it stopped when it is called again. Files that
-    are damaged are computed anew.
+    An interrupted build, even a killed one, resumes when it is called again. Damaged files are
+    computed anew.
 
     Args:
         trunk: from a tower, at the handler's image size.
-        handler: its usable triplets, or for P x K batches its landmarks of two pictures and more,
-            are what is computed.
+        handler: the maps are those of its usable triplets, or for P x K batches of its landmarks
+            with at least two pictures.
         folder: for all caches; each has a folder of its own in it.
         variants: of each picture, 1 or more, the first of them not augmented.
         engine: see :class:`FrozenTrunk`.
 
     Raises:
         FeatureCacheError: too little free space, which is found before anything is computed;
-            another process builds the same cache; or maps that float16 can't hold.
+            another process builds the same cache; float16 can't hold the maps; or the folder can't
+            be written.
         SamplingError: there is nothing to train on.
-        ValueError: an unknown engine, more variants than there are, or a trunk of another image
+        ValueError: an unknown engine, an impossible number of variants, or a trunk of another image
             size.
     """
     settings = handler.settings
@@ -302,7 +278,38 @@ def build_cache(
         )
     pictures = _pictures_to_train_on(handler)
     frozen = FrozenTrunk(trunk, engine)
-    made_of = {
+    made_of = _identity(trunk, frozen, handler, pictures, variants)
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    map_shape = tuple(trunk.output_shape[1:])
+    cache = FeatureCache(handler, Path(folder) / name, pictures, variants, map_shape)
+    if len(_whole_files(cache)) == len(cache.files):
+        return cache
+    shown = show_path(cache.folder)
+    busy = FeatureCacheError(f"another process builds the feature cache {shown}: wait for its end")
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(cache.folder, busy):
+            _build(cache, frozen, made_of)
+    except OSError as error:
+        if error.filename in map(str, handler.catalogue.shards):
+            raise
+        raise FeatureCacheError(
+            f"the feature cache {shown} can't be written ({error.strerror or error}): make room "
+            "on the disk or choose another folder, and run the same once more"
+        ) from error
+    return cache
+
+
+def _identity(
+    trunk: keras.Model,
+    frozen: FrozenTrunk,
+    handler: DatasetHandler,
+    pictures: np.ndarray,
+    variants: int,
+) -> dict:
+    """Everything that the bytes of a cache follow from."""
+    settings = handler.settings
+    return {
         "format": _FORMAT,
         "file_bytes": _SHARD_BYTES,
         "pictures": _digest(handler, pictures),
@@ -310,21 +317,10 @@ def build_cache(
         "engine": frozen.name,
         "image_size": settings.image_size,
         "variants": variants,
-        # One variant is the picture itself, whatever augmentation there may be.
+        # A single variant is the picture itself, whatever the augmentation.
         "augmentation": asdict(settings.augmentation) if variants > 1 else None,
         "seed": settings.seed if variants > 1 else None,
     }
-    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    cache = FeatureCache(
-        handler, Path(folder) / name, pictures, variants, tuple(trunk.output_shape[1:])
-    )
-    if len(_whole_files(cache)) < len(cache.files):
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        shown = show_path(cache.folder)
-        message = f"another process builds the feature cache {shown}: wait for its end"
-        with only_writer(cache.folder, FeatureCacheError(message)):
-            _build(cache, frozen, made_of)
-    return cache
 
 
 def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
@@ -341,24 +337,23 @@ def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
 
 
 def _digest(handler: DatasetHandler, pictures: np.ndarray) -> str:
-    """Stands for the bytes of pictures and their order."""
+    """SHA-256 of the hashes of pictures, in order."""
     hashes = handler.catalogue.pictures["image"].to_numpy()[pictures]
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def _whole_files(cache: FeatureCache) -> dict[str, dict]:
-    """The entries of the manifest whose files are there, and have the checksum it says."""
+    """The manifest's entries of the files that are there and have the listed checksum."""
     path = cache.folder / MANIFEST
     try:
-        listed = read_json(path)["files"]
-    except FileNotFoundError:
+        listed = read_json(path)["files"].items()
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"{show_path(path)} is damaged ({error}): the feature cache is built anew")
         return {}
     whole = {}
-    checking = tqdm(listed.items(), desc="checking features", unit=" files", leave=False)
-    for name, entry in checking:
+    for name, entry in tqdm(listed, desc="checking features", unit=" files", leave=False):
         file = cache.folder / name
         if file.is_file() and entry == {"bytes": file.stat().st_size, "xxh3": checksum(file)}:
             whole[name] = entry
@@ -368,24 +363,24 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
 
 
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
-    """Compute the files that are not there yet, one after the other."""
-    for part in cache.folder.glob(".part-*"):  # of a process that was killed
-        part.unlink()
+    """Compute the missing files, one after the other."""
+    remove_half_written(cache.folder)
     whole = _whole_files(cache)
     todo = [(name, rows) for name, rows in cache.files if name not in whole]
-    _state_size(cache, frozen, sum(len(cache.pictures[rows]) for _, rows in todo))
+    missing = cache.variants * sum(len(cache.pictures[rows]) for _, rows in todo)
+    _check_space(cache, frozen, missing * cache.bytes_per_map)
     total = len(cache.pictures) * cache.variants
-    done = total - cache.variants * sum(len(cache.pictures[rows]) for _, rows in todo)
-    with tqdm(total=total, initial=done, desc="features", unit=" photos") as bar:
+    with tqdm(total=total, initial=total - missing, desc="features", unit=" photos") as bar:
         for name, rows in todo:
-            whole[name] = _write_file(cache, frozen, cache.folder / name, rows, bar)
-            # The file has its name by now; what the manifest does not list yet does not count.
+            _write_file(cache, frozen, cache.folder / name, rows, bar)
+            file = cache.folder / name
+            whole[name] = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
+            # A file counts once the manifest lists it.
             write_json(cache.folder / MANIFEST, {"made_of": made_of, "files": whole})
 
 
-def _state_size(cache: FeatureCache, frozen: FrozenTrunk, missing: int) -> None:
-    """Say what it takes, and stop if there is no room for it."""
-    needed = missing * cache.variants * cache.bytes_per_map
+def _check_space(cache: FeatureCache, frozen: FrozenTrunk, needed: int) -> None:
+    """Print the size of the cache; raise if the disk has less than the needed bytes."""
     free = shutil.disk_usage(cache.folder).free
     have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if needed < cache.bytes else ""
     print(
@@ -394,38 +389,31 @@ def _state_size(cache: FeatureCache, frozen: FrozenTrunk, missing: int) -> None:
         f"{free / 1e9:.2f} GB free; by {frozen.name}",
         flush=True,
     )
-    if needed > free:
-        others = sum(
-            path.stat().st_size
-            for path in cache.folder.parent.glob("*/maps*.npy")
-            if path.parent != cache.folder
-        )
-        raise FeatureCacheError(
-            f"the feature cache needs {needed / 1e9:.2f} GB more in "
-            f"{show_path(cache.folder.parent)}, where {free / 1e9:.2f} GB are free: choose fewer "
-            "variants or another folder"
-            + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
-        )
+    if needed <= free:
+        return
+    files = cache.folder.parent.glob("*/maps*.npy")
+    others = sum(file.stat().st_size for file in files if file.parent != cache.folder)
+    raise FeatureCacheError(
+        f"the feature cache needs {needed / 1e9:.2f} GB more in {show_path(cache.folder.parent)}, "
+        f"where {free / 1e9:.2f} GB are free: choose fewer variants or another folder"
+        + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
+    )
 
 
 def _write_file(
     cache: FeatureCache, frozen: FrozenTrunk, path: Path, rows: slice, bar: tqdm
-) -> dict:
-    """Compute and write one file; returns its entry in the manifest."""
+) -> None:
+    """Compute and write one file, float16 (pictures, variants, h, w, c)."""
     pictures = cache.pictures[rows]
     starts = range(0, len(pictures), _BATCH)
-    tasks = [
-        (pictures[start : start + _BATCH], variant, rows.start + start)
-        for start in starts
-        for variant in range(cache.variants)
-    ]
+    tasks = [(start, variant) for start in starts for variant in range(cache.variants)]
 
-    def photos_of(task) -> np.ndarray:
-        some, variant, start = task
+    def photos_of(start: int, variant: int) -> np.ndarray:
+        some = pictures[start : start + _BATCH]
         if variant == 0:
             return cache.handler.photos(some)
-        rng = np.random.default_rng([cache.handler.settings.seed, variant, start])
-        return cache.handler.batch(some, rng)[0]
+        seed = [cache.handler.settings.seed, variant, rows.start + start]
+        return cache.handler.batch(some, np.random.default_rng(seed))[0]
 
     with (
         replacing(path) as part,
@@ -435,15 +423,14 @@ def _write_file(
         shape = (len(pictures), cache.variants, *cache.map_shape)
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        ahead, of_variants = reader.submit(photos_of, tasks[0]), []
-        for i in range(len(tasks)):
+        ahead, of_variants = reader.submit(photos_of, *tasks[0]), []
+        for task in [*tasks[1:], None]:
             photos = ahead.result()
-            if i + 1 < len(tasks):
-                ahead = reader.submit(photos_of, tasks[i + 1])
+            if task:  # is read while the network computes
+                ahead = reader.submit(photos_of, *task)
             of_variants.append(frozen(photos))
             bar.update(len(photos))
             if len(of_variants) == cache.variants:
-                # Written, not mapped: a disk that fills up is an error then, not a crash.
+                # Not through a memory map, where a full disk is a crash in place of an error.
                 file.write(np.stack(of_variants, axis=1))
                 of_variants = []
-    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}

@@ -1,15 +1,13 @@
-"""What a training shows of itself: a progress bar, ``history.csv``, and a log for TensorBoard.
+"""The log of a training: a progress bar, ``history.csv``, and files for TensorBoard.
 
     log = TrainingLog(run, validation)
     with log.progress("head", steps=800, done=100):
         model.fit(..., callbacks=[log])               # moves the bar
     log.write(history, embeddings, is_best=True)      # after each epoch
 
-``tensorboard --logdir runs`` then shows the curves of all runs, the hardest validation triplets of
-every epoch as pictures, and in its projector the validation photos where the best epoch puts them.
-
-Every epoch has an event file of its own, which is written as a whole and replaced as a whole: an
-epoch that is trained once more after an interruption can neither double its points nor lose any.
+``tensorboard --logdir runs`` shows the curves of all runs, the hardest validation triplets of each
+epoch, and in its projector the embeddings of the validation photos after the best epoch. An epoch
+has an event file of its own; when it is repeated after an interruption, the file is replaced.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ _PROJECTOR = """embeddings {{
 
 
 class TrainingLog(keras.callbacks.Callback):
-    """Shows one training, and keeps what it showed in the run's folder.
+    """Shows one training and writes its log.
 
     Args:
         run: folder for ``history.csv`` and the folder ``tensorboard``.
@@ -64,25 +62,19 @@ class TrainingLog(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def progress(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
-        """A progress bar while the block runs; as a Keras callback, the log moves it.
-
-        Args:
-            name: what stands before the bar.
-            steps: at most so many batches.
-            done: so many of them before.
-        """
+        """Show a named progress bar of batches while the block runs."""
         with tqdm(total=steps, initial=done, desc=name, unit=" steps", mininterval=1) as self._bar:
             yield
 
     def on_train_batch_end(self, batch, logs=None):
-        """Keras' hook: one step more."""
+        """Keras' hook: moves the bar by a step."""
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
-        """Show and write down the epoch that has just ended, the last row of the history.
+        """Show and write the epoch that has just ended, the last row of the history.
 
         Args:
-            history: a row an epoch, with at least epoch, loss and val_map.
+            history: a row for each epoch, with at least epoch, loss and val_map.
             embeddings: float32 (n, 3, d) of the validation triplets.
             is_best: whether the projector is to show this epoch.
 
@@ -102,7 +94,8 @@ class TrainingLog(keras.callbacks.Callback):
         summaries = [
             summary.scalar(_tag(name), value) for name, value in shown.items() if np.isfinite(value)
         ]
-        sheet = _sheet(self.validation[hardest_triplets(embeddings)[:HARDEST]])
+        hardest = self.validation[hardest_triplets(embeddings)[:HARDEST]]
+        sheet = _grid(hardest.reshape(-1, *hardest.shape[2:]), len(hardest), 3)
         summaries.append(summary.image("validation/hardest_triplets", sheet, dataformats="HWC"))
         events = [Event(file_version="brain.Event:2", wall_time=time.time())]
         events += [Event(summary=s, step=row["epoch"], wall_time=time.time()) for s in summaries]
@@ -123,13 +116,15 @@ class TrainingLog(keras.callbacks.Callback):
             pairs = (f"{i}\tanchor\n{i}\tpositive\n" for i in range(len(triplets)))
             part.write_text("landmark\trole\n" + "".join(pairs), encoding="utf-8")
         with replacing(folder / "sprite.png") as part:
-            Image.fromarray(_sprite(photos, side)).save(part, format="PNG")
+            k = math.ceil(math.sqrt(len(photos)))  # TensorBoard expects a square
+            sprite = _grid(np.stack([resize(photo, side) for photo in photos]), k, k)
+            Image.fromarray(sprite).save(part, format="PNG")
         with replacing(folder.parent / "projector_config.pbtxt") as part:
             part.write_text(_PROJECTOR.format(side=side), encoding="utf-8")
 
 
 def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
-    """Order triplets by how much farther the positive is than the negative, the worst first.
+    """Order triplets by how much farther the positive is than the negative, the hardest first.
 
     Args:
         embeddings: float (n, 3, d) of unit norm: anchor, positive, negative.
@@ -138,27 +133,21 @@ def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
         int64 (n,), the numbers of the triplets.
     """
     anchor, positive, negative = embeddings.swapaxes(0, 1)
-    # For unit vectors, distances are ordered as inner products are, the other way round.
+    # For unit vectors, a larger inner product is a smaller distance.
     return np.argsort((anchor * (positive - negative)).sum(axis=1), kind="stable")
 
 
 def _tag(column: str) -> str:
-    """A name by which TensorBoard puts curves of one kind into one section."""
+    """TensorBoard's name of a curve; what precedes the slash is its section."""
     if column.startswith("val_"):
         return f"validation/{column.removeprefix('val_')}"
     return f"training/{column}"
 
 
-def _sheet(triplets: np.ndarray) -> np.ndarray:
-    """A picture with a triplet in each row: uint8 (n, 3, s, s, 3) -> (n s, 3 s, 3)."""
-    n, roles, height, width, channels = triplets.shape
-    return triplets.swapaxes(1, 2).reshape(n * height, roles * width, channels)
-
-
-def _sprite(photos: np.ndarray, side: int) -> np.ndarray:
-    """All photos in one square, row by row: uint8 (n, s, s, 3) -> (k side, k side, 3)."""
-    k = math.ceil(math.sqrt(len(photos)))
-    sprite = np.zeros((k, k, side, side, 3), np.uint8)
-    for i, photo in enumerate(photos):
-        sprite[i // k, i % k] = resize(photo, side)
-    return sprite.swapaxes(1, 2).reshape(k * side, k * side, 3)
+def _grid(photos: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Photos row by row, then black: uint8 (n, s, s, 3) -> (rows s, columns s, 3)."""
+    side = photos.shape[1]
+    grid = np.zeros((rows * columns, side, side, 3), np.uint8)
+    grid[: len(photos)] = photos
+    grid = grid.reshape(rows, columns, side, side, 3)
+    return grid.swapaxes(1, 2).reshape(rows * side, columns * side, 3)

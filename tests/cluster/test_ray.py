@@ -37,12 +37,14 @@ from lib.network.engine import export_engine, load_engine
 from lib.network.losses import LossSettings
 from lib.network.tower import load_tower, save_tower
 from lib.search.embedding import EmbeddingJobError, PhotoSource, embed_job, photos_in_shards
-from lib.training.stages import CHECKPOINT, HISTORY, Stage, TrainingSettings, train
+from lib.training.checkpoint import CHECKPOINT
+from lib.training.log import HISTORY
+from lib.training.stages import Stage, TrainingSettings, train
 
 needs_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="needs Ray: make cluster"
 )
-pytestmark = [pytest.mark.long, needs_ray]
+pytestmark = [pytest.mark.cluster, needs_ray]
 
 # Everything that could differ: negatives mined from the whole batch, live statistics, an average.
 SETTINGS = TrainingSettings(

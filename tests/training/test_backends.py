@@ -21,7 +21,8 @@ import pytest
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.network.tower import embed, load_tower, save_tower
-from lib.training.stages import CHECKPOINT, Stage, TrainingSettings, train
+from lib.training.checkpoint import CHECKPOINT
+from lib.training.stages import Stage, TrainingSettings, train
 from tests.training.test_stages import Cache, tiny_tower, watching
 
 SETTINGS = TrainingSettings(

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -252,6 +253,22 @@ def test_what_is_there_counts_when_space_is_short(
     assert f"GB, {there:.2f} GB of them there; " in capsys.readouterr().out
     with pytest.raises(FeatureCacheError, match="or delete the other caches there"):
         build_cache(make_trunk(seed=1), handler, tmp_path, 2, engine="keras")
+
+
+def test_a_disk_that_fills_up_is_named_with_the_cure(trunk, handler, tmp_path):
+    """Before, the bare OSError came through."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(FeatureCacheError, match=r"written \(File too large\): make room"):
+            build_cache(trunk, handler, tmp_path, 2, engine="keras")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    build_cache(trunk, handler, tmp_path, 2, engine="keras")
+    (tmp_path / "file").touch()
+    with pytest.raises(FeatureCacheError, match="choose another folder"):
+        build_cache(trunk, handler, tmp_path / "file", 2, engine="keras")
 
 
 def test_one_process_builds_at_a_time(trunk, handler, tmp_path):

@@ -27,8 +27,9 @@ import tensorflow as tf
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.network.losses import LossSettings
+from lib.training.checkpoint import Checkpoint, TrainingError
 from lib.training.log import TrainingLog
-from lib.training.stages import Stage, TrainingError, TrainingSettings, train
+from lib.training.stages import Stage, TrainingSettings, train
 from tests.training.test_stages import Cache, tiny_tower
 
 KILLS = 10  # of each of the two trainings
@@ -126,8 +127,15 @@ def attempt(run: Path, handler, validation, last: float, delay: float) -> None:
 
     TrainingLog.on_train_batch_end = on_train_batch_end
     tower = tiny_tower()
-    if checkpoint_of(run):  # from here on the weights are the checkpoint's, not the tower's
+    load_checkpoint = Checkpoint.load
+
+    def load(path, tower, identity):
+        checkpoint = load_checkpoint(path, tower, identity)
+        # From here on the weights are the checkpoint's, not the tower's.
         tower.set_weights([np.zeros_like(weight) for weight in tower.get_weights()])
+        return checkpoint
+
+    Checkpoint.load = load
     maps = np.random.default_rng(0).random((len(handler.catalogue.pictures), 2, 2, 8), np.float32)
     cache = Cache(handler, maps.astype(np.float16))  # where they come from does not matter here
     train(tower, handler, validation, SETTINGS, run, cache)

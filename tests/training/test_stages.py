@@ -13,18 +13,17 @@ import pandas as pd
 import pytest
 
 import lib.training.stages
-from lib.data.catalogue import build_catalogue, split_landmarks
+from lib.data.catalogue import build_catalogue
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.records import read_triplets, write_shard
 from lib.data.sampling import SamplingError
 from lib.network.losses import LossSettings, MetricLoss
 from lib.network.tower import Siamese, TowerSettings, build_head, computing_in, embed, load_tower
+from lib.training.checkpoint import CHECKPOINT, TrainingError
 from lib.training.log import HISTORY, TENSORBOARD, TrainingLog
 from lib.training.stages import (
-    CHECKPOINT,
     MODEL,
     Stage,
-    TrainingError,
     TrainingSettings,
     compile_siamese,
     evaluate_triplets,
@@ -80,26 +79,6 @@ class Cache:
     def batches(self, epoch, steps):
         self.epochs.append(epoch)
         return Maps(self.handler.training_batches(epoch, steps).plan, self.maps, self.group)
-
-
-@pytest.fixture(scope="module")
-def parts(shards):
-    catalogue = build_catalogue(shards)
-    return catalogue, split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0)
-
-
-@pytest.fixture
-def handler(parts) -> DatasetHandler:
-    catalogue, part = parts
-    settings = DataSettings(image_size=16, batch_size=4, seed=1)
-    return DatasetHandler(catalogue, settings, part == "train")
-
-
-@pytest.fixture(scope="module")
-def validation(parts) -> np.ndarray:
-    catalogue, part = parts
-    handler = DatasetHandler(catalogue, DataSettings(image_size=16), part == "validation")
-    return handler.photos(handler.validation_triplets(50))
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""A training's checkpoint: one file with everything that a resume needs.
+
+    identity = describe_training(tower, handler, validation, settings)
+    checkpoint = Checkpoint.load(run / CHECKPOINT, tower, identity)   # refuses another training's
+    checkpoint.restore(tower, loss, optimizer)
+    checkpoint.save(tower, loss, optimizer)                           # atomically
+
+A resume is right only if network, start weights, pictures and settings are those of the interrupted
+training, so the file keeps a digest of each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import keras
+import numpy as np
+import xxhash
+from keras import ops
+
+from lib.data.dataset import DatasetHandler
+from lib.files import replacing, show_path
+from lib.network.tower import structure
+
+CHECKPOINT = "checkpoint.npz"
+
+_FORMAT = 2  # of the file; the first format had neither a number nor an identity
+_LISTS = ("tower", "loss", "optimizer", "best")
+_CURE = "choose another run_dir, or delete the file to begin again"
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and what to change."""
+
+
+def describe_training(
+    tower: keras.Model, handler: DatasetHandler, validation: np.ndarray, settings
+) -> dict:
+    """The identity of a training, as JSON has it.
+
+    Args:
+        tower: with its start weights.
+        handler: serves the training pictures.
+        validation: uint8 (n, 3, s, s, 3).
+        settings: :class:`lib.training.stages.TrainingSettings`.
+
+    Returns:
+        "settings" of training and data; and digests: "network" (layers and connections), "start"
+        (weights), "training pictures" (with their landmarks and triplets), "validation pictures".
+    """
+    pictures, chosen = handler.catalogue.pictures, np.flatnonzero(handler.chosen)
+    images = pictures["image"].to_numpy()
+    landmarks = pictures[["landmark", "group"]].to_numpy(np.int64)[chosen]
+    loss = {"class": type(settings.loss).__name__} | asdict(settings.loss)
+    asked = asdict(handler.settings) | asdict(settings) | {"loss": loss}
+    return {
+        "settings": json.loads(json.dumps(asked)),
+        "network": _digest(structure(tower).encode()),
+        "start": _digest(*tower.get_weights()),
+        "training pictures": _digest(*images[chosen], landmarks, *images[handler.triplets].ravel()),
+        "validation pictures": _digest(validation),
+    }
+
+
+def _digest(*parts: bytes | np.ndarray) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+@dataclass
+class Checkpoint:
+    """The state of a training after the last epoch of its history.
+
+    It is one file, so no part can be of another epoch than the rest. The next batches follow from
+    the number of epochs; the stage, and whether it is over, from the history.
+
+    Attributes:
+        path: of the file.
+        identity: from :func:`describe_training`.
+        history: a row for each epoch.
+        values: arrays by name: "tower" and "loss", their variables, random state included;
+            "optimizer", those of the last stage's; "best", the weights of tower and loss after the
+            best epoch, before any the start weights.
+    """
+
+    path: Path
+    identity: dict
+    history: list[dict] = field(default_factory=list)
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def restore(self, tower, loss, optimizer=None) -> None:
+        """Give all variables their values; without an optimizer, those of a stage's start."""
+        self._assign(tower.variables, self.values["tower"])
+        self._assign(loss.variables, self.values["loss"])
+        if optimizer is not None:
+            self._assign(optimizer.variables, self.values["optimizer"])
+        else:
+            self._assign([*tower.weights, *loss.weights], self.values["best"])
+
+    def restore_best(self, tower: keras.Model) -> None:
+        """Give the tower the weights of its best epoch."""
+        self._assign(tower.weights, self.values["best"][: len(tower.weights)])
+
+    def _assign(self, variables: list, values: list[np.ndarray]) -> None:
+        if [tuple(v.shape) for v in variables] != [v.shape for v in values]:
+            raise TrainingError(f"{show_path(self.path)} is of another network: {_CURE}")
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    def take_best(self, tower, loss) -> None:
+        """Take over the weights as the best so far."""
+        self.values["best"] = [*tower.get_weights(), *loss.get_weights()]
+
+    def save(self, tower, loss, optimizer=None) -> None:
+        """Take over the values of all variables and write the file, atomically."""
+        for name, part in (("tower", tower), ("loss", loss), ("optimizer", optimizer)):
+            variables = [] if part is None else part.variables
+            self.values[name] = [np.array(ops.convert_to_numpy(v)) for v in variables]
+        arrays = {f"{n}_{i}": value for n in _LISTS for i, value in enumerate(self.values[n])}
+        facts = {"format": _FORMAT, "identity": self.identity, "history": self.history}
+        with replacing(self.path) as part:
+            np.savez(part, facts=np.array(json.dumps(facts)), **arrays)
+
+    @classmethod
+    def load(cls, path: Path, tower: keras.Model, identity: dict) -> Checkpoint:
+        """Read the file for the training of that identity.
+
+        In place of the start weights, the tower may have those of the best epoch, which a finished
+        training leaves in it.
+
+        Raises:
+            TrainingError: the file is damaged, of an earlier format, or of another training.
+        """
+        try:
+            facts, values = _read(path)
+            if facts.get("format") == _FORMAT:
+                checkpoint = cls(path, facts["identity"], facts["history"], values)
+                differences = checkpoint._differences(identity, len(tower.weights))
+            else:
+                differences = ["another version of this project, which kept no identity in it"]
+        except Exception as error:  # zipfile's, NumPy's, json's: damage leads to any of theirs
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise TrainingError(f"{show_path(path)} can't be read ({reason}): {_CURE}") from error
+        if differences:
+            raise TrainingError(f"{show_path(path)} is of {' and '.join(differences)}: {_CURE}")
+        return checkpoint
+
+    def _differences(self, identity: dict, weights: int) -> list[str]:
+        """What differs from the training of an identity, whose tower has so many weights."""
+        found, asked = self.identity["settings"], identity["settings"]
+        changed = [name for name in asked if name not in found or found[name] != asked[name]]
+        differences = [f"other settings ({', '.join(changed)})"] if changed else []
+        best = _digest(*self.values["best"][:weights])
+        if self.identity["network"] != identity["network"]:
+            differences.append("another network")
+        elif identity["start"] not in (self.identity["start"], best):
+            differences.append("other start weights")
+        for part in ("training pictures", "validation pictures"):
+            if self.identity[part] != identity[part]:
+                differences.append(f"other {part}")
+        return differences
+
+
+def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
+    """The facts and arrays of a file; damage raises errors of many types.
+
+    The archive's checksums are compared before anything is parsed, and no length in the file is
+    believed. That is enough for damage; it does not make a stranger's file safe.
+    """
+    facts, values = {}, {name: [] for name in _LISTS}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its sizes do not fit the file")
+        for member in members:  # in the order they were written
+            content = archive.read(member)
+            stream = io.BytesIO(content)
+            np.lib.format.read_magic(stream)
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+            array = np.frombuffer(content, dtype, offset=stream.tell())
+            array = array.reshape(shape, order="F" if by_column else "C")
+            name = member.filename.removesuffix(".npy")
+            if name == "facts":
+                facts = json.loads(str(array))
+            elif array.dtype.kind in "biuf":
+                values[name.partition("_")[0]].append(array)
+            else:
+                raise ValueError(f"{name} has no numbers")
+    [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises without them
+    return facts, values
