@@ -7,16 +7,15 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test test-style test-lib test-notebooks backends cluster test-cluster
-.PHONY: browser notebooks screenshots lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo app test test-style test-lib test-notebooks test-long backends cluster
+.PHONY: test-cluster browser notebooks screenshots lab tensorboard report backbone lint lock clean
 .PHONY: active-conda
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
-export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # TensorFlow is chatty, and what it says would stand in the notebooks' outputs.
-export TF_CPP_MIN_LOG_LEVEL := 3
+notebooks app backbone tensorboard: export TF_CPP_MIN_LOG_LEVEL := 3
 
 # An existing .venv stays what it is; a new one gets CUDA where there is a GPU that TensorFlow can use.
 ifndef EXTRA
@@ -108,43 +107,49 @@ demo: setup ## Run notebooks 01-06 on generated data (profile demo) into runs/
 app: setup ## Search with a photo: opens the search app, a page for this machine alone
 	$(PY) -m lib.app.page
 
-# 04 to 06 use the model that 02 trained: the order matters. 01, 04 and 05 must reproduce their saved
-# outputs; training (02, 03) and the app (06) must run, but numbers may differ from machine to machine.
-NBVAL := $(PY) -m pytest -p no:cacheprovider --nbval-current-env \
-	--nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout=1200
-test: test-style test-lib test-notebooks ## Check style, run the tests and the notebooks
-# Threads that wait sleep, rather than take the cores from tests that run beside them.
-test-lib test-notebooks test-cluster: export OMP_WAIT_POLICY := PASSIVE
+# conftest.py and pyproject.toml hold the options of all these. 04 to 06 use the model that 02
+# trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03) and
+# the app (06) must run, but numbers may differ from machine to machine.
+PYTEST := $(PY) -m pytest
+test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
-test-notebooks test-cluster: | test-lib  # which has all cores busy; with -j, the two run side by side
+test-long: | test-lib # with -j: after what has all cores busy
+test-notebooks test-cluster: | test-lib $(filter test-long,$(MAKECMDGOALS)) # these two side by side
 endif
 
 # Which module may import which: the contracts are in pyproject.toml.
 LINT_IMPORTS := $(BIN)/lint-imports --no-cache --no-logo
+LINT_WORKFLOWS := $(BIN)/check-jsonschema --builtin-schema vendor.github-workflows \
+	.github/workflows/ci.yml .github/workflows/conda.yml
 test-style: setup
 	@echo "== style"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(LINT_IMPORTS)
+	$(LINT_WORKFLOWS)
 
 test-lib: setup
 	@echo "== tests"
-	$(PY) -m pytest tests --numprocesses=auto --dist=loadgroup
+	$(PYTEST)
+
+test-long: setup ## Run the long tests: kills, training, a real browser
+	@echo "== long tests"
+	$(PYTEST) -m long --ignore=tests/cluster
 
 test-notebooks: setup
 	@echo "== notebook 01, compared with its saved outputs"
-	$(NBVAL) --nbval notebooks/01*.ipynb
+	$(PYTEST) --nbval notebooks/01*.ipynb
 	@echo "== notebooks 02 and 03, run"
-	$(NBVAL) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
+	$(PYTEST) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
 	@echo "== notebooks 04 and 05, compared with their saved outputs; 06, run"
-	$(NBVAL) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
-	$(NBVAL) --nbval-lax notebooks/06*.ipynb
+	$(PYTEST) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
+	$(PYTEST) --nbval-lax notebooks/06*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
 # and with uv:
 #   UV_TORCH_BACKEND=cpu make backends
-backends: .venv/.added-backends ## Add PyTorch to .venv: make test skips some tests without it
+backends: .venv/.added-backends ## Add PyTorch to .venv: some tests are skipped without it
 .venv/.added-backends: EXTRAS = backends
 .venv/.added-backends: MODULES = torch, pytorch_metric_learning
 
@@ -162,12 +167,12 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 	@touch $@
 
 test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 07
-	$(PY) -m pytest tests -m cluster
-	$(NBVAL) --nbval-lax notebooks/07*.ipynb
+	$(PYTEST) -m long tests/cluster
+	$(PYTEST) --nbval-lax notebooks/07*.ipynb
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
-browser: setup ## Get Chromium if there is none: make test skips some tests without it
+browser: setup ## Get Chromium if there is none: some tests are skipped without it
 	@$(PY) tests/chromium.py || { \
 	  sudo=; [ "`id -u`" = 0 ] || sudo="sudo -n"; \
 	  command -v apt-get >/dev/null 2>&1 && \
@@ -202,7 +207,7 @@ lab: setup ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 tensorboard: setup ## Look at the training curves of all runs in TensorBoard
-	TF_CPP_MIN_LOG_LEVEL=3 $(PY) -m tensorboard.main --logdir runs
+	$(PY) -m tensorboard.main --logdir runs
 
 report: setup ## Write report.html, one page about the newest run, anew
 	$(PY) -m tools.report
@@ -210,10 +215,11 @@ report: setup ## Write report.html, one page about the newest run, anew
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
 	$(PY) -m lib.demo.pretraining
 
-lint: setup ## Check style and imports, and bring code and notebooks into the common format
+lint: setup ## Check imports and workflows, and bring code and notebooks into the common style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(LINT_IMPORTS)
+	$(LINT_WORKFLOWS)
 
 # Keeps what is locked where it still fits; delete the lock files first to move to new versions.
 COMPILE := pip compile --quiet --universal --python-version 3.11 --no-annotate \

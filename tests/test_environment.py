@@ -1,13 +1,14 @@
 """The environment files agree with each other, with the running environment and with the imports.
 
-pyproject.toml is the source; requirements.lock, requirements-gpu.lock and environment.yml follow
-it. Whoever changes one of them without the others finds out here.
+pyproject.toml is the source; the two lock files and the two files for conda follow it. Whoever
+changes one of them without the others finds out here.
 """
 
 import ast
 import json
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -25,13 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 LOCKS = {"cpu": "requirements.lock", "gpu": "requirements-gpu.lock"}
+CONDA_FILES = {"cpu": "environment.yml", "gpu": "environment-gpu.yml"}
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = {
     "cpu": [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("win32", "AMD64")],
     "gpu": [("linux", "x86_64")],
 }
 # TensorFlow's family and Faiss break when a conda and a pip build meet: they come from pip alone.
+# So does what conda-forge may not have in these versions.
 PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protobuf"} | {
+    "check-jsonschema",
     "simplejpeg",
     "opencv-python-headless",
     "openvino",
@@ -99,9 +103,10 @@ def environments(extra):
             }
 
 
-def conda_lines():
-    """environment.yml as (conda specs, requirements of the pip block)."""
-    entries = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+def conda_lines(extra):
+    """A file for conda as (conda specs, requirements of the pip block)."""
+    content = yaml.safe_load((ROOT / CONDA_FILES[extra]).read_text(encoding="utf-8"))
+    entries = content["dependencies"]
     blocks = [entry for entry in entries if not isinstance(entry, str)]
     assert len(blocks) == 1 and list(blocks[0]) == ["pip"], "exactly one pip block"
     specs = {}
@@ -147,11 +152,12 @@ def test_every_declared_dependency_is_bounded_and_says_where_it_is_used():
         assert re.search(r'", # \S', line), f"no comment: {line}"
 
 
-# ---- environment.yml
+# ---- environment.yml and environment-gpu.yml
 
 
-def test_environment_yml_lists_the_same_packages_with_the_same_versions():
-    specs, pip_lines = conda_lines()
+@pytest.mark.parametrize("extra", CONDA_FILES)
+def test_conda_lists_the_same_packages_with_the_same_versions(extra):
+    specs, pip_lines = conda_lines(extra)
     found = {
         package: SpecifierSet(spec)
         for package, spec in specs.items()
@@ -159,26 +165,28 @@ def test_environment_yml_lists_the_same_packages_with_the_same_versions():
     }
     assert pip_lines[-1] == "-e ."
     pip_requirements = requirements(pip_lines[:-1])
-    expected = declared("cpu", "test")
+    expected = declared(extra, "test")
     assert {str(r) for r in pip_requirements} == {str(r) for r in expected if name(r) in PIP_ONLY}
     assert found == {name(r): r.specifier for r in expected if name(r) not in PIP_ONLY}
 
 
-def test_environment_yml_admits_the_locked_versions():
-    specs, pip_lines = conda_lines()
+@pytest.mark.parametrize("extra", CONDA_FILES)
+def test_conda_admits_the_locked_versions(extra):
+    specs, pip_lines = conda_lines(extra)
     python = specs["python"].lstrip("=")
     assert python in PYTHONS
-    for environment in environments("cpu"):
+    for environment in environments(extra):
         if environment["python_version"] == python:
-            versions = pins("cpu", environment)
+            versions = pins(extra, environment)
             for package in set(specs) - {"python", "pip"}:
                 assert versions[package] in SpecifierSet(specs[package]), package
             for requirement in applicable(requirements(pip_lines[:-1]), environment):
                 assert versions[name(requirement)] in requirement.specifier, requirement
 
 
-def test_environment_yml_uses_conda_forge_alone_and_comments_every_line():
-    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("extra", CONDA_FILES)
+def test_conda_uses_conda_forge_alone_and_every_line_has_a_comment(extra):
+    text = (ROOT / CONDA_FILES[extra]).read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     assert content["name"] == PROJECT["name"]
     assert content["channels"] == ["conda-forge", "nodefaults"]
@@ -186,9 +194,39 @@ def test_environment_yml_uses_conda_forge_alone_and_comments_every_line():
     lines = [
         ln.strip() for ln in packages if ln.strip().startswith("- ") and ln.strip() != "- pip:"
     ]
-    assert len(lines) == sum(map(len, conda_lines()))
+    assert len(lines) == sum(map(len, conda_lines(extra)))
     for line in lines:
         assert re.search(r"\S  # \S", line), f"no comment: {line}"
+
+
+def test_the_files_for_conda_differ_in_tensorflow_alone():
+    (cpu, cpu_pip), (gpu, gpu_pip) = conda_lines("cpu"), conda_lines("gpu")
+    assert cpu == gpu
+    different = {name(r) for r in requirements(set(cpu_pip) ^ set(gpu_pip))}
+    assert different == {"tensorflow", "tensorflow-cpu"}
+
+
+# ---- workflows and hooks
+
+
+def test_the_hooks_use_the_locked_versions():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    revisions = {hook["repo"].rpartition("/")[2]: hook.get("rev") for hook in hooks["repos"]}
+    versions = {name(r): pin(r) for r in locked("cpu")}
+    assert Version(revisions["ruff-pre-commit"]) == versions["ruff"]
+    assert Version(revisions["check-jsonschema"]) == versions["check-jsonschema"]
+
+
+def test_the_workflows_have_the_form_that_github_expects():
+    """Needs no network: the schema comes with the package."""
+    program = Path(sys.executable).with_name("check-jsonschema")
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in workflows] == ["ci", "conda"]
+    command = [program, "--builtin-schema", "vendor.github-workflows", *workflows]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(f".github/workflows/{path.name}" in makefile for path in workflows)
 
 
 # ---- Python versions

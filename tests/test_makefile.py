@@ -54,6 +54,7 @@ def test_help_lists_the_commands(tmp_path):
         "demo",
         "app",
         "test",
+        "test-long",
         "backends",
         "cluster",
         "test-cluster",

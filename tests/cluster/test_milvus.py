@@ -29,7 +29,7 @@ from tests.conftest import end_server, free_port, unit, wait_for
 needs_milvus = pytest.mark.skipif(
     not importlib.util.find_spec("milvus_lite"), reason="needs Milvus Lite: make cluster"
 )
-pytestmark = [pytest.mark.cluster, needs_milvus]
+pytestmark = [pytest.mark.long, needs_milvus]
 
 MODEL = "a" * 64
 D = 16

@@ -44,7 +44,7 @@ from lib.training.stages import Stage, TrainingSettings, train
 needs_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="needs Ray: make cluster"
 )
-pytestmark = [pytest.mark.cluster, needs_ray]
+pytestmark = [pytest.mark.long, needs_ray]
 
 # Everything that could differ: negatives mined from the whole batch, live statistics, an average.
 SETTINGS = TrainingSettings(

@@ -1,0 +1,31 @@
+"""What makes ``pytest`` and ``pytest --nbval notebooks/01*.ipynb`` work as typed.
+
+The whole suite runs on all cores; named files or tests run in this process, unless ``-n`` says
+otherwise. Notebooks run on the kernel of this environment.
+"""
+
+import os
+
+import pytest
+
+# Before anything imports TensorFlow or OpenMP; workers and kernels inherit both.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what it says would stand in outputs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to others
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads its options in the same hook
+def pytest_cmdline_main(config):
+    option = config.option
+    if hasattr(config, "workerinput"):
+        return
+    if option.nbval or option.nbval_lax:
+        option.numprocesses = 0  # a notebook's cells belong to one kernel
+        option.nbval_current_env = not option.nbval_kernel_name
+        rules = config.rootpath / "tests" / "nbval_sanitize.cfg"
+        option.nbval_sanitize_with = option.nbval_sanitize_with or str(rules)
+        return
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and option.numprocesses is None and not option.usepdb:
+        option.numprocesses = "auto"
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadgroup"  # tests of one xdist_group share a process
