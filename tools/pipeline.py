@@ -1,9 +1,9 @@
 """Runs the notebooks in order into one folder: ``python -m tools.pipeline [profile.yaml]``.
 
-Without a profile the parameters are those in the notebooks, the demo's. A profile is a YAML file of
-parameters; each notebook gets those that its ``parameters`` cell has. The run's folder then holds
-the executed notebooks, an HTML page of each, ``metrics.json``, figures, model and index,
-``environment.json``, and the report, ``report.html``.
+Without a profile, the notebooks run with their own parameters, those of the demo. A profile is a
+YAML file of parameters; each notebook gets those that its ``parameters`` cell has. Afterwards the
+run's folder holds the executed notebooks, an HTML page of each, ``metrics.json``, figures, model,
+index, ``environment.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
@@ -24,7 +25,18 @@ from tqdm import tqdm
 
 from lib.files import project_root, replacing, show_path
 from lib.runs import open_run
-from tools.report import NOTEBOOKS, record_environment, write_report
+from tools.environment import record_environment
+from tools.report import NOTEBOOKS, write_report
+
+RESULTS = {
+    "report": "report.html",
+    "executed notebooks": "*.ipynb",
+    "pages of them": "0*.html",
+    "metrics": "metrics.json",
+    "figures": "figures/*.png",
+    "model": "model.keras",
+    "index": "gallery.index",
+}
 
 
 class ProfileError(ValueError):
@@ -39,15 +51,16 @@ def read_profile(path: Path, known: set[str]) -> dict:
         known: the parameters that any notebook has.
 
     Raises:
-        ProfileError: no such file, not a mapping, or a name that no notebook knows.
+        ProfileError: no such file, neither UTF-8 nor YAML, not a mapping, or a name that no
+            notebook knows.
     """
     try:
         profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ProfileError(f"{path} can't be read: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(profile, dict):
         raise ProfileError(f"{path} must map parameter names to values")
-    if unknown := sorted(set(profile) - known):
+    if unknown := sorted(map(str, set(profile) - known)):
         raise ProfileError(
             f"{path}: no notebook has a parameter {', '.join(unknown)}; there are "
             f"{', '.join(sorted(known))}"
@@ -69,7 +82,8 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
         notebooks: the folder they are in.
 
     Raises:
-        PapermillExecutionError: a cell failed. The notebook as far as it got is in ``run``.
+        PapermillExecutionError: a cell failed. ``run`` holds the notebook as far as it got.
+        DeadKernelError: the notebook's process ended, for lack of memory for example.
     """
     root = project_root()
     run_dir = run.relative_to(root).as_posix() if run.is_relative_to(root) else str(run)
@@ -106,38 +120,41 @@ def write_page(notebook: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 2 for a wrong profile, 1 for what failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.pipeline", description=__doc__)
     parser.add_argument("profile", nargs="?", type=Path, help="YAML file of notebook parameters")
     parser.add_argument("--run-dir", default="", help="folder for the results; default: a new one")
     options = parser.parse_args(arguments)
 
-    # TensorFlow is chatty, and the kernels write into this terminal.
+    # For the kernels: they write into this terminal, and TensorFlow is chatty. They are those of
+    # this environment, not of one registered under the same name elsewhere.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    root, start = project_root(), time.monotonic()
-    notebooks = root / "notebooks"
-    known = set().union(*(notebook_parameters(notebooks / f"{n}.ipynb") for n in NOTEBOOKS))
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    start = time.monotonic()
     try:
+        notebooks = project_root() / "notebooks"
+        known = set().union(*(notebook_parameters(notebooks / f"{n}.ipynb") for n in NOTEBOOKS))
         parameters = read_profile(options.profile, known) if options.profile else {}
+        run = open_run(options.run_dir, start_new=True)
+        record_environment(run, options.profile.name if options.profile else "")
+        failure = ""
+        try:
+            run_notebooks(run, parameters, notebooks)
+        except PapermillExecutionError as error:
+            failure = f"{error.ename}: {error.evalue}"
+        except DeadKernelError:
+            failure = "the notebook's process ended by itself; often memory is short"
+        except KeyboardInterrupt:
+            failure = "interrupted"
+        report = write_report(run)
     except ProfileError as error:
         print(error, file=sys.stderr)
         return 2
-    run = open_run(options.run_dir, start_new=True)
-    record_environment(run, options.profile.name if options.profile else "")
-    try:
-        run_notebooks(run, parameters, notebooks)
-        failure = None
-    except PapermillExecutionError as error:
-        failure = f"{error.ename}: {error.evalue}"
-    report = write_report(run)
-
+    except OSError as error:
+        print(f"Stopped: {error}", file=sys.stderr)
+        return 1
     print(f"\nResults of {(time.monotonic() - start) / 60:.1f} minutes in {show_path(run)}:")
-    for what, name in RESULTS.items():
-        if found := sorted(run.glob(name)):
-            print(
-                f"  {what:<20} {show_path(found[0] if len(found) == 1 else run)}"
-                + (f"/{name} ({len(found)})" if len(found) > 1 else "")
-            )
+    list_results(run)
     if failure:
         print(f"\nStopped: {failure}", file=sys.stderr)
         return 1
@@ -145,15 +162,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-RESULTS = {
-    "report": "report.html",
-    "executed notebooks": "*.ipynb",
-    "pages of them": "0*.html",
-    "metrics": "metrics.json",
-    "figures": "figures/*.png",
-    "model": "model.keras",
-    "index": "gallery.index",
-}
+def list_results(run: Path) -> None:
+    """Print where the results of a run are."""
+    for what, name in RESULTS.items():
+        if found := sorted(run.glob(name)):
+            place, more = (found[0], "") if len(found) == 1 else (run, f"/{name} ({len(found)})")
+            print(f"  {what:<20} {show_path(place)}{more}")
 
 
 if __name__ == "__main__":

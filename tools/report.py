@@ -1,10 +1,9 @@
-"""One page that tells what a run was and what came of it: ``python -m tools.report [run folder]``.
+"""Writes one page about a run: ``python -m tools.report [run folder]``.
 
-    record_environment(run, profile="gldv2.yaml")    # when the run starts
-    write_report(run)                                # -> run / "report.html"
+    write_report(run)    # -> run / "report.html"
 
 The page needs no other file and no network. It shows whatever the run's folder holds, and names
-what it lacks: a run that stopped half-way has a report too.
+what is missing: a run that stopped half-way has a report too.
 """
 
 from __future__ import annotations
@@ -14,24 +13,29 @@ import ast
 import base64
 import contextlib
 import hashlib
-import importlib.metadata
-import os
-import platform
 import re
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import nbformat
+import yaml
 
-from lib.evaluation.metrics import Interval
-from lib.files import project_root, read_json, replacing, show_path, write_json
+from lib.files import project_root, read_json, replacing, show_path
+from tools.environment import ENVIRONMENT, environment
+from tools.tables import Table, cell_text, heading, is_leaf, is_nested, metric_tables
 
-REPORT, ENVIRONMENT = "report.html", "environment.json"
+REPORT = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
 
 
 class Notebook(NamedTuple):
@@ -51,367 +55,13 @@ NOTEBOOKS = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# What the run ran on
-# --------------------------------------------------------------------------------------------------
-
-PACKAGES = (
-    "keras",
-    "tensorflow",
-    "tensorflow-cpu",
-    "jax",
-    "torch",
-    "faiss-cpu",
-    "numpy",
-)
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on, in a form for JSON; without names of machines or folders.
-
-    Returns:
-        ``python`` and ``platform``; ``keras_backend``; ``versions`` of those of ``PACKAGES`` that
-        are installed; ``commit`` of this project and whether there are ``uncommitted_changes``,
-        both None where there is no git repository.
-    """
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    commit, changed = _commit(project_root())
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "keras_backend": _keras_backend(),
-        "versions": versions,
-        "commit": commit,
-        "uncommitted_changes": changed,
-    }
-
-
-def record_environment(run: Path, profile: str = "") -> Path:
-    """Write ``environment.json`` into a run's folder, for the report: call it as the run starts.
-
-    A run that goes on later keeps the latest start.
-
-    Args:
-        run: the folder.
-        profile: name of the profile that the run was started with; "" for none.
-    """
-    path = Path(run) / ENVIRONMENT
-    started = datetime.now().isoformat(sep=" ", timespec="seconds")
-    write_json(path, {"started": started, "profile": profile} | environment())
-    return path
-
-
-def _keras_backend() -> str:
-    """What Keras chooses when it is imported, which would take seconds and load the backend."""
-    if chosen := os.environ.get("KERAS_BACKEND"):
-        return chosen
-    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(read_json(home / "keras.json")["backend"])
-    return "tensorflow"
-
-
-def _commit(root: Path) -> tuple[str | None, bool | None]:
-    """The commit in ``root``, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        # No optional locks: a report must not get in the way of someone's commit.
-        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    try:
-        # A copy without .git that lies in another repository is not at that one's commit.
-        if git("rev-parse", "--show-prefix").strip():
-            return None, None
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain").strip())
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers and names for people
-# --------------------------------------------------------------------------------------------------
-
-MOST = 50  # rows of a list, or values in one cell, that are shown
-
-_WORDS = {"map": "mAP", "gem": "GeM", "val": "validation", "infonce": "InfoNCE"}
-
-
-class Table(NamedTuple):
-    """A table of texts. The first cell of each row names the row."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def metric_tables(content: dict, caption: str = "", *, exact: bool = False) -> Iterator[Table]:
-    """Turn a section of ``metrics.json``, however nested, into tables.
-
-    Plain values come into one table. Dicts beside each other that have the same keys, such as a
-    measure of several models, come into one table as well, with the longer side downwards; so does
-    a list of dicts. What is nested deeper follows in tables of its own.
-
-    Args:
-        content: the section; ``{value, low, high}`` counts as one value, an interval.
-        caption: names the place of ``content`` in its section.
-        exact: show names and values as code has them, not as prose.
-    """
-    name, text = (str, repr) if exact else (_name, _text)
-
-    def below(key: str) -> str:
-        return f"{caption} · {name(key)}" if caption else name(key)
-
-    leaves = {key: value for key, value in content.items() if _is_leaf(value)}
-    if leaves:
-        yield Table(caption, ("", "value"), [(name(k), text(v)) for k, v in leaves.items()])
-
-    groups: list[dict[str, dict]] = []
-    deeper: dict[str, dict] = {}
-    for key, value in content.items():
-        if key in leaves:
-            continue
-        if isinstance(value, list) and all(map(_is_flat, value)):
-            columns = list(dict.fromkeys(column for row in value for column in row))
-            rows = [
-                (str(number), *(text(row[c]) if c in row else "–" for c in columns))
-                for number, row in enumerate(value[:MOST], 1)
-            ]
-            note = f" (the first {MOST} of {len(value)})" if len(value) > MOST else ""
-            yield Table(below(key) + note, ("", *map(name, columns)), rows)
-        elif not _is_flat(value):
-            deeper[key] = value if _is_nested(value) else dict(enumerate(value, 1))
-        else:
-            for group in groups:
-                first = next(iter(group.values()))
-                if value.keys() <= first.keys() or value.keys() >= first.keys():
-                    group[key] = value
-                    break
-            else:
-                groups.append({key: value})
-
-    for group in groups:
-        rows = list(dict.fromkeys(row for column in group.values() for row in column))
-        if len(group) == 1:
-            (key, column), *_ = group.items()
-            yield Table(below(key), ("", "value"), [(name(r), text(column[r])) for r in rows])
-            continue
-        columns = list(group)
-        cells = {(r, c): text(group[c][r]) if r in group[c] else "–" for r in rows for c in columns}
-        if len(columns) > len(rows):
-            rows, columns = columns, rows
-            cells = {(c, r): cell for (r, c), cell in cells.items()}
-        yield Table(
-            "" if leaves else caption,  # said already
-            ("", *map(name, columns)),
-            [(name(r), *(cells[r, c] for c in columns)) for r in rows],
-        )
-
-    for key, value in deeper.items():
-        yield from metric_tables(value, below(key), exact=exact)
-
-
-def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == set(Interval._fields)
-        and all(isinstance(bound, int | float) for bound in value.values())
-    )
-
-
-def _is_nested(value: Any) -> bool:
-    """Whether a value is a dict that takes more than one cell."""
-    return isinstance(value, dict) and bool(value) and not _is_interval(value)
-
-
-def _is_leaf(value: Any) -> bool:
-    """Whether a value fits into one cell."""
-    if isinstance(value, list):
-        return all(map(_is_leaf, value))
-    return not _is_nested(value)
-
-
-def _is_flat(value: Any) -> bool:
-    """Whether a value is a dict of values that fit into one cell each."""
-    return _is_nested(value) and all(map(_is_leaf, value.values()))
-
-
-def _text(value: Any) -> str:
-    """A value that fits into one cell, for people."""
-    if _is_interval(value):
-        return str(Interval(**value))
-    if isinstance(value, list) and value:
-        more = f", … ({len(value)} in all)" if len(value) > MOST else ""
-        return ", ".join(map(_text, value[:MOST])) + more
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
-    return str(value) if value else "–"
-
-
-def _name(key: Any) -> str:
-    """A key of ``metrics.json`` for people: ``map_at_10`` becomes mAP@10."""
-    key = str(key)
-    if not re.fullmatch(r"[a-z0-9_]+", key):
-        return key  # is prose already
-    key = re.sub(r"_at_(\d+)", r"@\1", key)
-    return re.sub(r"[a-z]+", lambda word: _WORDS.get(word[0], word[0]), key.replace("_", " "))
-
-
-def _heading(key: str) -> str:
-    name = _name(key)
-    return name if name.startswith("mAP") else name[:1].upper() + name[1:]
-
-
-# --------------------------------------------------------------------------------------------------
 # What the run's folder holds
 # --------------------------------------------------------------------------------------------------
 
 FIRST = ("02_training_curves", "04_retrieval_grid")  # figures
 
-# What to see in a figure, and what it looks like to someone who doesn't.
-CAPTIONS = {
-    "01_triplets": (
-        "Triplets as they are stored: anchor, positive, negative.",
-        "Rows of three photos each, two of one landmark and one of another.",
-    ),
-    "01_degenerate": (
-        "Degenerate triplets: anchor and positive are the same photo, and teach nothing.",
-        "Pairs of identical photos.",
-    ),
-    "01_landmark": ("Photos that were found to show one landmark.", "A row of photos."),
-    "01_pictures_per_landmark": (
-        "How many different pictures there are of a landmark.",
-        "Histogram of the number of pictures of a landmark.",
-    ),
-    "01_leak": (
-        "How many of the held back photos training has seen, in a split by shard and by landmark.",
-        "Bars of the share of held back photos that were seen, one for each kind of split.",
-    ),
-    "01_colours": (
-        "Colours alone: how similar those of positives and negatives are to the anchor's.",
-        "Two overlapping histograms of colour similarity.",
-    ),
-    "02_triplets_before": (
-        "Triplets and their distances before training.",
-        "Rows of photo triplets, with distances above positives and negatives.",
-    ),
-    "02_training_curves": (
-        "The training, epoch by epoch: loss, distances, signs of life, and validation.",
-        "Four panels of curves over epochs; the first is the training loss.",
-    ),
-    "02_triplets_after": (
-        "The same triplets and their distances after training.",
-        "Rows of photo triplets, with distances above positives and negatives.",
-    ),
-    "02_distances": (
-        "Distances of validation pairs: the less they overlap, the better.",
-        "Histograms of the distances of positives and negatives, before and after training.",
-    ),
-    "02_mining": (
-        "Triplets of one batch by their two distances: easy ones have nothing left to teach.",
-        "Scatter plots of a triplet's two distances, before and after training, coloured by "
-        "whether it is easy, semi-hard or hard.",
-    ),
-    "02_ladder": (
-        "What each fix to an earlier pipeline is worth; on real photographs, as measured before.",
-        "Bars of mAP for each step of the ladder, and points with intervals of what it adds.",
-    ),
-    "03_contribution": (
-        "Which places of a photo count in the pooled vector, for three exponents of GeM.",
-        "Photos, each beside three heat maps, for the exponents 1, 3 and 10.",
-    ),
-    "03_ablation": (
-        "Validation mAP of six ways to pool, with 95 % intervals.",
-        "Bars with intervals for the average, GeM fixed, trained and per channel, the maximum and "
-        "R-MAC.",
-    ),
-    "03_image_sizes": (
-        "Validation mAP against the size of the photos, for three ways to pool.",
-        "Three curves with intervals over the side of the photos in pixels.",
-    ),
-    "04_retrieval_grid": (
-        "A query (blue) and what was found for it, nearest first; green is right, red is wrong.",
-        "A grid of photos with coloured frames and their similarity to the query.",
-    ),
-    "04_unseen_map": (
-        "mAP on landmarks that training has never seen, with 95 % intervals.",
-        "Bars with intervals for the trained and the untrained network and the baselines.",
-    ),
-    "04_recall": (
-        "How many of the right photos are found when one looks at so many.",
-        "Curves of the share of positives found over the number of photos looked at.",
-    ),
-    "04_distances": (
-        "Distances of pairs of unseen photos: the less they overlap, the better.",
-        "Histograms of distances within and between landmarks, untrained and trained.",
-    ),
-    "04_post_processing": (
-        "What each step after training is worth, and what it costs per query.",
-        "Bars of mAP for each step, points with intervals of its gain, bars of milliseconds.",
-    ),
-    "04_nearest": (
-        "How similar each query is to the nearest photo of its landmark, and of another.",
-        "Scatter plot; below the diagonal the wrong photo comes first.",
-    ),
-    "04_worst": (
-        "The queries with the worst results (blue), and the photos found first for them.",
-        "Rows of photos with coloured frames: a query, then what was found.",
-    ),
-    "04_looked_at": (
-        "Where the descriptors of a query, of the wrong photo found first and of a right one come "
-        "from: bright places count most.",
-        "Rows of three photos, each beside a heat map of it.",
-    ),
-    "04_projection": (
-        "Embeddings of some unseen landmarks, a colour each, in two dimensions.",
-        "Scatter plots by PCA and t-SNE, untrained and trained.",
-    ),
-    "04_map": (
-        "All unseen landmarks by t-SNE; point at a dot to see its photo.",
-        "Interactive scatter plot of embeddings.",
-    ),
-    "05_made_up": (
-        "Made-up descriptors are as similar to each other as real ones.",
-        "Histograms of the similarity to the nearest and to any other photo.",
-    ),
-    "05_probes": (
-        "An inverted file: what it finds, and in what time, by the number of lists visited.",
-        "Two curves over the lists visited; recall rises faster than time.",
-    ),
-    "05_compression": (
-        "Similarities as compressed indexes have them: fewer bytes, wider clouds.",
-        "Scatter plots of similarity in the index against true similarity, one for each kind.",
-    ),
-    "05_lost": (
-        "The query for which compression loses most: found by exact search (above) and by the "
-        "compressed index (below).",
-        "Two rows of photos behind the same query; green frames show its landmark.",
-    ),
-    "05_frontier": (
-        "Kinds of index and settings: what is found, how fast, in how much memory (area).",
-        "Marks of settings by recall and queries per second, with the line of the best ones.",
-    ),
-    "05_growth": (
-        "How building, searching and memory grow with the number of photos.",
-        "Three panels with lines on logarithmic axes, for flat and for tuned search.",
-    ),
-    "06_answer": (
-        "An answer of the search app: the query (blue) and what was found for it.",
-        "Grid of photos with similarities; a green frame marks the query's landmark.",
-    ),
-    "06_what_matched": (
-        "What the query and a photo found have in common, by covering parts of each.",
-        "Rows of the query and a photo found, each beside its heat map.",
-    ),
-}
+# By a figure's name: what to see in it, and what it looks like to someone who doesn't.
+CAPTIONS: dict[str, list[str]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text("utf-8"))
 
 
 class Figure(NamedTuple):
@@ -449,7 +99,7 @@ def read_figures(run: Path) -> dict[str, list[Figure]]:
         interactive = path.suffix == ".html"
         is_first = path.stem in FIRST and not interactive
         group = first if is_first else titles.get(path.name[:3], other)
-        name = _heading(re.sub(r"^\d+_", "", path.stem))
+        name = heading(re.sub(r"^\d+_", "", path.stem))
         caption, alt = CAPTIONS.get(path.stem, (f"{name}.", f"Figure: {name}."))
         if interactive:
             caption += " Interactive."
@@ -457,7 +107,7 @@ def read_figures(run: Path) -> dict[str, list[Figure]]:
         else:
             source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         groups[group].append(Figure(caption, alt, source, interactive))
-    return {heading: figures for heading, figures in groups.items() if figures}
+    return {title: figures for title, figures in groups.items() if figures}
 
 
 def read_execution(notebook: Path) -> Execution:
@@ -549,11 +199,15 @@ def _environment_table(recorded: dict) -> Table:
     if recorded.get("uncommitted_changes"):
         commit += ", with uncommitted changes"
     versions = recorded.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
     rows += [
-        ("Python", _text(recorded.get("python"))),
-        ("platform", _text(recorded.get("platform"))),
-        *((name, _text(v)) for name, v in (versions if isinstance(versions, dict) else {}).items()),
-        ("Keras' backend", _text(recorded.get("keras_backend"))),
+        ("Python", cell_text(recorded.get("python"))),
+        ("platform", cell_text(recorded.get("platform"))),
+        *(
+            (name, cell_text(v))
+            for name, v in (versions if isinstance(versions, dict) else {}).items()
+        ),
+        ("Keras' backend", cell_text(recorded.get("keras_backend"))),
         ("commit of this project", commit),
     ]
     return Table("", ("", "value"), rows)
@@ -575,7 +229,7 @@ def _results(metrics: dict, executions: dict[str, Execution]) -> list[tuple[str,
         value: Any = metrics
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        return _text(value) if value is not None and _is_leaf(value) else None
+        return cell_text(value) if value is not None and is_leaf(value) else None
 
     validation = [at("training", "validation", when, "val_map") for when in ("before", "after")]
     minutes = [e.minutes for e in executions.values() if e.minutes is not None]
@@ -628,48 +282,28 @@ def write_report(run: Path) -> Path:
     lacks: list[str] = []
     metrics = _read_object(run / "metrics.json", lacks)
     recorded = _read_object(run / ENVIRONMENT, lacks)
-    lacks += [name for name in ("model.keras", "gallery.index") if not (run / name).exists()]
-    stems = {path.stem for path in (run / "figures").glob("*.png")}
-    for name, notebook in NOTEBOOKS.items():
-        if metrics and notebook.section not in metrics:
-            lacks.append(f"metrics of notebook {notebook.title}")
-        if name[:3] not in {stem[:3] for stem in stems}:
-            lacks.append(f"figures of notebook {notebook.title}")
-    lacks += [f"figures/{stem}.png" for stem in FIRST if stem not in stems]
+    lacks += _missing(run, metrics)
     executions = {name: read_execution(run / f"{name}.ipynb") for name in NOTEBOOKS}
-
-    # What notebook 02 made of its parameters is shown with them, not among the results.
-    training = metrics.get("training")
-    settings = {}
-    if isinstance(training, dict):
-        settings = {k: training[k] for k in ("tower", "settings") if k in training}
-        metrics = metrics | {"training": {k: v for k, v in training.items() if k not in settings}}
+    metrics, settings = _apart(metrics)
     sections = [
-        (_heading(key), list(metric_tables(content if _is_nested(content) else {key: content})))
+        (heading(key), list(metric_tables(content if is_nested(content) else {key: content})))
         for key, content in metrics.items()
     ]
-    page = _TEMPLATE.render(
+    parameters = [
+        _parameter_table(NOTEBOOKS[name].title, execution)
+        for name, execution in executions.items()
+        if execution.parameters
+    ]
+    page = _TEMPLATES.get_template("report.html.j2").render(
         title=f"Image retrieval: run {run.name}",
         started=_started(run, recorded),
         results=_results(metrics, executions),
         lacks=lacks,
         figures=read_figures(run),
         sections=sections,
-        parameters=[
-            _parameter_table(NOTEBOOKS[name].title, execution)
-            for name, execution in executions.items()
-            if execution.parameters
-        ],
+        parameters=parameters,
         settings=list(metric_tables(settings, exact=True)),
-        notebooks=[
-            (
-                NOTEBOOKS[name].title,
-                f"{name}.html" if (run / f"{name}.html").is_file() else "",
-                execution.state,
-                "–" if execution.minutes is None else f"{execution.minutes:.1f}",
-            )
-            for name, execution in executions.items()
-        ],
+        notebooks=[_notebook_row(run, name, e) for name, e in executions.items()],
         recorded=bool(recorded),
         environment=_environment_table(recorded or environment()),
         model=_model_table(run),
@@ -679,201 +313,33 @@ def write_report(run: Path) -> Path:
     return run / REPORT
 
 
-# The policy forbids all network, to interactive figures as well. Their scripts are sandboxed.
-_PAGE = """\
-{% macro show(table, label) %}
-<div class="scroll" role="region" tabindex="0" aria-label="{{ table.caption or label }}">
-<table>
-{% if table.caption %}
-<caption>{{ table.caption }}</caption>
-{% endif %}
-<thead><tr>
-{% for cell in table.header %}
-{% if cell %}
-<th scope="col">{{ cell }}</th>
-{% else %}
-<td></td>
-{% endif %}
-{% endfor %}
-</tr></thead>
-<tbody>
-{% for row in table.rows %}
-<tr{% if "seed" in row[0] %} class="seed"{% endif %}><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}
-<td class="{{ "short" if cell | length <= 32 else "long" }}">{{ cell }}</td>
-{%- endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-{% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline' data: blob:">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2129; --soft: #5b6470; --line: #d8dce2;
-  --paper: #fff; --tint: #f3f5f8; --link: #0b57d0; --mark: #fff3c4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #a3acb8; --line: #3a414c;
-  --paper: #15181d; --tint: #1f242b; --link: #8ab4f8; --mark: #4a3f14; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 58rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; margin: 3rem 0 1rem; padding-top: .75rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
-p, li { max-width: 44rem; }
-a { color: var(--link); }
-.soft, figcaption, caption { color: var(--soft); }
-.results { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.5rem, 1fr));
-  gap: .75rem; margin: 1.5rem 0; }
-.results div { background: var(--tint); border-radius: .4rem; padding: .6rem .8rem; }
-.results div:first-child { grid-column: 1 / -1; font-size: 1.25rem; }
-.results dt { color: var(--soft); font-size: .85rem; }
-.results dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-.lacks { border-left: .25rem solid #d98e04; background: var(--tint); padding: .75rem 1rem; }
-.lacks h2 { border: 0; margin: 0; padding: 0; font-size: 1rem; }
-.lacks ul { margin: .25rem 0 0; padding-left: 1.2rem; }
-figure { margin: 0 0 2rem; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: .3rem; padding: .4rem; }
-figure iframe { display: block; width: 100%; height: 40rem; background: #fff;
-  border: 1px solid var(--line); border-radius: .3rem; resize: vertical; overflow: auto; }
-figcaption { font-size: .9rem; margin-top: .4rem; }
-.scroll { overflow-x: auto; margin: 0 0 1.5rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .2rem 0; font-weight: 600; }
-th, td { text-align: left; vertical-align: top; padding: .3rem 1.5rem .3rem .4rem;
-  border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 400; min-width: 9rem; }
-.short { white-space: nowrap; }
-.long { overflow-wrap: anywhere; min-width: 13rem; }
-.seed th, .seed td { background: var(--mark); font-weight: 600; }
-.code td, .code tbody th { font-family: ui-monospace, monospace; font-size: .85rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  figure, tr, .results div { break-inside: avoid; }
-  h2, h3, caption { break-after: avoid; }
-  .scroll { overflow: visible; }
-  th { white-space: normal !important; }
-}
-</style>
-</head>
-<body>
-<header>
-<h1>{{ title }}</h1>
-<p class="soft">{% if started %}Made on {{ started }}.{% else %}When it was made is not known.
-{%- endif %}</p>
-</header>
-<main>
-{% if results %}
-<dl class="results">
-{% for label, value in results %}
-<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}
-</dl>
-{% endif %}
-{% if lacks %}
-<section class="lacks" aria-labelledby="lacks">
-<h2 id="lacks">Missing in this run's folder</h2>
-<ul>
-{% for line in lacks %}
-<li>{{ line }}</li>
-{% endfor %}
-</ul>
-</section>
-{% endif %}
-<nav aria-label="On this page"><p><a href="#figures">Figures</a> · <a href="#metrics">Metrics</a> ·
-<a href="#settings">Settings</a> · <a href="#notebooks">Notebooks</a> ·
-<a href="#versions">Versions</a> · <a href="#model">Model</a></p></nav>
+def _missing(run: Path, metrics: dict) -> list[str]:
+    """What a whole run has and this one lacks, apart from its JSON files."""
+    lacks = [name for name in ("model.keras", "gallery.index") if not (run / name).exists()]
+    stems = {path.stem for path in (run / "figures").glob("*.png")}
+    for name, notebook in NOTEBOOKS.items():
+        if metrics and notebook.section not in metrics:
+            lacks.append(f"metrics of notebook {notebook.title}")
+        if name[:3] not in {stem[:3] for stem in stems}:
+            lacks.append(f"figures of notebook {notebook.title}")
+    return lacks + [f"figures/{stem}.png" for stem in FIRST if stem not in stems]
 
-<h2 id="figures">Figures</h2>
-{% for group, shown in figures.items() %}
-<h3>{{ group }}</h3>
-{% for figure in shown %}
-<figure>
-{% if figure.interactive %}
-<iframe sandbox="allow-scripts" title="{{ figure.alt }}" srcdoc="{{ figure.source }}"></iframe>
-{% else %}
-<img src="{{ figure.source }}" alt="{{ figure.alt }}">
-{% endif %}
-<figcaption>{{ figure.caption }}</figcaption>
-</figure>
-{% endfor %}
-{% else %}
-<p>There are none.</p>
-{% endfor %}
 
-<h2 id="metrics">Metrics</h2>
-{% for name, tables in sections %}
-<h3>{{ name }}</h3>
-{% for table in tables %}
-{{ show(table, name) }}
-{% endfor %}
-{% else %}
-<p>There are none.</p>
-{% endfor %}
-{% if sections %}
-<p class="soft">A value with brackets is a mean and its 95 % interval.</p>
-{% endif %}
+def _apart(metrics: dict) -> tuple[dict, dict]:
+    """The metrics without notebook 02's settings, and these: the page shows them as parameters."""
+    training = metrics.get("training")
+    if not isinstance(training, dict):
+        return metrics, {}
+    settings = {k: training[k] for k in ("tower", "settings") if k in training}
+    results = {k: v for k, v in training.items() if k not in settings}
+    return metrics | {"training": results}, settings
 
-<h2 id="settings">Settings</h2>
-<div class="code">
-{% for table in parameters %}
-{{ show(table, "Settings") }}
-{% else %}
-<p>The run's folder holds no executed notebook: their parameters are not known.</p>
-{% endfor %}
-{% if settings %}
-<h3>As the training used them</h3>
-{% for table in settings %}
-{{ show(table, "Settings") }}
-{% endfor %}
-{% endif %}
-</div>
 
-<h2 id="notebooks">Notebooks</h2>
-{% if notebooks | selectattr(1) | list %}
-<p>The links lead to the notebooks' pages beside this file; they are not part of it.</p>
-{% endif %}
-<div class="scroll" role="region" tabindex="0" aria-label="Notebooks">
-<table>
-<thead><tr><th scope="col">notebook</th><th scope="col">state</th><th scope="col">minutes</th></tr>
-</thead>
-<tbody>
-{% for title, page, state, minutes in notebooks %}
-<tr><th scope="row">{% if page %}<a href="{{ page }}">{{ title }}</a>{% else %}{{ title }}
-{%- endif %}</th><td>{{ state }}</td><td>{{ minutes }}</td></tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-
-<h2 id="versions">Versions</h2>
-{% if not recorded %}
-<p>The run recorded none. These are the versions when this page was made.</p>
-{% endif %}
-{{ show(environment, "Versions") }}
-
-<h2 id="model">Model</h2>
-{% if model %}
-{{ show(model, "Model") }}
-{% else %}
-<p>There is none.</p>
-{% endif %}
-</main>
-</body>
-</html>
-"""
-
-_TEMPLATE = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-).from_string(_PAGE)
+def _notebook_row(run: Path, name: str, execution: Execution) -> tuple[str, str, str, str]:
+    """Title, page beside the report ("" for none), state and minutes of a notebook."""
+    page = f"{name}.html" if (run / f"{name}.html").is_file() else ""
+    minutes = "–" if execution.minutes is None else f"{execution.minutes:.1f}"
+    return NOTEBOOKS[name].title, page, execution.state, minutes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -886,6 +352,9 @@ def main(arguments: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"The report can't be written: {error}", file=sys.stderr)
+        return 1
     print(f"Open {report.as_uri()} in a browser.")
     return 0
 

@@ -7,9 +7,11 @@ import time
 
 import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from lib.files import project_root
+from tools import pipeline
 from tools.pipeline import NOTEBOOKS, ProfileError, main, notebook_parameters, read_profile
 
 # The chain takes longest: a group of its own, so that it runs beside all the others.
@@ -61,6 +63,56 @@ def test_a_profile_with_a_wrong_name_is_refused(tmp_path, capsys):
         read_profile(path, {"batch_size"})
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"name: \xff\xfe",  # not UTF-8: it was a UnicodeDecodeError
+        b"day: 2026-13-45",  # a date that is none: it was datetime's ValueError
+        b"a: [1",
+        b"[" * 3000,  # too deep: it was a RecursionError
+        b"1: 2\nbatch_sise: 3\ntrue: 4",  # names that are no texts: they could not be sorted
+    ],
+    ids=["encoding", "date", "syntax", "depth", "names"],
+)
+def test_a_profile_of_any_wrong_kind_is_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError) as caught:
+        read_profile(path, {"batch_size"})
+    assert "\n" not in str(caught.value)
+    assert main([str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(str(path)) and printed.count("\n") == 1
+
+
+def test_a_run_folder_that_cannot_be_made_ends_in_one_line(tmp_path, capsys):
+    """It was a traceback of FileExistsError."""
+    (tmp_path / "file").write_text("")
+    assert main(["--run-dir", str(tmp_path / "file")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("Stopped: ") and printed.err.count("\n") == 1
+    assert str(tmp_path / "file") in printed.err and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(DeadKernelError("died"), "memory is short"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_a_run_that_is_ended_from_outside_has_a_report(
+    tmp_path, capsys, monkeypatch, error, reason
+):
+    """Both were tracebacks."""
+
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run_notebooks", stop)
+    assert main(["--run-dir", str(tmp_path / "run")]) == 1
+    printed = capsys.readouterr()
+    assert f"{reason}\n" in printed.err and printed.err.count("\n") == 2
+    assert (tmp_path / "run" / "report.html").is_file() and "report.html" in printed.out
 
 
 def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):

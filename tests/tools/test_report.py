@@ -16,17 +16,9 @@ from PIL import Image
 
 from lib.files import project_root, write_json
 from tools import report
-from tools.report import (
-    NOTEBOOKS,
-    PACKAGES,
-    Table,
-    environment,
-    main,
-    metric_tables,
-    read_execution,
-    record_environment,
-    write_report,
-)
+from tools.environment import PACKAGES, commit_of, environment, record_environment
+from tools.report import NOTEBOOKS, main, read_execution, write_report
+from tools.tables import Table, metric_tables
 
 INTERVAL = {"value": 0.9054, "low": 0.8812, "high": 0.9285}
 SHOWN = "0.905 [0.881, 0.928]"
@@ -377,17 +369,17 @@ def test_the_commit_is_this_projects_or_none(tmp_path, monkeypatch):
 
     copy = tmp_path / "copy"
     copy.mkdir()
-    assert report._commit(tmp_path) == (None, None)
+    assert commit_of(tmp_path) == (None, None)
     git("init")
-    assert report._commit(tmp_path) == (None, None)  # no commit yet
+    assert commit_of(tmp_path) == (None, None)  # no commit yet
     git("commit", "--allow-empty", "-m", "x")
-    commit, changed = report._commit(tmp_path)
+    commit, changed = commit_of(tmp_path)
     assert len(commit) == 40 and changed is False
     (copy / "new.py").write_text("")
-    assert report._commit(tmp_path) == (commit, True)
-    assert report._commit(copy) == (None, None)  # lies in another project's repository
+    assert commit_of(tmp_path) == (commit, True)
+    assert commit_of(copy) == (None, None)  # lies in another project's repository
     monkeypatch.setenv("PATH", "")
-    assert report._commit(tmp_path) == (None, None)
+    assert commit_of(tmp_path) == (None, None)
 
 
 def test_the_command_writes_the_page_or_says_why_not(run, capsys):
