@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.big_sets import sample_file
 from lib.search import tuning
-from lib.search.photo_index import train_and_add
+from lib.search.kinds import train_and_add
 
 PHOTOS, QUERIES, K, TARGET, SHARE = 762_000, 1000, 10, 0.99, 0.25
 ROUNDS, SINGLE = 3, 100

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.search.photo_index import IndexSettings, similarities_of, train_and_add
+from lib.search.exact import similarities_of
+from lib.search.kinds import IndexSettings, train_and_add
 from lib.search.tuning import search_exactly, search_reranked, shares_found
 
 

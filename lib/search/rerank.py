@@ -25,8 +25,8 @@ after all others in their old order.
     rerank_diffusion      n searches, sparse graph   a search, 10s of products  n k
     rerank_superglobal    nothing                    a search, M^2 d products   M (M + d)
 
-A search compares with all n photos, blockwise (see :func:`nearest`). Where a method asks for more
-neighbours than there are photos, it takes all there are.
+A search (:func:`lib.search.exact.nearest`) compares with all n photos. Numbers of neighbours are
+capped at the number of photos.
 """
 
 from __future__ import annotations
@@ -36,65 +36,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from lib.search.exact import checked, nearest
+
 _BLOCK = 2**23  # how many numbers are in the works at a time
-
-
-def nearest(
-    queries: np.ndarray | None, gallery: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k most similar photos of each query, the most similar first.
-
-    The search is exact. It takes a block of queries at a time: beside the result it needs about
-    100 MB (300 MB if nearly all similarities are equal), for up to 8 million photos.
-
-    Args:
-        queries: float (q, d) of unit norm; None: each photo of the gallery, among all the others.
-        gallery: float (n, d) of unit norm.
-        k: how many; more than there are photos (others, if queries is None) gives all of them.
-
-    Returns:
-        rows of the gallery, int64 (q, k), and their similarities, float32 (q, k), in falling order.
-        Equal similarities keep the order of the rows.
-
-    Raises:
-        ValueError: k below 1, an empty gallery, or descriptors that are not (n, d) of the same d,
-            finite and of unit norm.
-    """
-    _check_counts(k=k)
-    alone = queries is None
-    if alone:
-        queries = gallery = _checked_gallery(gallery)
-    else:
-        queries, gallery = _checked(queries, gallery)
-    k = min(k, len(gallery) - alone)
-    rows = np.empty((len(queries), k), dtype=np.int64)
-    similarities = np.empty((len(queries), k), dtype=np.float32)
-    step = max(1, _BLOCK // len(gallery))
-    for start in range(0, len(queries), step):
-        block = queries[start : start + step] @ gallery.T
-        if alone:
-            own = np.arange(len(block))
-            block[own, start + own] = -np.inf
-        rows[start : start + step], similarities[start : start + step] = _top(block, k)
-    return rows, similarities
-
-
-def _top(similarities: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and values of the k largest of each row; equal ones keep the order of the columns."""
-    m, n = similarities.shape
-    if k == 0 or m == 0:
-        return np.empty((m, k), dtype=np.int64), np.empty((m, k), dtype=np.float32)
-    # The k-th largest of the maxima of groups is at most the k-th largest value. So all of the k
-    # largest, and their equals, are among the few from there on: no need to partition everything.
-    width = max(1, n // (8 * k))
-    groups = n // width
-    maxima = similarities[:, : width * groups].reshape(m, width, groups).max(axis=1)
-    bound = np.partition(maxima, groups - k, axis=1)[:, groups - k]
-    rows, columns = np.divmod(np.flatnonzero(similarities >= bound[:, None]), n)  # fast in 1-D
-    values = similarities[rows, columns]
-    order = np.lexsort((-values, rows))
-    order = order[np.searchsorted(rows, np.arange(m))[:, None] + np.arange(k)]
-    return columns[order], values[order]
 
 
 def expand_queries(
@@ -148,7 +92,7 @@ def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.
     """
     _check_not_negative(alpha=alpha)
     rows, similarities = nearest(None, gallery, k)
-    gallery = _checked_gallery(gallery)
+    gallery = checked(gallery, "gallery")
     return _moved(gallery, gallery, rows, similarities, alpha)
 
 
@@ -211,7 +155,7 @@ def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> Recipro
     """
     _check_counts(k1=k1, k2=k2)
     rows, similarities = nearest(None, gallery, max(k1, k2 - 1))
-    gallery = _checked_gallery(gallery)
+    gallery = checked(gallery, "gallery")
     n = len(gallery)
     if similarities.shape[1] < k1:  # fewer others: any query is among the k1 nearest
         reach = np.full(n, -np.inf, dtype=np.float32)
@@ -491,32 +435,10 @@ def _sparse_rows(columns: np.ndarray, values: np.ndarray, n: int) -> sparse.csr_
 
 
 def _checked(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    gallery = _checked_gallery(gallery)
-    queries = _unit(queries, "queries")
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"the queries have {queries.shape[1]} dimensions, the gallery has {gallery.shape[1]}"
-        )
-    return queries, gallery
-
-
-def _checked_gallery(gallery: np.ndarray) -> np.ndarray:
-    gallery = _unit(gallery, "gallery")
+    gallery = checked(gallery, "gallery")
     if len(gallery) == 0:
         raise ValueError("the gallery is empty")
-    return gallery
-
-
-def _unit(descriptors: np.ndarray, name: str) -> np.ndarray:
-    descriptors = np.ascontiguousarray(descriptors, dtype=np.float32)
-    if descriptors.ndim != 2:
-        raise ValueError(f"{name} must be (n, d), got the shape {descriptors.shape}")
-    norms = np.linalg.norm(descriptors, axis=1)
-    if not np.isfinite(norms).all():
-        raise ValueError(f"{name} must be finite, but some values are NaN or infinite")
-    if not np.allclose(norms, 1, atol=1e-3):
-        raise ValueError(f"{name} must have unit norm")
-    return descriptors
+    return checked(queries, "queries", gallery.shape[1]), gallery
 
 
 def _check_counts(**counts: int) -> None:

@@ -21,7 +21,8 @@ import faiss
 import numpy as np
 import pandas as pd
 
-from lib.search.photo_index import IndexSettings, nearest_of, similarities_of, train_and_add
+from lib.search.exact import nearest_of, similarities_of
+from lib.search.kinds import IndexSettings, train_and_add
 
 RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
 SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them

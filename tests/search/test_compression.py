@@ -6,7 +6,7 @@ import pytest
 
 from lib import plots
 from lib.search.compression import compression_losses
-from lib.search.photo_index import IndexSettings, train_and_add
+from lib.search.kinds import IndexSettings, train_and_add
 from tests.conftest import unit
 
 N, D, K = 1500, 16, 10

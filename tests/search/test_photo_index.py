@@ -6,6 +6,8 @@ That a kill at any moment does no harm is in ``tests/search/test_photo_index_kil
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -26,10 +28,9 @@ from hypothesis.stateful import (
 )
 
 from lib import files as storage
-from lib.search import photo_index as module
+from lib.search import index_files, kinds
+from lib.search.index_files import MANIFEST, IndexBusyError
 from lib.search.photo_index import (
-    MANIFEST,
-    IndexBusyError,
     IndexSettings,
     PhotoIndex,
     UnusableIndexError,
@@ -56,10 +57,10 @@ RECALL = {
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """On so few photos, threads that wait for each other take longer than the work."""
-    before = module.faiss.omp_get_max_threads()
-    module.faiss.omp_set_num_threads(1)
+    before = kinds.faiss.omp_get_max_threads()
+    kinds.faiss.omp_set_num_threads(1)
     yield
-    module.faiss.omp_set_num_threads(before)
+    kinds.faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture
@@ -181,7 +182,8 @@ def test_an_empty_index_is_filled_later(tmp_path, embeddings):
 
 
 def test_memory_mapped_embeddings_are_indexed_in_blocks(tmp_path, rng, monkeypatch, no_sync):
-    monkeypatch.setattr(module, "_BLOCK", 64)
+    for module in (kinds, index_files):
+        monkeypatch.setattr(module, "_BLOCK", 64)
     np.save(tmp_path / "embeddings.npy", random_units(rng, 1000))
     embeddings = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
     for kind in EXACT:
@@ -206,7 +208,7 @@ def test_a_saved_index_answers_alike(kind, embeddings, tmp_path):
     index.save(tmp_path / "gallery.index")
     loaded = PhotoIndex.load(tmp_path / "gallery.index", MODEL)
     assert len(loaded) == 50 and loaded.settings == kind
-    for one in (index, loaded, PhotoIndex.load(tmp_path / "gallery.index", MODEL, verify=False)):
+    for one in (index, loaded):
         after = one.search(embeddings, 5)
         assert before[0] == after[0]
         np.testing.assert_array_equal(before[1], after[1])
@@ -274,6 +276,45 @@ def test_the_search_can_be_tuned(rng, tmp_path):
     assert loaded.settings == IndexSettings("IVF64,SQ4", "nprobe=64", 10) and recall(loaded) > 9.9
     with pytest.raises(ValueError, match="can't search by 'efSearch=3'"):
         index.tune("efSearch=3", 0)
+
+
+def test_search_parameters_hold_after_every_way_to_change_them(rng, tmp_path, monkeypatch):
+    vectors = random_units(rng, 2000)
+    index = PhotoIndex.build(vectors, range(2000), MODEL, IndexSettings("IVF64,Flat"))
+    index.remove(range(0, 2000, 10))
+    left = np.flatnonzero(np.arange(2000) % 10)
+    truth = left[np.argsort(-(vectors[:50] @ vectors[left].T), axis=1)[:, :10]].tolist()
+    assert index.search(vectors[:50], 10)[0] != truth
+    # A search before it had kept the old nprobe for all later ones: recall 0.16.
+    index.tune("nprobe=64", 0)
+    assert index.search(vectors[:50], 10)[0] == truth
+    # Without a name a parameter stays as it is; it had been lost when the index was opened again.
+    index.save(tmp_path)
+    index.tune("", 0)
+    assert index.settings.search == "nprobe=64"
+    assert PhotoIndex.load(tmp_path, MODEL).search(vectors[:50], 10)[0] == truth
+    # What fails changes nothing. The first parameter had been set before the second was refused,
+    # and both before the disk was found full.
+    with pytest.raises(ValueError, match="can't search by 'nprobe=1,efSearch=3'"):
+        index.tune("nprobe=1,efSearch=3", 0)
+    assert index.search(vectors[:50], 10)[0] == truth
+    with monkeypatch.context() as patched:
+        patched.setattr(index_files, "write_json", full_disk)
+        with pytest.raises(OSError, match="full"):
+            index.tune("nprobe=1", 0)
+    assert index.search(vectors[:50], 10)[0] == truth
+    index.compact()
+    assert index.search(vectors[:50], 10)[0] == truth
+    # Another process has replaced the index: its kind had become the old one again.
+    PhotoIndex.build(vectors, range(2000), MODEL, IndexSettings("SQ8")).save(tmp_path)
+    index.tune("", 5)
+    assert (
+        index.settings == PhotoIndex.load(tmp_path, MODEL).settings == IndexSettings("SQ8", "", 5)
+    )
+
+
+def full_disk(*arguments):
+    raise OSError("the disk is full")
 
 
 class AgainstADictionary(RuleBasedStateMachine):
@@ -441,16 +482,16 @@ def test_a_reader_that_comes_late_reads_the_manifest_again(
     index, embeddings, tmp_path, monkeypatch
 ):
     index.save(tmp_path)
-    read_part = module._read_part
+    read_part = index_files._read_part
 
     def late(*arguments):
         if index.path:
-            monkeypatch.setattr(module, "_read_part", read_part)
+            monkeypatch.setattr(index_files, "_read_part", read_part)
             index.remove(index.names[:10])
             index.compact()  # deletes what the manifest listed before
         return read_part(*arguments)
 
-    monkeypatch.setattr(module, "_read_part", late)
+    monkeypatch.setattr(index_files, "_read_part", late)
     assert PhotoIndex.load(tmp_path, MODEL).names == index.names and len(index) == 40
 
 
@@ -510,7 +551,7 @@ def test_damaged_files_are_refused_before_faiss_sees_them(embeddings, tmp_path, 
     for name, content in whole.items():
         path = tmp_path / name
         if name.startswith("index"):
-            monkeypatch.setattr(module.faiss, "read_index", parse)
+            monkeypatch.setattr(index_files.faiss, "read_index", parse)
         for _ in range(20):
             flipped = bytearray(content)
             flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
@@ -568,7 +609,7 @@ def test_what_is_no_index_is_refused(index, tmp_path, rng):
 def test_an_index_of_another_dimension_is_refused(index, tmp_path):
     index.save(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text()) | {"dimension": 8}
-    manifest["xxh3"] = module._checksum_of_manifest(manifest)
+    manifest["xxh3"] = index_files.checksum_of_manifest(manifest)
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UnusableIndexError, match="does not hold 50 x 8 numbers"):
         PhotoIndex.load(tmp_path, MODEL)
@@ -583,7 +624,7 @@ def test_unsuitable_embeddings_queries_and_settings_are_refused(index, embedding
         PhotoIndex.build(embeddings[0], ["a"], MODEL)
     with pytest.raises(ValueError, match="50 embeddings, but 1 names"):
         PhotoIndex.build(embeddings, ["a"], MODEL)
-    with pytest.raises(ValueError, match=r"\(q, 16\)"):
+    with pytest.raises(ValueError, match=r"\(n, 16\)"):
         index.search(embeddings[:, :8], 1)
     with pytest.raises(ValueError, match=r"\(n, 16\)"):
         index.add(["new"], unit(embeddings[:1, :8]))
@@ -599,3 +640,99 @@ def test_unsuitable_embeddings_queries_and_settings_are_refused(index, embedding
         IndexSettings("SQ8", rerank=-1)
     with pytest.raises(ValueError, match="compares every photo has no 'nprobe=3'"):
         IndexSettings(search="nprobe=3")
+
+
+def test_errors_name_the_index_from_any_working_directory(index, embeddings, tmp_path, monkeypatch):
+    # Outside the project they had been "no environment.yml in ... or above it".
+    index.save(tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UnusableIndexError, match="file is a file, an index is a folder"):
+        index.save(Path("file"))
+    with pytest.raises(FileNotFoundError, match=r"no index at .*absent"):
+        PhotoIndex.load(Path("absent"), MODEL)
+    with pytest.raises(
+        UnusableIndexError, match="index was made by another model, or by an earlier"
+    ):
+        PhotoIndex.load(Path("index"), OTHER_MODEL)
+    (tmp_path / "index" / MANIFEST).write_text("{")
+    with pytest.raises(UnusableIndexError, match=r"manifest\.json is damaged"):
+        index.add(["new"], embeddings[:1])
+
+
+def signed(folder: Path, change) -> None:
+    """Change a manifest, its checksum as well."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    manifest["xxh3"] = index_files.checksum_of_manifest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("value", [10**12, 10**30, -1, 0, 1.5, "x", None, [], {}, 1e308])
+@pytest.mark.parametrize("key", ["rows", "dimension", "bytes", "number", "settings", "files"])
+def test_numbers_of_a_manifest_are_not_believed(index, tmp_path, key, value, no_sync):
+    """10**12 rows of dimension 0 had been allocated: 8 GB and 36 s before the refusal."""
+    index.save(tmp_path)
+
+    def change(manifest):
+        part = manifest["parts"][0]
+        if key in manifest:
+            manifest[key] = value
+        elif key in part:
+            part[key] = value
+            if key == "rows":
+                manifest["dimension"] = 0
+                part["files"]["vectors"]["bytes"] = 0
+        else:
+            part["files"]["vectors"][key] = value
+
+    signed(tmp_path, change)
+    if (isinstance(value, int) and key == "number") or (key, value) == ("settings", {}):
+        assert PhotoIndex.load(tmp_path, MODEL).names == index.names
+    else:
+        with pytest.raises(UnusableIndexError, match="anew"):
+            PhotoIndex.load(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("names", b"{"),
+        ("names", b"\xff"),
+        ("names", b"[" * 100_000),
+        ("names", b"[]"),
+        ("names", b"3"),
+        ("live", b""),
+        ("live", b"\xff" * 99),
+        ("index", b"IxF2" + b"\xff" * 200),
+        ("index", b""),
+    ],
+)
+def test_content_that_is_not_what_it_should_be_is_damage(rng, tmp_path, kind, content):
+    """It had come through as JSONDecodeError, UnicodeDecodeError, MemoryError or RecursionError."""
+    index = PhotoIndex.build(random_units(rng, 50), range(50), MODEL, IndexSettings("SQ8"))
+    index.remove([3])
+    index.save(tmp_path)
+
+    def change(manifest):
+        entry = manifest["parts"][0]["files"][kind]
+        (tmp_path / entry["name"]).write_bytes(content)
+        entry |= {
+            "bytes": len(content),
+            "xxh3": index_files.checksum(tmp_path / entry["name"]),
+        }
+
+    signed(tmp_path, change)
+    with pytest.raises(UnusableIndexError, match=f"{kind}-.* is damaged.*anew"):
+        PhotoIndex.load(tmp_path, MODEL)
+
+
+def test_the_index_is_imported_without_heavy_libraries():
+    code = "import sys, lib.search.photo_index; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "faiss" in loaded
+    assert not loaded & {
+        "keras", "tensorflow", "jax", "torch", "openvino", "pandas", "scipy", "sklearn", "seaborn",
+        "matplotlib", "PIL", "tqdm", "filelock",
+    }  # fmt: skip

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.evaluation.metrics import average_precision
-from lib.search import rerank
+from lib.search import exact, rerank
+from lib.search.exact import nearest
 from lib.search.rerank import (
     augment_gallery,
     encode_reciprocal,
     expand_queries,
-    nearest,
     neighbour_graph,
     rerank_diffusion,
     rerank_k_reciprocal,
@@ -67,7 +67,7 @@ def test_nearest_in_a_larger_gallery_and_in_blocks(rng, k, monkeypatch):
     np.fill_diagonal(similarities, -2)
     expected = ranking(similarities)[:, : min(k, 299)]
     for block in (1, 1000, 2**23):  # a row, three rows, all rows at a time
-        monkeypatch.setattr(rerank, "_BLOCK", block)
+        monkeypatch.setattr(exact, "_BLOCK", block)
         rows, found = nearest(None, gallery, k)
         np.testing.assert_array_equal(rows, expected)
         expected_values = np.take_along_axis(similarities, expected, axis=1)
@@ -369,13 +369,17 @@ def test_bad_input_is_refused(rng):
     ]
     for search in searches:
         for q, g, message in (
-            (queries[0], gallery, r"queries must be \(n, d\)"),
+            (queries[0], gallery, r"queries must be \(n, 6\)"),
             (queries, gallery[0], r"gallery must be \(n, d\)"),
             (queries, gallery[:0], "gallery is empty"),
-            (queries[:, :5] / 0.9, gallery, "unit norm"),
-            (unit(queries[:, :5]), gallery, "5 dimensions, the gallery has 6"),
+            (queries / 0.9, gallery, "queries must have unit norm"),
+            (unit(queries[:, :5]), gallery, r"queries must be \(n, 6\), not \(3, 5\)"),
             (queries, 2 * gallery, "gallery must have unit norm"),
-            (np.where(queries > 0.5, np.nan, queries), gallery, "queries must be finite"),
+            (
+                np.where(queries > 0.5, np.nan, queries),
+                gallery,
+                "queries must have unit norm, but row . has norm nan",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 search(q, g)

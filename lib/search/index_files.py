@@ -1,0 +1,372 @@
+"""The files of an index on the disk: written atomically, and checked before they are used.
+
+    with writing(folder):
+        parts, manifest = write_parts(folder, parts, {"model": model, "dimension": 128})
+    manifest, settings, parts = read_index(folder, model)
+
+A folder has files that never change, and ``manifest.json``, which lists them with their sizes and
+checksums. A change writes new files beside the old ones and then replaces the manifest. Checksums
+find damage, not forgery: don't open an index from somebody you don't trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import faiss
+import numpy as np
+import xxhash
+
+from lib.files import (
+    checksum,
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
+from lib.search.kinds import IndexSettings, reason, set_search
+
+MANIFEST = "manifest.json"
+
+_FORMAT = 2  # format 1 was a single file
+_BLOCK = 65_536  # rows that are handled together
+_FILES = re.compile(r"(vectors|names|live|index)-(\d+)-\d+\.(f32|json|bits|faiss)")
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_DAMAGE += (MemoryError, RecursionError)
+
+
+class UnusableIndexError(ValueError):
+    """An index is damaged, of another format, or was made by another model."""
+
+
+class IndexBusyError(RuntimeError):
+    """Another process writes to the index."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Photos that share their files.
+
+    Attributes:
+        names: n names.
+        vectors: float32 (n, d), in memory or memory-mapped.
+        live: bool (n,), False where the photo has been removed.
+        index: of all n vectors; None where they are compared one by one.
+        files: the manifest's entry of each kind of file that is on the disk.
+    """
+
+    names: list[str]
+    vectors: np.ndarray
+    live: np.ndarray
+    index: faiss.Index | None
+    files: dict[str, dict] = field(default_factory=dict)
+
+    @cached_property
+    def count(self) -> int:
+        """Photos that have not been removed."""
+        return int(np.count_nonzero(self.live))
+
+    @cached_property
+    def selector(self) -> faiss.IDSelector | None:
+        """Makes Faiss skip removed photos; None if there are none."""
+        if self.count == len(self.names):
+            return None
+        return faiss.IDSelectorBitmap(np.packbits(self.live, bitorder="little"))
+
+    def rows_of(self, names: set[str]) -> list[int]:
+        """Rows of those of the names that have not been removed."""
+        return [i for i, name in enumerate(self.names) if name in names and self.live[i]]
+
+    def live_blocks(self) -> Iterator[np.ndarray]:
+        """The vectors of photos that have not been removed, float32 (up to ``_BLOCK``, d) each."""
+        for start in range(0, len(self.names), _BLOCK):
+            block, live = self.vectors[start : start + _BLOCK], self.live[start : start + _BLOCK]
+            yield block if live.all() else block[live]
+
+    def live_names(self) -> list[str]:
+        """Names of photos that have not been removed."""
+        return [name for name, alive in zip(self.names, self.live.tolist(), strict=True) if alive]
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep other writers out, and leave no file that the manifest does not list.
+
+    Raises:
+        IndexBusyError: another process writes to the folder.
+    """
+    busy = f"another process writes to {show_path(folder)}: wait until it has finished"
+    with only_writer(folder, IndexBusyError(busy)):
+        _delete_unlisted(folder)  # left by a process that was killed
+        try:
+            yield
+        finally:
+            _delete_unlisted(folder)
+
+
+def _delete_unlisted(folder: Path) -> None:
+    remove_half_written(folder)
+    listed: set[str] = set()
+    try:
+        if (folder / MANIFEST).exists():
+            parts = read_manifest(folder)["parts"]
+            listed = {entry["name"] for part in parts for entry in part["files"].values()}
+    except UnusableIndexError:
+        return  # these files may be all that is left of the index; saving anew replaces them
+    for path in folder.iterdir():
+        if _FILES.fullmatch(path.name) and path.name not in listed:
+            # Readers that have mapped it keep it. Windows refuses: then a later writer deletes it.
+            with contextlib.suppress(PermissionError):
+                path.unlink()
+
+
+def _next_number(folder: Path) -> int:
+    """For the names of new files: above the number of each file there."""
+    found = (_FILES.fullmatch(path.name) for path in folder.iterdir())
+    numbers = [int(match[2]) for match in found if match]
+    with contextlib.suppress(UnusableIndexError):
+        numbers.append(read_manifest(folder)["number"])
+    return max(numbers, default=0) + 1
+
+
+def write_parts(
+    folder: Path, parts: list[Part], content: dict[str, Any]
+) -> tuple[list[Part], dict[str, Any]]:
+    """Write what is not on the disk yet, and then the manifest: from there on the change is kept.
+
+    Args:
+        folder: locked by :func:`writing`.
+        parts: of the index.
+        content: model, dimension, metric and settings for the manifest.
+
+    Returns:
+        the parts, their vectors mapped from the files, and the manifest.
+    """
+    number = _next_number(folder)
+    parts = [_write_part(folder, number, i, part) for i, part in enumerate(parts)]
+    manifest = {
+        "format": _FORMAT,
+        **content,
+        "number": number,
+        "photos": sum(part.count for part in parts),
+        "parts": [
+            {"rows": len(part.names), "photos": part.count, "files": part.files} for part in parts
+        ],
+    }
+    manifest["xxh3"] = checksum_of_manifest(manifest)
+    write_json(folder / MANIFEST, manifest)
+    return parts, manifest
+
+
+def _write_part(folder: Path, number: int, i: int, part: Part) -> Part:
+    files, vectors = dict(part.files), part.vectors
+
+    def write(kind: str, suffix: str, fill: Callable[[BinaryIO], Any]) -> None:
+        if kind not in files:
+            files[kind] = _write(folder / f"{kind}-{number:06d}-{i}.{suffix}", fill)
+
+    starts = range(0, len(vectors), _BLOCK)
+    blocks = (vectors[start : start + _BLOCK] for start in starts)
+    write("vectors", "f32", lambda file: file.writelines(blocks))
+    # ASCII: names of files that are not valid Unicode come back too.
+    write("names", "json", lambda file: file.write(json.dumps(part.names).encode()))
+    if part.selector:
+        write("live", "bits", lambda file: file.write(np.packbits(part.live)))
+    if part.index is not None:
+        # Through Python: Faiss's own writer overlooks a disk that is full at the very end.
+        write(
+            "index",
+            "faiss",
+            lambda file: faiss.write_index(part.index, faiss.PyCallbackIOWriter(file.write, 2**20)),
+        )
+    vectors = _mapped(folder / files["vectors"]["name"], vectors.shape[1])
+    return replace(part, vectors=vectors, files=files)
+
+
+def write_vectors(
+    folder: Path, blocks: Iterable[np.ndarray], dimension: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Write vectors that may not fit into memory, for a part that :func:`write_parts` completes.
+
+    Args:
+        folder: locked by :func:`writing`.
+        blocks: float32 (m, d) each.
+        dimension: d.
+
+    Returns:
+        float32 (n, d), mapped from the file, and its entry of the manifest.
+    """
+    path = folder / f"vectors-{_next_number(folder):06d}-0.f32"
+    entry = _write(path, lambda file: file.writelines(blocks))
+    return _mapped(path, dimension), entry
+
+
+def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
+    """Write one file; returns its entry of the manifest."""
+    with replacing(path) as new, new.open("wb") as file:
+        fill(file)
+    return {"name": path.name, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+
+
+def _mapped(path: Path, dimension: int) -> np.ndarray:
+    """The vectors of a file, float32 (n, d), read when they are needed."""
+    return np.asarray(np.memmap(path, "<f4", "r")).reshape(-1, dimension)
+
+
+def checksum_of_manifest(manifest: dict[str, Any]) -> str:
+    """XXH3 of all entries but the checksum itself."""
+    content = {key: value for key, value in manifest.items() if key != "xxh3"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever a damaged file raises when it is read is one error."""
+    try:
+        yield
+    except UnusableIndexError:
+        raise
+    except _DAMAGE as error:
+        raise UnusableIndexError(
+            f"{show_path(path)} is damaged ({error or type(error).__name__}): build the index anew"
+        ) from None
+
+
+def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
+    """Read the manifest of an index.
+
+    Args:
+        folder: of the index.
+        model: fingerprint of the model that must have made it; any if None.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UnusableIndexError: it is damaged, of another format or made by another model.
+    """
+    path = folder / MANIFEST
+    if folder.is_file():
+        raise UnusableIndexError(
+            f"{show_path(folder)} is a file, an index of the previous format or none at all: "
+            "build it anew"
+        )
+    if not folder.exists():
+        raise FileNotFoundError(f"no index at {show_path(folder)}")
+    if not path.exists():
+        raise UnusableIndexError(f"{show_path(path)} is missing: this is no index, build it anew")
+    with _whole(path):
+        manifest = read_json(path)
+        if manifest["format"] > _FORMAT:
+            raise UnusableIndexError(
+                f"{show_path(path)} has format {manifest['format']}, of a newer version of this "
+                "project: update it, or build the index anew"
+            )
+        if manifest["xxh3"] != checksum_of_manifest(manifest):
+            raise ValueError("its checksum differs")
+        if not isinstance(manifest["number"], int):
+            raise TypeError(f"number {manifest['number']!r}")
+        made_by = manifest["model"]
+        if model not in (None, made_by):
+            raise UnusableIndexError(
+                f"{show_path(folder)} was made by another model, or by an earlier version of this "
+                f"project ({made_by[:12]}... and not {model[:12]}...): their embeddings can't be "
+                "compared; embed the photos with this model and build the index anew"
+            )
+    return manifest
+
+
+def read_index(folder: Path, model: str) -> tuple[dict[str, Any], IndexSettings, list[Part]]:
+    """Read an index: its manifest, settings and parts, vectors and Faiss index memory-mapped.
+
+    Sizes and checksums of all files are compared with the manifest first.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``folder``.
+        UnusableIndexError: damaged, of another format, or made by another model.
+    """
+    manifest = read_manifest(folder, model)
+    try:
+        with _whole(folder / MANIFEST):
+            settings, dimension = IndexSettings(**manifest["settings"]), manifest["dimension"]
+            if dimension < 1:
+                raise ValueError(f"dimension {dimension}")
+            parts = [_read_part(folder, of, dimension, settings) for of in manifest["parts"]]
+        return manifest, settings, parts
+    except FileNotFoundError as error:
+        if read_manifest(folder, model) != manifest:
+            # A writer replaced the manifest, and then deleted the files that it had listed.
+            return read_index(folder, model)
+        raise UnusableIndexError(
+            f"{show_path(Path(error.filename))} is missing: build the index anew"
+        ) from None
+
+
+def _read_part(
+    folder: Path, entry: dict[str, Any], dimension: int, settings: IndexSettings
+) -> Part:
+    files, rows = entry["files"], entry["rows"]
+    if not all(_FILES.fullmatch(of["name"]) for of in files.values()):
+        raise ValueError("a file with an unknown name")
+    paths = {kind: folder / of["name"] for kind, of in files.items()}
+    for kind, path in paths.items():
+        size = path.stat().st_size
+        if size != files[kind]["bytes"]:
+            raise UnusableIndexError(
+                f"{show_path(path)} has {size} bytes and should have {files[kind]['bytes']}: "
+                "build the index anew"
+            )
+        if checksum(path) != files[kind]["xxh3"]:
+            raise UnusableIndexError(
+                f"{show_path(path)} is damaged (its checksum differs): build the index anew"
+            )
+    # Nothing is allocated by a number of the manifest before it agrees with the size of a file.
+    if rows < 1 or files["vectors"]["bytes"] != 4 * rows * dimension:
+        raise UnusableIndexError(
+            f"{show_path(paths['vectors'])} does not hold {rows} x {dimension} numbers: build the "
+            "index anew"
+        )
+    with _whole(paths["names"]):
+        names = json.loads(paths["names"].read_bytes())
+        if len(names) != rows:
+            raise ValueError(f"{len(names)} names and not {rows}")
+    live = np.ones(rows, bool)
+    if "live" in paths:
+        with _whole(paths["live"]):
+            bits = np.unpackbits(np.fromfile(paths["live"], np.uint8))
+            live, rest = bits[:rows].astype(bool), bits[rows:]
+            if len(live) != rows or len(rest) > 7:
+                raise ValueError(f"{len(bits)} marks and not {rows}")
+    index = None
+    if "index" in paths:
+        with _whole(paths["index"]):
+            index = _read_index(paths["index"])
+            if (index.ntotal, index.d) != (rows, dimension):
+                raise ValueError(f"{index.ntotal} x {index.d} numbers and not {rows} x {dimension}")
+            set_search(index, settings.search)
+    return Part(names, _mapped(paths["vectors"], dimension), live, index, files)
+
+
+def _read_index(path: Path) -> faiss.Index:
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        path.stat()  # FileNotFoundError if a writer has deleted the file
+        raise ValueError(reason(error)) from None
