@@ -33,6 +33,7 @@ import keras
 import numpy as np
 
 from lib.cluster import ray as cluster
+from lib.cluster.emulated import emulated_cluster
 from lib.data.catalogue import Catalogue, open_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.demo.data import make_demo_data
@@ -81,7 +82,7 @@ def measure_embedding(catalogue: Catalogue, folder: Path, n: int) -> dict[str, R
         for workers in (1, 2):
             cores, out = max(1, CORES // workers), folder / f"ray-{workers}-{many}"
             settings = cluster.ClusterSettings(workers=workers, share_of_processor=cores)
-            with cluster.emulated_cluster(nodes=workers, cpus=cores):
+            with emulated_cluster(nodes=workers, cpus=cores):
                 start = time.perf_counter()
                 found = cluster.embed(path, source, out, BATCH, settings)
                 seconds[f"Ray, workers: {workers}", many] = time.perf_counter() - start
@@ -119,7 +120,7 @@ def measure_training(
         task = (tower, handler, validation, settings, run, cache)
         if workers:
             of_cluster = cluster.ClusterSettings(workers=workers)
-            with cluster.emulated_cluster(nodes=workers):
+            with emulated_cluster(nodes=workers):
                 cluster.train(*task, of_cluster)
         else:
             train(*task)

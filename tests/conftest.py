@@ -72,12 +72,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_for(condition, server, log, seconds=60):
-    """Wait until a server is so far; it fails with what the server has said."""
+def wait_for(condition, server=None, log=None, seconds=300):
+    """Wait until a condition holds; fails with the server's log if it ends or time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+        alive = server is None or server.poll() is None
+        assert alive and time.monotonic() < deadline, log.read_text() if log else "no result"
+        time.sleep(0.02)
 
 
 def end_server(server: subprocess.Popen) -> None:

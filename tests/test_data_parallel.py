@@ -11,7 +11,8 @@ import pytest
 
 import lib.data.dataset
 import lib.training.features
-from lib.cluster.ray import ClusterError, ClusterSettings, embed, import_ray
+from lib.cluster.emulated import ClusterError, import_ray
+from lib.cluster.ray import ClusterSettings, embed
 from lib.data.catalogue import build_catalogue
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data_parallel import as_the_first, by_itself, own_rows, together

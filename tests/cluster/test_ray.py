@@ -15,31 +15,28 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib.cluster.ray import (
-    PARTS,
-    ClusterError,
-    ClusterSettings,
-    busy_processes,
-    embed,
-    embedded_parts,
-    emulated_cluster,
-)
+import lib.cluster.ray
+from lib.cluster.emulated import ClusterError, busy_processes, emulated_cluster
+from lib.cluster.ray import PARTS, ClusterSettings, embed, embedded_parts
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.photos import PhotoError
 from lib.network.engine import export_engine, load_engine
 from lib.network.losses import LossSettings
+from lib.network.openvino import fast_precision
 from lib.network.tower import load_tower, save_tower
 from lib.search.embedding import EmbeddingJobError, PhotoSource, embed_job, photos_in_shards
 from lib.training.checkpoint import CHECKPOINT
 from lib.training.log import HISTORY
 from lib.training.stages import Stage, TrainingSettings, train
+from tests.conftest import wait_for
 
 needs_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="needs Ray: make cluster"
@@ -85,13 +82,6 @@ def program(*arguments: object, **variables: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for(condition, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.02)
 
 
 def processes_with(*words: str) -> list[int]:
@@ -297,6 +287,27 @@ def test_rows_that_were_written_twice_count_once(engine, shards, expected, tmp_p
     assert_each_once(embed(engine, slow_source(shards), tmp_path, 8), expected, tmp_path)
 
 
+@pytest.mark.skipif(fast_precision() == "bfloat16", reason="this processor can do both")
+def test_a_machine_that_computes_in_another_precision_is_refused(
+    cluster, engine, shards, tmp_path, monkeypatch
+):
+    """Each worker chose by its own processor: rows of two precisions came into one set."""
+    load = lib.cluster.ray.load_engine
+
+    def on_another_processor(*arguments, **options):  # that of the driver alone
+        return replace(load(*arguments, **options), name="openvino bfloat16")
+
+    monkeypatch.setattr(lib.cluster.ray, "load_engine", on_another_processor)
+    with pytest.raises(ClusterError, match=r"in float32 on .*, not in bfloat16.*precision='float"):
+        embed(engine, slow_source(shards), tmp_path, 8)
+    assert not list((tmp_path / PARTS).glob("*.parquet"))
+    with pytest.raises(EmbeddingJobError, match=r"another job .*engine"):
+        monkeypatch.undo()
+        embed(engine, slow_source(shards), tmp_path, 8, precision="float32")
+    with pytest.raises(ClusterError, match="not in bfloat16"):
+        embed(engine, slow_source(shards), tmp_path, 8, precision="bfloat16")
+
+
 def test_a_killed_node_makes_no_difference(cluster, engine, shards, expected, tmp_path):
     """It comes last, for the cluster has one node less from then on."""
     begun, nodes = tmp_path / "begun", list(cluster.worker_nodes)
@@ -342,7 +353,7 @@ def test_an_emulated_cluster_is_closed_and_leaves_nothing():
     ]
     script = """
 import os, sys, time
-from lib.cluster.ray import emulated_cluster
+from lib.cluster.emulated import emulated_cluster
 with emulated_cluster(nodes=1):
     print(os.environ["RAY_TMPDIR"], flush=True)
     sys.stdin.read()
@@ -364,7 +375,7 @@ with emulated_cluster(nodes=1):
     assert addresses and addresses <= loopback
     process.communicate("")
     assert process.returncode == 0
-    wait_for(lambda: not processes_with(home), 30)
+    wait_for(lambda: not processes_with(home), seconds=30)
     assert not Path(home).exists()
     assert [path.exists() for path in outside] == there_before
 

@@ -1,0 +1,148 @@
+"""A Ray cluster of several nodes on one machine, to try things out.
+
+with emulated_cluster(nodes=2) as cluster:      # this process is connected to it
+    found = lib.cluster.ray.embed(...)
+    cluster.remove_node(cluster.worker_nodes[0], allow_graceful=False)    # kills a node
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_OBJECT_STORE = 150_000_000  # bytes of shared memory per node of an emulated cluster
+
+
+class ClusterError(RuntimeError):
+    """The cluster can't do the work; the message says why and what to change."""
+
+
+def import_ray():
+    """Import Ray, with its usage reports over the network turned off.
+
+    Raises:
+        ClusterError: Ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers without a GPU keep their GPU variables; otherwise Ray warns.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    try:
+        import ray
+        import ray.data
+        import ray.train
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"{error.name} is not installed: it comes with the extra cluster, by "
+            "`make cluster` or pip install '.[cluster]'"
+        ) from None
+    return ray
+
+
+@contextlib.contextmanager
+def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
+    """A Ray cluster of several nodes on this machine, to try things out.
+
+    It listens on 127.0.0.1 only, has no dashboard, and keeps its files in a temporary folder that
+    is deleted at the end. In the block, this process is connected to it.
+
+    Args:
+        nodes: number of nodes besides the head, which does no work.
+        cpus: cores that each node reports.
+
+    Yields:
+        Ray's ``Cluster``: ``remove_node(node, allow_graceful=False)`` kills one of its
+        ``worker_nodes``.
+
+    Raises:
+        ClusterError: Ray is not installed, or this process is already connected to a cluster.
+    """
+    with _local_environment():
+        ray = import_ray()  # reads some of the variables
+        from ray._private import ray_constants
+        from ray.cluster_utils import Cluster
+
+        if ray.is_initialized():
+            raise ClusterError("this process is connected to a Ray cluster: call ray.shutdown()")
+        # As RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, should Ray have been imported before.
+        enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+        cluster = Cluster()
+        try:
+            node = {"node_ip_address": "127.0.0.1", "object_store_memory": _OBJECT_STORE}
+            cluster.add_node(num_cpus=0, include_dashboard=False, **node)
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=cpus, **node)
+            with connected_to(ray, cluster.address, _node_ip_address="127.0.0.1"):
+                yield cluster
+        finally:
+            cluster.shutdown()
+            ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@contextlib.contextmanager
+def _local_environment() -> Iterator[None]:
+    """Variables that keep Ray to this machine; the only settings that reach all its processes."""
+    # The folder will hold sockets, whose paths must be short.
+    home = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
+    os.mkdir(Path(home) / "ray")
+    local = {
+        "RAY_TMPDIR": home,
+        # Makes Ray use 127.0.0.1 as this machine's address, as it does on a Mac.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_TOKEN_PATH": str(Path(home) / "token"),
+        "RAY_worker_niceness": "0",  # the default gives every other process precedence
+        # By default, a node with few cores ends idle workers and starts new ones for each task.
+        "RAY_num_workers_soft_limit": "8",
+        # Ray reports every dead process at length; here they are killed on purpose.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+        # How long the others wait for a worker that was killed while it trained.
+        "JAX_DISTRIBUTED_SHUTDOWN_TIMEOUT_S": "2",
+    }
+    before = {name: os.environ.get(name) for name in local}
+    os.environ.update(local)
+    try:
+        yield
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def busy_processes(kind: str) -> list[int]:
+    """Process ids of an emulated cluster's actors, so that one can be killed for a demonstration.
+
+    Args:
+        kind: Ray's name of the actor: "RayTrainWorker" trains, "MapWorker" embeds.
+
+    Returns:
+        the ids on Linux; an empty list elsewhere.
+    """
+    found, home = [], f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR')}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process has ended
+            title, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            if title.startswith(f"ray::{kind}".encode()) and home in variables:
+                found.append(int(path.name))
+    return found
+
+
+@contextlib.contextmanager
+def connected_to(ray, address: str, **options: Any) -> Iterator[None]:
+    """Connect this process to a cluster, quietly; ``options`` are those of ``ray.init``."""
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
