@@ -1,101 +1,89 @@
-"""What so many photos take: worker hours, time, bytes and money, from rates and prices one states.
+"""Estimates time, memory, machines and money for many photos, from measured rates.
 
-    measured = Assumptions(embedded_per_second=181, trained_per_second=25, workers=8)
-    capacity([4_100_000, 100_000_000], measured)          # a table, a row for each
-
-It is arithmetic, no measurement: every number that goes in is an attribute of ``Assumptions``.
+capacity([4_100_000], workers=8, embedded_per_second=181, trained_per_second=25, worker_price=2)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
+HOURS_PER_MONTH = 730
 
-@dataclass(frozen=True)
-class Assumptions:
-    """Rates, sizes and prices. The defaults are round numbers to be replaced by one's own.
 
-    Attributes:
-        workers: that train and embed together, a GPU or a machine each.
-        embedded_per_second: photos that one worker embeds.
-        trained_per_second: photos that one worker trains on, forward and backward.
-        efficiency: share of ``workers`` times the rate of one that all of them reach together.
+def capacity(
+    photos: Sequence[int],
+    *,
+    workers: int,
+    embedded_per_second: float,
+    trained_per_second: float,
+    worker_price: float,
+    efficiency: float = 0.9,
+    epochs: float = 10,
+    trained_share: float = 1.0,
+    photo_bytes: float = 100_000,
+    dimension: int = 512,
+    index_bytes: float = 1,
+    index_overhead: float = 1.3,
+    replicas: int = 2,
+    node_memory: float = 200e9,
+    node_price: float = 1.5,
+    storage_price: float = 0.023,
+) -> pd.DataFrame:
+    """Estimate what numbers of photos take. The defaults are round numbers, to be replaced.
+
+    Args:
+        photos: numbers of photos, a row of the result each.
+        workers: machines or GPUs that train and embed together.
+        embedded_per_second, trained_per_second: photos per second of one worker.
+        worker_price, node_price: of a worker and of a search node, per hour.
+        efficiency: throughput of all workers over ``workers`` times that of one, at most 1.
         epochs: how often training sees each photo.
-        trained_share: of the photos, those that are trained on.
-        photo_bytes: of one stored photo.
-        dimension: of an embedding, which is kept in float32.
-        index_bytes: of one photo in the search engine's memory, for each dimension: 4 as it is,
-            1 for 8-bit codes.
-        index_overhead: the engine's memory over that of the vectors alone.
-        replicas: how many times the index is held.
-        node_memory: bytes of memory that one search node has for the index.
-        worker_price, node_price: of a worker and of a search node for an hour.
-        storage_price: of 10^9 stored bytes for a month.
-
-    Raises:
-        ValueError: a rate, size or number that is not above 0, or a share beyond 1.
-    """
-
-    workers: int = 8
-    embedded_per_second: float = 2_000
-    trained_per_second: float = 500
-    efficiency: float = 0.9
-    epochs: float = 10
-    trained_share: float = 1.0
-    photo_bytes: float = 100_000
-    dimension: int = 512
-    index_bytes: float = 1
-    index_overhead: float = 1.3
-    replicas: int = 2
-    node_memory: float = 200e9
-    worker_price: float = 2.0
-    node_price: float = 1.5
-    storage_price: float = 0.023
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not (value >= 0 if name.endswith(("price", "trained_share")) else value > 0):
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("efficiency", "trained_share"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is a share, at most 1, got {getattr(self, name)}")
-
-
-HOURS_A_MONTH = 730
-
-
-def capacity(photos: Sequence[int], given: Assumptions) -> pd.DataFrame:
-    """What it takes, a row for each number of photos.
+        trained_share: share of the photos that is trained on.
+        photo_bytes: size of a stored photo.
+        dimension: of an embedding, stored in float32.
+        index_bytes: bytes per dimension in the index: 4 for float32, 1 for 8-bit codes.
+        index_overhead: memory of the index over that of its vectors.
+        replicas: copies of the index.
+        node_memory: bytes that a search node has for the index.
+        storage_price: per 10^9 bytes and month.
 
     Returns:
-        index: photos. Columns: training_worker_hours, embedding_worker_hours (of work, all workers
-        together); training_hours, embedding_hours (that one waits for); photo_bytes,
-        embedding_bytes (stored); index_bytes (in memory, with replicas); search_nodes; once (money
-        for training and embedding); monthly (for storage and search nodes).
+        index: photos. Columns: training_worker_hours, embedding_worker_hours (of all workers
+        together); training_hours, embedding_hours (elapsed); photo_bytes, embedding_bytes (stored);
+        index_bytes (memory of all replicas); search_nodes; once (price of training and embedding);
+        monthly (price of storage and search nodes).
+
+    Raises:
+        ValueError: a rate, size or number is not above 0, a price is below 0, or a share above 1.
     """
-    rows = {}
-    for n in photos:
-        slowdown = 3600 * given.efficiency
-        training = n * given.trained_share * given.epochs / (given.trained_per_second * slowdown)
-        embedding = n / (given.embedded_per_second * slowdown)
-        stored = n * given.photo_bytes
-        vectors = n * given.dimension * 4
-        index = n * given.dimension * given.index_bytes * given.index_overhead * given.replicas
-        nodes = max(-(-index // given.node_memory), given.replicas)
-        rows[n] = {
-            "training_worker_hours": training,
-            "embedding_worker_hours": embedding,
-            "training_hours": training / given.workers,
-            "embedding_hours": embedding / given.workers,
-            "photo_bytes": stored,
-            "embedding_bytes": vectors,
-            "index_bytes": index,
-            "search_nodes": int(nodes),
-            "once": (training + embedding) * given.worker_price,
-            "monthly": (stored + vectors) / 1e9 * given.storage_price
-            + nodes * given.node_price * HOURS_A_MONTH,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("photos")
+    for name, value in locals().items():
+        may_be_0 = name.endswith(("price", "share"))
+        if name != "photos" and not (value > 0 or (may_be_0 and value == 0)):
+            raise ValueError(f"{name} must be above 0, got {value}")
+    if efficiency > 1 or trained_share > 1:
+        raise ValueError(f"efficiency ({efficiency}) and trained_share ({trained_share}) end at 1")
+    index = pd.Index(photos, name="photos")
+    n = index.to_numpy(np.float64)
+    per_hour = 3600 * efficiency
+    training = n * trained_share * epochs / (trained_per_second * per_hour)
+    embedding = n / (embedded_per_second * per_hour)
+    stored, vectors = n * photo_bytes, n * dimension * 4
+    memory = n * dimension * index_bytes * index_overhead * replicas
+    nodes = np.maximum(np.ceil(memory / node_memory), replicas).astype(int)
+    storage = (stored + vectors) / 1e9 * storage_price
+    columns = {
+        "training_worker_hours": training,
+        "embedding_worker_hours": embedding,
+        "training_hours": training / workers,
+        "embedding_hours": embedding / workers,
+        "photo_bytes": stored,
+        "embedding_bytes": vectors,
+        "index_bytes": memory,
+        "search_nodes": nodes,
+        "once": (training + embedding) * worker_price,
+        "monthly": storage + nodes * node_price * HOURS_PER_MONTH,
+    }
+    return pd.DataFrame(columns, index=index)

@@ -1,20 +1,18 @@
-"""An index on Milvus, for more photos than one machine holds; it is used as a PhotoIndex is.
+"""A search index on a Milvus server, for more photos than one machine holds.
 
     index = MilvusIndex.build(embeddings, names, fingerprint(tower), "http://milvus:19530")
     index = MilvusIndex.load(fingerprint(tower), "http://milvus:19530")
     names, similarities = index.search(query_embeddings, k=5)
-    index.add(more_names, more_embeddings)       # kept by Milvus when this returns
+    index.add(more_names, more_embeddings)       # stored by Milvus when this returns
     index.remove(names[0])
 
-Milvus divides a collection among its machines, and replaces those that die. A path that ends in
-``.db`` in place of the URI opens Milvus Lite, Milvus' engine in this process over one folder: for
-tests and prototypes, where Faiss (:mod:`lib.search.photo_index`) is the engine to use.
+It is used like a :class:`lib.search.photo_index.PhotoIndex`. Milvus spreads a collection over its
+machines and replaces those that die. A path ending in ``.db`` in place of the URI opens Milvus
+Lite, a stand-in that runs in this process, for tests and prototypes.
 
-Photos are written by name (*upsert*): what is sent once more, since the answer was lost, does not
-come twice. The Parquet files of :func:`lib.cluster.ray.embed` stay the source of truth, from which
-a collection can be built anew.
-
-pymilvus comes with the extra ``milvus`` (``make cluster``), and is imported when it is needed.
+Photos are written by name (*upsert*), so sending them again after a lost answer makes no doubles.
+The Parquet files of :func:`lib.cluster.ray.embed` stay the source of truth, from which a collection
+can be rebuilt. pymilvus comes with the extra ``milvus`` (``make cluster``).
 """
 
 from __future__ import annotations
@@ -29,20 +27,20 @@ from lib.search.photo_index import UnusableIndexError, checked_vectors
 
 _MODEL, _FORMAT_KEY, _FORMAT = "image_retrieval.model", "image_retrieval.format", "1"
 _LONGEST_NAME = 1024  # bytes
-_ROWS = 1_000  # in one message; with 512 dimensions 2 MB, where 64 MB are allowed
-_MOST_FOUND = 16_384  # Milvus' limit for k
+_ROWS = 1_000  # per message: 2 MB with 512 dimensions; Milvus allows 64 MB
+_MOST_FOUND = 16_384  # Milvus' limit of k
 
 
 @dataclass(frozen=True)
 class MilvusSettings:
-    """The kind of a collection's index, and how it is searched.
+    """The type of a collection's index, and how it is searched.
 
     Attributes:
-        kind: Milvus' ``index_type``: "FLAT" compares every photo; "HNSW", "IVF_SQ8", "DISKANN" and
-            others do not.
-        build: parameters of that kind, such as {"M": 32, "efConstruction": 200}.
+        kind: Milvus' ``index_type``: "FLAT" is exact; "HNSW", "IVF_SQ8", "DISKANN" and others are
+            approximate.
+        build: parameters of that type, such as {"M": 32, "efConstruction": 200}.
         search: parameters of a search, such as {"ef": 128}.
-        shards: parts that writing is divided among.
+        shards: number of parts that writes are spread over.
     """
 
     kind: str = "FLAT"
@@ -52,12 +50,12 @@ class MilvusSettings:
 
 
 class MilvusIndex:
-    """Photos by name, to be found by embeddings of unit norm, in a collection of Milvus.
+    """Photos by name in a Milvus collection, found by embeddings of unit norm.
 
     Attributes:
         model: fingerprint of the model that made the embeddings.
         dimension: of the embeddings.
-        settings: kind and search.
+        settings: see :class:`MilvusSettings`.
     """
 
     def __init__(
@@ -78,21 +76,20 @@ class MilvusIndex:
         settings: MilvusSettings = MilvusSettings(),
         token: str = "",
     ) -> MilvusIndex:
-        """Make a collection of embeddings.
+        """Create a collection.
 
         Args:
-            embeddings: float32 (n, d) of unit norm; it may be memory-mapped. n may be 0.
+            embeddings: float32 (n, d) of unit norm, which may be memory-mapped; n may be 0.
             names: n unique names of up to 1024 bytes.
             model: :func:`lib.network.tower.fingerprint` of the tower that made the embeddings.
-            uri: of Milvus, "http://host:19530"; or a path that ends in ``.db``, for Milvus Lite.
-            collection: its name there.
-            settings: the kind of index.
-            token: "user:password" or a key, where Milvus asks for one.
+            uri: of the server, "http://host:19530"; or a path ending in ``.db``, for Milvus Lite.
+            collection: its name on the server.
+            settings: see :class:`MilvusSettings`.
+            token: "user:password" or an API key, if the server requires one.
 
         Raises:
-            ValueError: as :meth:`lib.search.photo_index.PhotoIndex.build` does; or a name that is
-                too long.
-            UnusableIndexError: the collection is there already.
+            ValueError: as :meth:`lib.search.photo_index.PhotoIndex.build`, or a name is too long.
+            UnusableIndexError: the collection already exists.
             ImportError: pymilvus is not installed.
         """
         vectors, names = checked_vectors(embeddings, names)
@@ -100,7 +97,7 @@ class MilvusIndex:
         if client.has_collection(collection):
             client.close()
             raise UnusableIndexError(
-                f"Milvus has a collection {collection!r} already: load it, or choose another name"
+                f"Milvus already has a collection {collection!r}: load it, or choose another name"
             )
         from pymilvus import DataType
 
@@ -109,17 +106,14 @@ class MilvusIndex:
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=vectors.shape[1])
         kind = client.prepare_index_params()
         kind.add_index(
-            "embedding",
-            index_type=settings.kind,
-            metric_type="IP",
-            params=settings.build,
+            "embedding", index_type=settings.kind, metric_type="IP", params=settings.build
         )
         client.create_collection(
             collection,
             schema=schema,
             index_params=kind,
             num_shards=settings.shards,
-            # A search sees what has been added before it, as with a PhotoIndex.
+            # A search finds everything added before it, as with a PhotoIndex.
             consistency_level="Strong",
             properties={_MODEL: model, _FORMAT_KEY: _FORMAT},
         )
@@ -141,11 +135,12 @@ class MilvusIndex:
         Args:
             model: fingerprint of the tower that will embed the queries.
             uri, collection, token: see :meth:`build`.
-            settings: of the search.
+            settings: only its ``search`` is used.
 
         Raises:
             FileNotFoundError: there is no such collection.
-            UnusableIndexError: it was not made here, or by another model.
+            UnusableIndexError: it was not made by :meth:`build`, or its embeddings are another
+                model's.
             ImportError: pymilvus is not installed.
         """
         client = _connect(uri, token)
@@ -160,9 +155,9 @@ class MilvusIndex:
                 )
             if properties[_MODEL] != model:
                 raise UnusableIndexError(
-                    f"the collection {collection!r} was made by another model "
-                    f"({properties[_MODEL][:12]}... and not {model[:12]}...): their embeddings "
-                    "can't be compared; build it anew"
+                    f"the embeddings of the collection {collection!r} are those of another model "
+                    f"({properties[_MODEL][:12]}..., not {model[:12]}...), which can't be "
+                    "compared: build it again"
                 )
             client.load_collection(collection)
             (field,) = (f for f in found["fields"] if f["name"] == "embedding")
@@ -178,18 +173,18 @@ class MilvusIndex:
         return int(row["count(*)"])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], np.ndarray]:
-        """Find the k photos nearest to each query, the nearest first.
+        """Find the k most similar photos of each query, the most similar first.
 
         Args:
             queries: float32 (q, d).
-            k: how many, up to 16384; more than there are photos gives all of them.
+            k: number of photos, 1 to 16384; capped at n, the number in the index.
 
         Returns:
-            names, q lists of min(k, n); and their cosine similarities, float32 (q, min(k, n)).
+            q lists of min(k, n) names, and the cosine similarities, float32 (q, min(k, n)).
 
         Raises:
-            ValueError: k out of its range, or queries of another dimension than the index.
-            RuntimeError: an index of another kind than "FLAT" found fewer than there are.
+            ValueError: k is out of range, or the queries have another dimension than the index.
+            RuntimeError: an approximate search found fewer photos for some queries than for others.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if not 1 <= k <= _MOST_FOUND:
@@ -210,25 +205,25 @@ class MilvusIndex:
         counts = {len(hits) for hits in found}
         if len(counts) > 1:
             raise RuntimeError(
-                f"Milvus found {min(counts)} to {max(counts)} photos for each query where {k} were "
-                "asked for: raise the parameters of the search"
+                f"Milvus found {min(counts)} to {max(counts)} photos per query in place of {k}: "
+                "raise the search parameters in MilvusSettings(search=...)"
             )
         names = [[hit["name"] for hit in hits] for hits in found]
         similarities = np.array([[hit["distance"] for hit in hits] for hits in found], np.float32)
         return names, similarities.reshape(len(queries), max(counts, default=0))
 
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
-        """Add photos, or replace those of the same name; kept by Milvus when this returns.
+        """Add photos, or replace those of the same name; Milvus has stored them when this returns.
 
-        Unlike a PhotoIndex it takes names that it has: to send the same photos once more, after an
-        error or a kill, leaves each of them there once.
+        Unlike a PhotoIndex, it accepts names it already has: after an error or a kill, sending the
+        same photos again leaves no doubles.
 
         Args:
             names: n unique names.
             embeddings: float32 (n, d) of unit norm, by the same model.
 
         Raises:
-            ValueError: as :meth:`build` does; or another dimension.
+            ValueError: as :meth:`build`, or the embeddings have another dimension.
         """
         vectors, names = checked_vectors(embeddings, names)
         if vectors.shape[1] != self.dimension:
@@ -251,10 +246,10 @@ class MilvusIndex:
         """Remove photos.
 
         Args:
-            names: photos of the index.
+            names: of photos in the index.
 
         Raises:
-            ValueError: a name that the index does not have; nothing has been removed.
+            ValueError: a name is not in the index; then nothing is removed.
         """
         names = list(names)
         for rows in _slices(len(names)):
@@ -265,7 +260,7 @@ class MilvusIndex:
             self._client.delete(self._collection, ids=names[rows])
 
     def close(self) -> None:
-        """Let go of Milvus; what was added stays there."""
+        """Close the connection; the collection stays."""
         self._client.close()
 
 
@@ -282,8 +277,7 @@ def _connect(uri: str, token: str) -> Any:
             f"{error.name} is not installed: it comes with the extra milvus, by `make cluster` or "
             "pip install '.[milvus]'"
         ) from None
-    # A connection of its own, that begins anew. Else pymilvus gives out one that it has kept, and
-    # gRPC lets all connections to an address wait for each other's next try: for a while after a
-    # server has come back it would seem gone.
+    # A new connection of its own. pymilvus would reuse an old one, and gRPC makes all connections
+    # to an address share their retry delay: a server that is back would seem gone for a while.
     options = {"grpc.use_local_subchannel_pool": 1}
     return MilvusClient(uri, token=token, dedicated=True, grpc_options=options)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from lib.data.photos import GROUND_TRUTH
 from lib.data.records import Triplet, shard_name, write_shard
-from lib.demo import world as demo_world
-from lib.demo.world import render_jpegs  # in a module of its own: light to import in each process
+from lib.demo import buildings, world
+from lib.demo.world import render_jpegs
 from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
 from lib.workers import process_pool
 
@@ -121,7 +121,7 @@ def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
         FileExistsError: a file that this function did not write has a name that it needs.
     """
     settings = settings or DemoSettings()
-    code = inspect.getsource(demo_world).encode()
+    code = (inspect.getsource(buildings) + inspect.getsource(world)).encode()
     wanted = asdict(settings) | {"drawn_by": hashlib.sha256(code).hexdigest()[:16]}
     (root / "Dataset").mkdir(parents=True, exist_ok=True)
     with only_writer(root / "Dataset", busy=None):

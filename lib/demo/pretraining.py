@@ -1,11 +1,10 @@
-"""Pre-trains the demo's ResNet50 on rendered landmarks, in place of ImageNet's photos.
+"""Pre-trains the demo's ResNet50 on drawn landmarks, in place of ImageNet's photos.
 
-    python -m lib.demo.pretraining            # or: make backbone; goes on where it was interrupted
+    python -m lib.demo.pretraining        # or: make backbone; an interrupted one is continued
 
-The demo draws its world, so its landmarks never run out: every step brings new ones. They are drawn
-from a world of another seed than the demo's, so that none of them is ever searched for. The result
-is ``weights/demo_resnet50.weights.h5``, the trunk in half precision; the head is thrown away, like
-ImageNet's classifier.
+Every step draws new landmarks, from a world of another seed than the demo's, so that none of them
+is ever searched for. The result is ``weights/demo_resnet50.weights.h5``, the backbone in half
+precision, without the head it was trained with.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lib.data.decoding import resize
-from lib.demo.world import draw_views  # in a module of its own: light to import in each process
+from lib.demo.world import draw_views
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.files import project_root, read_json, replacing, show_path, write_json
+from lib.files import only_writer, project_root, read_json, replacing, show_path, write_json
 from lib.network.losses import LossSettings, MetricLoss
 from lib.network.tower import (
     Siamese,
@@ -38,16 +37,17 @@ from lib.network.tower import (
     build_tower,
     computing_in,
     embed,
+    fast_policy,
 )
 from lib.training.optimizer import make_optimizer
 from lib.workers import process_pool
 
-WEIGHTS = Path("weights/demo_resnet50.weights.h5")  # seen from the project's folder
+WEIGHTS = Path("weights/demo_resnet50.weights.h5")  # below the project's folder
 CURVE = "pretraining.csv"
 
 _CHECKPOINT, _SETTINGS = "checkpoint.weights.h5", "pretraining.json"
-VALIDATION_LANDMARKS = 100  # are measured on, with five views each
-_FIRST_VALIDATION = 10_000_000  # their numbers begin here; pre-training does not come that far
+VALIDATION_LANDMARKS = 100  # with five views each
+_FIRST_VALIDATION = 10_000_000  # number of the first one; pre-training never reaches it
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class PretrainingSettings:
     """How the backbone is pre-trained.
 
     Attributes:
-        seed: of the world; all landmarks, views and batches follow from it. Not the demo's.
+        seed: of the world, from which landmarks, views and batches follow; not the demo's seed.
         last_stage: the stage of ResNet50 where the backbone ends, as in TowerSettings.
-        small_size, small_steps: first, so many steps at this side in pixels: coarse shapes are
-            learned at a fraction of the price.
-        size, steps: then so many at the size the backbone is for.
-        landmarks, views: a batch is of so many landmarks, with so many views of each.
-        drawn_views: views that are drawn of a landmark, of which a batch takes some.
-        fresh: new landmarks in each step; as many of the oldest go.
-        window: landmarks that batches are chosen from.
+        small_size, small_steps: side of the photos in pixels in the first steps, and how many; they
+            teach coarse shapes at a fraction of the cost.
+        size, steps: side of the photos in the steps after them, and how many.
+        landmarks, views: a batch has this many landmarks, and this many views of each.
+        drawn_views: views that are drawn of each landmark; a batch samples from them.
+        fresh: landmarks that are replaced by new ones at each step, the oldest first.
+        window: number of landmarks that a batch is sampled from.
         embedding_size, temperature: of the head and the InfoNCE loss.
-        learning_rate: Adam's, at its highest.
-        steps_per_round: between two measurements and checkpoints.
+        learning_rate: peak learning rate of Adam.
+        steps_per_round: steps between measurements, with a checkpoint each.
     """
 
     seed: int = 20
@@ -89,17 +89,17 @@ class PretrainingSettings:
 def rendered_batches(
     settings: PretrainingSettings, first_step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """P x K batches of rendered landmarks, without end.
+    """Endless P x K batches of drawn landmarks.
 
-    A step depends on its number alone: an interrupted pre-training meets the same batches.
+    A batch depends only on the number of its step, so a resumed pre-training sees the same batches.
 
     Args:
         settings: see :class:`PretrainingSettings`.
-        first_step: number of the step to begin with.
+        first_step: number of the first step.
 
     Yields:
-        photos, uint8 (landmarks * views, 128, 128, 3), and the number of each one's landmark,
-        int32 (landmarks * views,).
+        photos, uint8 (landmarks * views, 128, 128, 3), and their landmarks' numbers, int32
+        (landmarks * views,).
     """
     with process_pool() as pool:
 
@@ -107,8 +107,8 @@ def rendered_batches(
             views = list(range(settings.drawn_views))
             return pool.submit(draw_views, settings.seed, landmark, views)
 
-        # Landmarks number step * fresh and following; those of some steps to come are drawn in the
-        # background while the network trains.
+        # The window of a step begins at landmark step * fresh. The landmarks of the next four steps
+        # are drawn in the background while the network trains.
         numbers = count(first_step * settings.fresh)
         ahead = settings.window + 4 * settings.fresh
         drawn = deque(begin(landmark) for landmark in islice(numbers, ahead))
@@ -127,75 +127,86 @@ def rendered_batches(
 
 
 def pretrain(settings: PretrainingSettings, run: Path) -> tuple[keras.Model, pd.DataFrame]:
-    """Pre-train, or go on with an interrupted pre-training.
+    """Pre-train, or continue an interrupted pre-training.
 
     Args:
         settings: see :class:`PretrainingSettings`.
         run: folder for checkpoint and curve.
 
     Returns:
-        the tower; and the curve, a row a round: steps so far, minutes (those of interrupted rounds
-        not counted), image_size, loss, and the mAP of landmarks of the same world that are not
-        trained on.
+        the tower; and the curve, a row per round: steps so far, minutes (without interrupted
+        rounds), image_size, loss, and the mAP of validation landmarks of the same world.
 
     Raises:
-        ValueError: ``run`` holds a pre-training with other settings.
+        ValueError: ``run`` holds a pre-training with other settings or in another precision, or
+            another process works in it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / _CHECKPOINT).is_file():
-        write_json(run / _SETTINGS, asdict(settings))
-    elif read_json(run / _SETTINGS) != asdict(settings):
-        raise ValueError(
-            f"{show_path(run)} holds a pre-training with other settings: delete it, or name "
-            "another folder with --run-dir"
-        )
-    labels = np.repeat(np.arange(VALIDATION_LANDMARKS), 5)
-    validation = np.concatenate(
-        [
-            draw_views(settings.seed, _FIRST_VALIDATION + i, list(range(5)))
-            for i in range(VALIDATION_LANDMARKS)
-        ]
-    )
-    total = settings.small_steps + settings.steps
-    siamese = _siamese(settings, settings.small_size)
-    rows: list[dict] = []
-    if (run / _CHECKPOINT).is_file():
-        rows = pd.read_csv(run / CURVE).to_dict("records")
-        siamese = _siamese(settings, int(rows[-1]["image_size"]))
-        siamese.load_weights(run / _CHECKPOINT)
-        # The curve is written first: it may be a round ahead of the checkpoint.
-        rows = [row for row in rows if row["steps"] <= int(siamese.optimizer.iterations)]
-    done = int(siamese.optimizer.iterations)
-    batches = rendered_batches(settings, done)
-    with tqdm(total=total, initial=done, desc="pre-training", unit=" steps") as bar:
-        while done < total:
-            start, before = time.monotonic(), rows[-1]["minutes"] if rows else 0.0
-            side = settings.small_size if done < settings.small_steps else settings.size
-            if side != siamese.tower.input_shape[1]:
-                siamese = _continue_at(siamese, settings, side)
-            # A round is of one image size.
-            end = settings.small_steps if done < settings.small_steps else total
-            losses = []
-            for photos, groups in islice(batches, min(settings.steps_per_round, end - done)):
-                losses.append(float(siamese.train_on_batch(_resized(photos, side), groups)))
-                bar.update(1)
-            done += len(losses)
-            embeddings = embed(siamese.tower, _resized(validation, side))
-            row = {
-                "steps": done,
-                "minutes": before + (time.monotonic() - start) / 60,
-                "image_size": side,
-                "loss": float(np.mean(losses)),
-                "map": float(average_precision(leave_one_out(embeddings, labels)).mean()),
-            }
-            rows.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", map=f"{row['map']:.3f}")
-            with replacing(run / CURVE) as part:
-                pd.DataFrame(rows).to_csv(part, index=False)
-            with replacing(run / _CHECKPOINT) as part:
-                siamese.save_weights(part, overwrite=True)
-    batches.close()
+    busy = ValueError(f"another process pre-trains in {show_path(run)}: wait until it ends")
+    with only_writer(run, busy):
+        siamese, rows = _open(settings, run)
+        done = int(siamese.optimizer.iterations)
+        total = settings.small_steps + settings.steps
+        validation = _validation(settings)
+        batches = rendered_batches(settings, done)
+        with tqdm(total=total, initial=done, desc="pre-training", unit=" steps") as bar:
+            while done < total:
+                start, before = time.monotonic(), rows[-1]["minutes"] if rows else 0.0
+                # All steps of a round have the same image size.
+                small = done < settings.small_steps
+                side = settings.small_size if small else settings.size
+                end = settings.small_steps if small else total
+                if side != siamese.tower.input_shape[1]:
+                    siamese = _continue_at(siamese, settings, side)
+                losses = []
+                for photos, groups in islice(batches, min(settings.steps_per_round, end - done)):
+                    losses.append(float(siamese.train_on_batch(_resized(photos, side), groups)))
+                    bar.update(1)
+                done += len(losses)
+                row = {"steps": done, "minutes": before + (time.monotonic() - start) / 60}
+                row |= {"image_size": side, "loss": float(np.mean(losses))}
+                row["map"] = _mean_average_precision(siamese.tower, validation)
+                rows.append(row)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", map=f"{row['map']:.3f}")
+                with replacing(run / CURVE) as part:
+                    pd.DataFrame(rows).to_csv(part, index=False)
+                with replacing(run / _CHECKPOINT) as part:
+                    siamese.save_weights(part, overwrite=True)
+        batches.close()
     return siamese.tower, pd.DataFrame(rows)
+
+
+def _open(settings: PretrainingSettings, run: Path) -> tuple[Siamese, list[dict]]:
+    """The model and the curve's rows: new ones, or those of an interrupted pre-training."""
+    facts = asdict(settings) | {"precision": fast_policy()}
+    if not (run / _CHECKPOINT).is_file():
+        write_json(run / _SETTINGS, facts)
+        return _siamese(settings, settings.small_size), []
+    # Earlier versions stored no precision, and always computed in bfloat16.
+    found = {"precision": "mixed_bfloat16"} | read_json(run / _SETTINGS)
+    if differ := sorted(key for key in facts if found.get(key) != facts[key]):
+        raise ValueError(
+            f"{show_path(run)} holds a pre-training with other settings ({', '.join(differ)}): "
+            "delete it, or name another folder with --run-dir"
+        )
+    rows = pd.read_csv(run / CURVE).to_dict("records")
+    siamese = _siamese(settings, int(rows[-1]["image_size"]))
+    siamese.load_weights(run / _CHECKPOINT)
+    # The curve is written first: it may be one round ahead of the checkpoint.
+    done = int(siamese.optimizer.iterations)
+    return siamese, [row for row in rows if row["steps"] <= done]
+
+
+def _validation(settings: PretrainingSettings) -> np.ndarray:
+    """Five views of each validation landmark, uint8 (n * 5, 128, 128, 3)."""
+    landmarks = range(_FIRST_VALIDATION, _FIRST_VALIDATION + VALIDATION_LANDMARKS)
+    return np.concatenate([draw_views(settings.seed, i, list(range(5))) for i in landmarks])
+
+
+def _mean_average_precision(tower: keras.Model, validation: np.ndarray) -> float:
+    labels = np.repeat(np.arange(len(validation) // 5), 5)
+    embeddings = embed(tower, _resized(validation, tower.input_shape[1]))
+    return float(average_precision(leave_one_out(embeddings, labels)).mean())
 
 
 def _tower_settings(settings: PretrainingSettings, image_size: int) -> TowerSettings:
@@ -204,7 +215,7 @@ def _tower_settings(settings: PretrainingSettings, image_size: int) -> TowerSett
         embedding_size=settings.embedding_size,
         last_stage=settings.last_stage,
         weights="",
-        precision="mixed_bfloat16",
+        precision=fast_policy(),
     )
 
 
@@ -220,7 +231,7 @@ def _siamese(settings: PretrainingSettings, image_size: int) -> Siamese:
 
 
 def _continue_at(siamese: Siamese, settings: PretrainingSettings, image_size: int) -> Siamese:
-    """The same network and optimizer for photos of another size; no weight depends on it."""
+    """The same network and optimizer for another image size; no weight depends on the size."""
     other = _siamese(settings, image_size)
     other.set_weights(siamese.get_weights())
     for there, here in zip(other.optimizer.variables, siamese.optimizer.variables, strict=True):
@@ -236,16 +247,22 @@ def save_backbone(tower: keras.Model, settings: PretrainingSettings, path: Path)
     """Write a tower's ResNet50 as a Keras weights file in half precision, atomically.
 
     Keras loads it into a network of any precision: ``TowerSettings(weights=path)``.
+
+    Raises:
+        ValueError: a weight is beyond the range of half precision, or not a number.
     """
+    weights = tower.get_layer("trunk").get_layer("backbone").get_weights()
+    if not all((np.abs(w) <= np.finfo(np.float16).max).all() for w in weights):
+        raise ValueError("a weight is beyond 65504, the range of half precision, or not a number")
     with computing_in("float16"):
         half = build_backbone(_tower_settings(settings, settings.size))
-    half.set_weights(tower.get_layer("trunk").get_layer("backbone").get_weights())
+    half.set_weights(weights)
     with replacing(path) as part:
         half.save_weights(part, overwrite=True)
 
 
 def draw_curve(curve: pd.DataFrame, path: Path) -> None:
-    """Draw loss and mAP of a pre-training over its minutes, atomically."""
+    """Draw loss and mAP over time, and write the figure atomically."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     for axis, (column, name) in zip(
@@ -269,13 +286,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     run = project_root() / options.pop("run_dir")
     settings = PretrainingSettings(**options)
+    path = project_root() / WEIGHTS
     try:
         tower, curve = pretrain(settings, run)
+        save_backbone(tower, settings, path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    path = project_root() / WEIGHTS
-    save_backbone(tower, settings, path)
     with replacing(path.parent / CURVE) as part:
         curve.to_csv(part, index=False, float_format="%.4f")
     draw_curve(curve, path.parent / "pretraining.png")

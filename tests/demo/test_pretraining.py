@@ -20,9 +20,15 @@ from lib.demo.pretraining import (
 )
 from lib.demo.world import draw_views
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.files import project_root
+from lib.files import only_writer, project_root
 from lib.network.pooling import gem
-from lib.network.tower import TowerSettings, build_backbone, build_tower
+from lib.network.tower import (
+    TowerSettings,
+    build_backbone,
+    build_tower,
+    compute_precision,
+    fast_policy,
+)
 
 TINY = PretrainingSettings(
     small_size=32,
@@ -68,6 +74,8 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
     assert curve["steps"].tolist() == [2, 4, 6]
     assert curve["image_size"].tolist() == [32, 32, 40]
     assert tower.input_shape == (None, 40, 40, 3)
+    # It was bfloat16 on every machine, also on those that only emulate it.
+    assert compute_precision(tower) == fast_policy().removeprefix("mixed_")
 
     class Interrupt(Exception):
         pass
@@ -87,6 +95,12 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="pre-training with other settings"):
         pretrain(replace(TINY, steps=3), tmp_path / "broken")
+    other = {"float32": "mixed_bfloat16", "mixed_bfloat16": "float32"}[fast_policy()]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"settings \(precision\)"):
+        patch.setattr(lib.demo.pretraining, "fast_policy", lambda: other)
+        pretrain(TINY, tmp_path / "broken")
+    with only_writer(tmp_path / "broken", None), pytest.raises(ValueError, match="another process"):
+        pretrain(TINY, tmp_path / "broken")
 
     save_backbone(tower, TINY, tmp_path / "half.weights.h5")
     assert (tmp_path / "half.weights.h5").stat().st_size < 4e6
@@ -95,6 +109,10 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
     trained = tower.get_layer("trunk").get_layer("backbone")
     for a, b in zip(trained.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    # It became infinite without a word.
+    trained.weights[0].assign(trained.weights[0] * 0 + 1e5)
+    with pytest.raises(ValueError, match="65504"):
+        save_backbone(tower, TINY, tmp_path / "half.weights.h5")
 
 
 def test_the_shipped_weights_know_landmarks_they_have_not_seen(small_world):

@@ -14,8 +14,9 @@ from PIL import Image
 import lib.demo.data
 from lib.data.photos import jpeg_quality
 from lib.data.records import read_triplets
+from lib.demo.buildings import build_landmark
 from lib.demo.data import DemoSettings, make_demo_data, plan_triplets
-from lib.demo.world import build_landmark, draw_view
+from lib.demo.world import draw_view
 from lib.evaluation.baselines import colour_histogram, raw_pixels
 from lib.evaluation.metrics import average_precision, leave_one_out
 from tests.conftest import SMALL_WORLD
