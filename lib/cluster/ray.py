@@ -314,7 +314,11 @@ def embed(
                 _embed_on(ray, worker, missing, batch_size, folder / PARTS, cluster)
         if left := len(_missing(folder, len(source))):
             raise ClusterError(f"{left} of {len(source)} pictures have no row: run the job again")
-        return _in_order(folder, len(source), engine.dimension)
+        if not len(source):
+            return Embedded(np.empty((0, engine.dimension), np.float32), [], [])
+        table = pa.concat_tables([pq.read_table(path) for path in _files(folder)])
+        # The first row of each picture, in the order of the pictures.
+        return _embedded(table, np.unique(table["number"].to_numpy(), return_index=True)[1])
 
 
 def _embed_on(
@@ -361,40 +365,25 @@ def _missing(folder: Path, pictures: int) -> np.ndarray:
     return np.flatnonzero(~has_row)
 
 
-def _read_rows(folder: Path) -> Iterator[tuple[np.ndarray, list[str], np.ndarray, np.ndarray]]:
-    """Yield each picture's row once: numbers, names, embeddings (n, d) and messages per file."""
-    seen: set[int] = set()
-    for path in _files(folder):
-        table = pq.read_table(path)
-        numbers = table["number"].to_numpy()
-        # A worker may have died after it wrote its rows, and another have written them again.
-        first = [i for i, n in enumerate(numbers.tolist()) if n not in seen and not seen.add(n)]
-        table = table.take(np.array(first, np.int64))
-        column = table["embedding"].combine_chunks()
-        yield (
-            numbers[first],
-            table["name"].to_pylist(),
-            column.flatten().to_numpy().reshape(len(first), column.type.list_size),
-            np.array(table["skipped"].to_pylist(), object),
-        )
-
-
 def embedded_parts(folder: Path) -> Iterator[Embedded]:
     """Read the results of :func:`embed` file by file: each picture once, in no order.
 
     Args:
         folder: the job's ``out_folder``.
     """
-    for _, names, embeddings, messages in _read_rows(folder):
-        good = messages == ""
-        kept = [name for name, is_good in zip(names, good, strict=True) if is_good]
-        yield Embedded(embeddings[good], kept, messages[~good].tolist())
+    seen: set[int] = set()
+    for path in _files(folder):
+        table = pq.read_table(path)
+        numbers = enumerate(table["number"].to_pylist())
+        # A worker may have died after it wrote its rows, and another have written them again.
+        first = [row for row, n in numbers if n not in seen and not seen.add(n)]
+        yield _embedded(table, np.array(first, int))
 
 
-def _in_order(folder: Path, pictures: int, dimension: int) -> Embedded:
-    embeddings = np.empty((pictures, dimension), np.float32)
-    names, messages = np.empty(pictures, object), np.empty(pictures, object)
-    for numbers, some_names, vectors, some_messages in _read_rows(folder):
-        embeddings[numbers], names[numbers], messages[numbers] = vectors, some_names, some_messages
-    good = messages == ""
-    return Embedded(embeddings[good], names[good].tolist(), messages[~good].tolist())
+def _embedded(table: pa.Table, rows: np.ndarray) -> Embedded:
+    """Some rows of a table, int (n,), in this order."""
+    column = table["embedding"].combine_chunks()
+    vectors = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
+    names, skipped = (np.array(table[c].to_pylist(), object)[rows] for c in ("name", "skipped"))
+    good = skipped == ""
+    return Embedded(vectors[rows[good]], names[good].tolist(), skipped[~good].tolist())
