@@ -29,7 +29,15 @@ from lib.data.photos import GROUND_TRUTH
 from lib.data.records import Triplet, shard_name, write_shard
 from lib.demo import buildings, world
 from lib.demo.world import render_jpegs
-from lib.files import checksum, only_writer, read_json, replacing, show_path, write_json
+from lib.files import (
+    checksum,
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
 from lib.workers import process_pool
 
 FULL_SHARDS = 15  # of equal size, as in the Kaggle set; one more holds the remainder
@@ -166,6 +174,7 @@ def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str
         )
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_half_written(folder)
     # The names come first: after an interruption the next call knows which files are its own.
     write_json(root / _MANIFEST, wanted | {"files": dict.fromkeys([*own, *names])})
     for name in set(own) - {_MANIFEST, *names}:
