@@ -300,7 +300,7 @@ def embed(
     folder, tower = Path(out_folder).resolve(), Path(tower).resolve()
     if cluster.gpus and tower.suffix != ".keras":
         raise ClusterError(
-            f"{tower.name} is an exported tower, which runs on processors only: use the .keras "
+            f"{tower.name} is an exported tower, which runs on processors only: take the .keras "
             "file of its run, or workers without GPUs"
         )
     engine = _load(tower, precision)
