@@ -254,9 +254,8 @@ def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
     found = _precision(engine)
     if precision not in ("auto", found):
         raise ClusterError(
-            f"{tower.name} is computed in {found} on {platform.node()}, not in {precision}: rows "
-            f"of two precisions would differ; call embed with precision={found!r}, which all "
-            "machines must have"
+            f"{tower.name} is computed in {found} on {platform.node()}, not in {precision}: one "
+            f"job can't mix them; use embed(precision={found!r}) if all machines compute in it"
         )
     return engine
 
