@@ -7,6 +7,8 @@ process that convolves and searches in turns, then from two threads at once, and
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import {first}
 import {second}
@@ -61,6 +63,7 @@ print("right numbers")
 """
 
 
+@pytest.mark.long
 def test_convolution_and_search_share_a_process():
     orders = [("tensorflow", "faiss"), ("faiss", "tensorflow")]
     processes = [  # both at once: most of the time goes into importing TensorFlow

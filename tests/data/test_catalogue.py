@@ -100,6 +100,7 @@ def kaggle_like(landmarks: int, seed: int):
     return np.stack([anchors, positives, negatives], axis=1), truth
 
 
+@pytest.mark.long
 def test_twenty_thousand_records_like_the_real_ones(tmp_path):
     plan, landmark = kaggle_like(landmarks=10_000, seed=5)
     for number in range(16):  # 15 of equal size, and the remainder, as in the real set
@@ -452,6 +453,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(dataset_dir, damage, rng):
     pd.testing.assert_frame_equal(again.rows, whole.rows, check_dtype=False)
 
 
+@pytest.mark.long
 def test_fifty_kills_never_leave_half_a_catalogue(dataset_dir, rng):
     whole = open_catalogue(dataset_dir)
     path = dataset_dir / CATALOGUE

@@ -543,6 +543,7 @@ def test_two_writers_exclude_each_other(tmp_path, source, monkeypatch):
     assert content_of(tmp_path) == whole
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_continues(tmp_path, source):
     photos, whole = source
     # Its children begin where the imports are done, so that kills hit the conversion.

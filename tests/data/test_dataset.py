@@ -85,6 +85,7 @@ def test_order_and_augmentation_follow_from_seed_and_epoch(catalogue, handler):
     )
 
 
+@pytest.mark.long
 def test_a_batch_is_the_same_in_another_process_and_without_those_before(small_world, handler):
     """A restarted training, or another worker, begins in the middle of an epoch."""
     script = f"""

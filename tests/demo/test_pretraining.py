@@ -115,6 +115,7 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
         save_backbone(tower, TINY, tmp_path / "half.weights.h5")
 
 
+@pytest.mark.long
 def test_the_shipped_weights_know_landmarks_they_have_not_seen(small_world):
     path = project_root() / WEIGHTS
     assert path.stat().st_size <= 50e6

@@ -41,6 +41,7 @@ def test_every_landmark_stands_on_the_ground_and_fits_its_sphere():
         assert len(landmark.vertices) == landmark.starts[-1]
 
 
+@pytest.mark.long
 def test_colours_and_raw_pixels_do_not_find_landmarks():
     photos = np.stack(
         [draw_view(build_landmark(5, number), view) for number in range(60) for view in range(5)]
@@ -160,6 +161,7 @@ def test_a_file_linked_elsewhere_is_not_written_through(tmp_path):
     assert mine.read_bytes() == b"mine" and photo.read_bytes()[:2] == b"\xff\xd8"
 
 
+@pytest.mark.long
 def test_an_interrupted_world_and_one_of_an_earlier_version_are_completed(tmp_path, monkeypatch):
     make_demo_data(tmp_path, TINY)
     first = files_below(tmp_path)

@@ -104,6 +104,7 @@ def test_a_damaged_file_does_not_end_the_process(tmp_path, at, value):
         read_revisited(path)
 
 
+@pytest.mark.long
 def test_any_damaged_byte_is_refused_or_harmless(tmp_path):
     data = write_mat(tmp_path).read_bytes()
     rng = np.random.default_rng(0)

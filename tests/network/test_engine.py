@@ -91,6 +91,7 @@ def test_a_tower_in_memory_has_the_same_interface(tower, photos):
     assert (engine.fingerprint, engine.name) == (fingerprint(tower), "keras float32")
 
 
+@pytest.mark.long
 def test_a_tower_in_mixed_precision_is_exported_in_float32(photos, tmp_path):
     mixed = make_tower(precision="mixed_bfloat16")
     assert keras_engine(mixed).name == "keras bfloat16"
@@ -100,6 +101,7 @@ def test_a_tower_in_mixed_precision_is_exported_in_float32(photos, tmp_path):
     assert engine.fingerprint == fingerprint(mixed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"pooling": "rmac"}, {"pooling": "gem-per-channel"}])
 def test_other_heads_are_exported_too(settings, photos, tmp_path):
     tower = make_tower(**settings)

@@ -251,6 +251,7 @@ print(fingerprint(load_tower(folder / "model.keras")))
 """
 
 
+@pytest.mark.long
 def test_a_saved_tower_embeds_and_trains_alike_in_fresh_tensorflow_and_jax(tower, photos, tmp_path):
     save_tower(tower, tmp_path / "model.keras")
     np.save(tmp_path / "photos.npy", photos)

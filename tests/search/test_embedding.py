@@ -395,6 +395,7 @@ print(json.dumps({"kills": kills, "stages": len(set(lines))}))
 """
 
 
+@pytest.mark.long
 def test_twenty_kills_lose_and_double_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True

@@ -17,8 +17,11 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lib.search.photo_index import IndexSettings, PhotoIndex
+
+pytestmark = pytest.mark.long
 
 MODEL = "a" * 64
 KILLS = 100

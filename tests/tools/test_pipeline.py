@@ -115,6 +115,7 @@ def test_a_run_that_is_ended_from_outside_has_a_report(
     assert (tmp_path / "run" / "report.html").is_file() and "report.html" in printed.out
 
 
+@pytest.mark.long
 def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
     profile = tmp_path / "tiny.yaml"
     profile.write_text(json.dumps(TINY | {"weights": "absent.weights.h5"}))  # goes on without
@@ -153,6 +154,7 @@ needs_no_data = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @needs_no_data
 def test_gldv2_without_data_stops_in_seconds_with_the_instruction(tmp_path):
     start = time.monotonic()
@@ -166,6 +168,7 @@ def test_gldv2_without_data_stops_in_seconds_with_the_instruction(tmp_path):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.long
 def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tmp_path):
     parameters = TINY | {"weights": "absent.weights.h5", "weights_required": True}
     with pytest.raises(PapermillExecutionError) as caught:
@@ -186,6 +189,7 @@ def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tm
     assert "\n" not in caught.value.evalue
 
 
+@pytest.mark.long
 @needs_no_data
 def test_a_failed_run_says_why_in_one_line_and_keeps_the_page(tmp_path, capsys):
     status = main([str(ROOT / "profiles" / "gldv2.yaml"), "--run-dir", str(tmp_path / "run")])

@@ -25,6 +25,8 @@ from lib.training.checkpoint import CHECKPOINT
 from lib.training.stages import Stage, TrainingSettings, train
 from tests.training.test_stages import Cache, tiny_tower, watching
 
+pytestmark = pytest.mark.long
+
 SETTINGS = TrainingSettings(
     stages=(
         Stage("head", epochs=2, steps_per_epoch=4, learning_rate=1e-2),

@@ -423,6 +423,7 @@ def run(script: str, backend: str, *arguments) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_build_that_is_killed_at_any_moment_goes_on(small_world, tmp_path):
     result = json.loads(run(KILLED, "numpy", small_world / "Dataset" / "demo_world", tmp_path))
     # Each file: 2 batches computed; 3 calls to make it whole, and 3 for the manifest; each of them

@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from lib.data.catalogue import build_catalogue, split_landmarks
@@ -31,6 +32,8 @@ from lib.training.checkpoint import Checkpoint, TrainingError
 from lib.training.log import TrainingLog
 from lib.training.stages import Stage, TrainingSettings, train
 from tests.training.test_stages import Cache, tiny_tower
+
+pytestmark = pytest.mark.long
 
 KILLS = 10  # of each of the two trainings
 SEEDS = (1, 2)
