@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import PIL
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from lib.data.labelled import (
@@ -44,6 +44,7 @@ from lib.data.labelled import (
     read_csv,
     read_folder,
 )
+from lib.data.photos import open_picture, picture_of
 from lib.data.records import RecordError, Triplet, read_triplets, write_shard
 from lib.files import (
     only_writer,
@@ -108,7 +109,8 @@ class Report:
             f"{self.records:,} records in {self.shards:,} shards",
         ]
         for kind, count in self.skipped.items():
-            lines.append(f"{kind}: {count:,}, the first: {', '.join(self.examples[kind])}")
+            first = f", the first: {', '.join(self.examples[kind])}" if self.examples[kind] else ""
+            lines.append(f"{kind}: {count:,}{first}")
         return "\n".join(lines)
 
 
@@ -116,15 +118,6 @@ class Report:
 # Photos
 # --------------------------------------------------------------------------------------------------
 
-_TO_UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _KINDS = {
     FileNotFoundError: "absent",
     UnidentifiedImageError: "not a picture",
@@ -149,31 +142,14 @@ def encode_photo(path: Path, size: int, quality: int) -> bytes | Failure:
         a JPEG file; or a :class:`Failure` if the photo can't be read.
     """
     file = io.BytesIO()
-    shrink = {"size": (size, size), "resample": Image.Resampling.BICUBIC, "reducing_gap": 2.0}
     try:
-        with Image.open(path) as image:
-            if image.format in ("JPEG", "MPO"):
-                image.thumbnail(**shrink)  # before decoding, so not every pixel is decoded
-            image.load()
-            # ImageOps.exif_transpose writes all EXIF anew, and fails where any of it is odd.
-            method = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-            image = _to_rgb(image if method is None else image.transpose(method))
-            image.thumbnail(**shrink)
-            image.save(file, "JPEG", quality=quality, comment=b"")
+        with open_picture(path) as image:
+            picture_of(image, size).save(file, "JPEG", quality=quality, comment=b"")
     except MemoryError:
         raise  # it says nothing about the photo
     except Exception as error:  # there is no end to what decoders raise for damaged files
         return Failure(_KINDS.get(type(error), "unreadable"), str(error))
     return file.getvalue()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,8 +347,9 @@ def _finish(target_dir: Path, shards: list[str], photos: LabelledPhotos) -> Repo
         single_landmarks=int((count == 1).sum()),
         records=sum(files[name]["records"] for name in shards),
         shards=len(shards),
-        skipped={kind: len(ids) for kind, ids in by_kind},
-        examples={kind: list(ids[:3]) for kind, ids in by_kind},
+        skipped={kind: len(ids) for kind, ids in by_kind} | photos.left_out,
+        examples={kind: list(ids[:3]) for kind, ids in by_kind}
+        | {kind: [] for kind in photos.left_out},
     )
     if not report.records:
         raise ConversionError(

@@ -9,13 +9,13 @@ Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``tr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib.data.photos import list_photos
+from lib.data.photos import landmark_photos
 from lib.files import show_path
 
 
@@ -31,10 +31,12 @@ class LabelledPhotos:
         table: columns image_id, path and landmark_id, all str; the photos of a landmark are side by
             side, landmarks in order of first appearance.
         absent: the same of photos that are listed but not there.
+        left_out: how many files and folders were left out, by reason.
     """
 
     table: pd.DataFrame
     absent: pd.DataFrame
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def landmark(self) -> np.ndarray:
@@ -50,8 +52,7 @@ def read_folder(folder: Path) -> LabelledPhotos:
     Raises:
         ConversionError: no photos, or a name that is no UTF-8 text.
     """
-    landmarks = (p for p in Path(folder).glob("*") if p.is_dir() and not p.name.startswith("."))
-    paths = [path for landmark in sorted(landmarks) for path in list_photos(landmark)]
+    paths, left_out = landmark_photos(folder)
     if not paths:
         raise ConversionError(
             f"{show_path(folder)} has no subfolders with photos: give each landmark one, or name "
@@ -62,7 +63,7 @@ def read_folder(folder: Path) -> LabelledPhotos:
             raise ConversionError(f"{name!a} is no UTF-8 text: rename the file")
     rows = [(f"{p.parent.name}/{p.name}", str(p), p.parent.name) for p in paths]
     table = pd.DataFrame(rows, columns=["image_id", "path", "landmark_id"])
-    return LabelledPhotos(table, absent=table.iloc[:0])
+    return LabelledPhotos(table, table.iloc[:0], left_out)
 
 
 def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:

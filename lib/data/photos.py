@@ -1,5 +1,7 @@
-"""Photos in folders: the test set with its ground truth, and a gallery with a folder per landmark.
+"""Photos in folders: found, read upright in RGB, a test set with its ground truth.
 
+paths, left_out = find_photos(Path("my photos"))
+photo = read_photo(paths[0], image_size=128)     # uint8 (128, 128, 3)
 test_set = read_test_set(Path("Test_set"), image_size=128)
 test_set.photos, test_set.names, test_set.query, test_set.positives
 """
@@ -7,97 +9,188 @@ test_set.photos, test_set.names, test_set.query, test_set.positives
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
-import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from lib.data.decoding import reduction, resize
 from lib.files import show_path
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = tuple([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"])
+# Pillow opens far more, some of it with the help of other programs (Ghostscript for PostScript).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+_UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos, too, which Pillow does not read
+
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
-
-# Pillow warns from 89 megapixels on, which panoramas have, and refuses twice as many.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Threads that read photos hold few large ones in memory at a time: one.
 _LARGE = 2**24  # pixels
 _one_large_photo = threading.Lock()
 
+_TO_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 class PhotoError(ValueError):
-    """A file is no readable picture; the message names it."""
+    """A file is not a readable picture; the message names it."""
+
+
+class NoPhotosError(ValueError):
+    """A folder holds no photos that can be read; the message says what it should hold."""
 
 
 class TestSetError(ValueError):
-    """A test set or its ground truth can't be used; the message says what to mend."""
+    """A test set or its ground truth can't be used; the message says what to change."""
 
     __test__ = False  # its name begins with Test, but it is no test case
 
 
-@dataclass(frozen=True)
-class TestSet:
-    """The photos to search in and the one to search for.
+# --------------------------------------------------------------------------------------------------
+# Finding
+# --------------------------------------------------------------------------------------------------
+
+
+class FoundPhotos(NamedTuple):
+    """The photos of a folder.
 
     Attributes:
-        photos: uint8 (n, s, s, 3), RGB.
-        names: n file names, in sorted order.
-        query: index of the query photo.
-        positives: bool (n,), photos of the query's landmark (not the query itself); None without
-            ground truth.
-        skipped: what could not be read, a message a file.
+        paths: their paths.
+        left_out: how many files and folders were left out, by reason.
     """
 
-    __test__ = False
+    paths: list[Path]
+    left_out: dict[str, int]
 
-    photos: np.ndarray
-    names: list[str]
-    query: int
-    positives: np.ndarray | None
-    skipped: list[str]
 
-    @property
-    def gallery(self) -> np.ndarray:
-        """Indices of the photos to search in: all but the query, int64 (n - 1,)."""
-        return np.delete(np.arange(len(self.names)), self.query)
+def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
+    """Find picture files by their names: those of the folder, then those of each subfolder.
+
+    Both are in the order of their names. Names that begin with a dot are ignored, like files that
+    are not photos. Left out and counted are: links to folders, since what they lead to is either
+    found without them or lies outside of ``folder``; links to files outside; folders that can't be
+    read; files that vanish meanwhile; and photos in formats that are not supported.
+
+    Args:
+        folder: may be absent: then there are no photos.
+        subfolders: whether to look into all folders below.
+    """
+    root = os.path.realpath(folder)
+    paths, left_out, folders = [], Counter(), [Path(folder)]
+    while folders:
+        below = []
+        try:
+            with os.scandir(folders.pop()) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            left_out["folders that can't be read"] += 1
+            continue
+        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+            kind, path = os.path.splitext(entry.name)[1].lower(), Path(entry.path)
+            try:
+                if entry.is_dir():
+                    if not subfolders:
+                        continue
+                    if entry.is_symlink():
+                        left_out["links to folders"] += 1
+                    else:
+                        below.append(path)
+                elif kind in _UNREAD_SUFFIXES:
+                    left_out[f"{kind} files"] += 1
+                elif kind in SUFFIXES and not entry.is_file():
+                    left_out["files that are absent"] += 1
+                elif kind in SUFFIXES and entry.is_symlink() and not _is_inside(path, root):
+                    left_out["links to files outside of the folder"] += 1
+                elif kind in SUFFIXES:
+                    paths.append(path)
+            except OSError:
+                left_out["files that can't be read"] += 1
+        folders += reversed(below)
+    return FoundPhotos(paths, dict(left_out))
+
+
+def _is_inside(path: Path, root: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def landmark_photos(folder: Path) -> FoundPhotos:
+    """Find the photos of a folder with a subfolder for each landmark, in sorted order.
+
+    Photos beside the subfolders and in folders further down are left out, and counted.
+    """
+    paths, left_out = find_photos(folder)
+    depth = len(Path(folder).parts) + 2
+    kept = [path for path in paths if len(path.parts) == depth]
+    if len(kept) < len(paths):
+        left_out["photos that are not in a landmark's folder itself"] = len(paths) - len(kept)
+    return FoundPhotos(kept, left_out)
+
+
+def list_photos(folder: Path) -> list[Path]:
+    """The photos of a folder itself, without its subfolders, see :func:`find_photos`."""
+    return find_photos(folder, subfolders=False).paths
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def open_picture(file: Path | BinaryIO) -> Image.Image:
+    """Open a picture file if it has one of FORMATS, without decoding it; to be closed after use.
+
+    Raises:
+        OSError: it can't be read, or is not such a picture.
+        PIL.Image.DecompressionBombError: it has more than 178 megapixels.
+    """
+    return Image.open(file, formats=FORMATS)
 
 
 def read_photo(path: Path, image_size: int) -> np.ndarray:
     """Read a picture file as uint8 (image_size, image_size, 3) RGB.
 
-    Turned upright by its EXIF orientation, and squashed to a square like the photos of the training
-    set: a network should see at evaluation what it saw in training. Whatever Pillow opens will do:
-    16 bits become 8, what is transparent is laid on white, an animation is its first frame.
+    It is turned upright (:func:`upright_rgb`) and squashed to a square like the photos of the
+    training set: a network should see at evaluation what it saw in training.
 
     Raises:
-        PhotoError: not a picture, a damaged one, or one of more than 178 megapixels.
+        PhotoError: not a picture of FORMATS, a damaged one, or one of more than 178 megapixels.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return square_of(image, image_size)
     except MemoryError:
         raise
-    except Exception as error:  # decoders of damaged files raise whatever they like
+    except Exception as error:  # decoders of damaged files raise anything
         raise PhotoError(f"{show_path(path)} is not a readable picture ({error})") from None
 
 
 def square_of(image: Image.Image, image_size: int) -> np.ndarray:
-    """An opened picture as the network wants it: see :func:`read_photo`, which opens it itself.
+    """An opened picture as the network takes it, see :func:`read_photo`.
 
     Raises:
-        Exception: whatever the decoder of a damaged file likes.
+        Exception: anything that the decoder of a damaged file raises.
     """
     # A JPEG file is made smaller as the training photos are, see lib.data.decoding.
     factor = reduction(*image.size, image_size)
     image.draft(None, tuple(side // factor for side in image.size))
     with _in_turn(image):
-        image = _upright(image)
+        image = upright_rgb(image)
         factor = min(image.size) // (2 * image_size)
         if image.width * image.height > _LARGE and factor > 1:
             image = image.reduce(factor)  # an array of it would be two more copies
@@ -105,18 +198,19 @@ def square_of(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def picture_of(image: Image.Image, longest: int) -> Image.Image:
-    """An opened picture as people want it: upright, not squashed, small enough for a page.
+    """An opened picture as people see it: upright, in RGB, in its own shape.
 
     Args:
-        image: as opened by Pillow.
-        longest: pixels of the longer side, at most; a smaller picture stays as it is.
+        image: from :func:`open_picture`.
+        longest: most pixels of the longer side; a smaller picture keeps its size.
 
     Raises:
-        Exception: whatever the decoder of a damaged file likes.
+        Exception: anything that the decoder of a damaged file raises.
     """
-    image.draft(None, (longest, longest))
+    scale = 2 * longest / max(image.size)  # twice, so that the rest is up to good filtering
+    image.draft(None, tuple(max(round(side * scale), 1) for side in image.size))
     with _in_turn(image):
-        image = _upright(image)
+        image = upright_rgb(image)
         image.thumbnail((longest, longest))
         return image
 
@@ -126,18 +220,30 @@ def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
     return _one_large_photo if large else contextlib.nullcontext()
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """A picture in RGB, turned by its EXIF orientation, with few copies on the way."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # I;16 and its like: grey in 16 bits
-        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to 8-bit RGB and turn it by its EXIF orientation.
+
+    16 bits become 8, rounded; transparent parts are laid on white; of an animation it takes the
+    first frame.
+    """
+    image.load()
+    orientation = None
+    with contextlib.suppress(Exception):  # EXIF that can't be parsed spoils no picture
+        # ImageOps.exif_transpose would write all EXIF anew, and fails where any of it is odd.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if image.mode.startswith("I"):  # grey in 16 bits, or in 32 of which 16 are used
+        # Rounds v / 257; the limit keeps the sum within 16 bits.
+        grey = (np.asarray(image).clip(0, 65407) + 128) // 257
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = white
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    method = _TO_UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, list[Path], list[str]]:
@@ -187,16 +293,36 @@ def jpeg_quality(image: Image.Image) -> int | None:
     return min(scale, key=error)
 
 
-def list_photos(folder: Path) -> list[Path]:
-    """The picture files of a folder (not of its subfolders), sorted by name."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+# --------------------------------------------------------------------------------------------------
+# Test set and gallery
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The photos to search in and the one to search for.
+
+    Attributes:
+        photos: uint8 (n, s, s, 3), RGB.
+        names: n file names, in sorted order.
+        query: index of the query photo.
+        positives: bool (n,), photos of the query's landmark (not the query itself); None without
+            ground truth.
+        skipped: what could not be read, a message a file.
+    """
+
+    __test__ = False
+
+    photos: np.ndarray
+    names: list[str]
+    query: int
+    positives: np.ndarray | None
+    skipped: list[str]
+
+    @property
+    def gallery(self) -> np.ndarray:
+        """Indices of the photos to search in: all but the query, int64 (n - 1,)."""
+        return np.delete(np.arange(len(self.names)), self.query)
 
 
 def read_test_set(folder: Path, image_size: int) -> TestSet:
@@ -265,18 +391,19 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     """Read a labelled gallery: a folder with a subfolder of photos for each landmark.
 
     Returns:
-        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder; and a
-        message for each photo that could not be read.
+        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder; and
+        messages: one for each photo that could not be read, one for each reason in ``left_out``
+        of :func:`landmark_photos`.
 
     Raises:
-        TestSetError: no subfolder holds a readable photo.
+        NoPhotosError: no subfolder holds a readable photo.
     """
-    folder = Path(folder)
-    landmarks = sorted(path for path in folder.glob("*") if path.is_dir())
-    paths = [path for landmark in landmarks for path in list_photos(landmark)]
+    paths, left_out = landmark_photos(folder)
     photos, kept, skipped = read_photos(paths, image_size)
+    skipped += [f"left out: {count} {reason}" for reason, count in left_out.items()]
     if not kept:
-        raise TestSetError(
-            f"{show_path(folder)} holds no photos: it should have a folder of photos a landmark"
+        why = f" ({'; '.join(skipped[:3])})" if skipped else ""
+        raise NoPhotosError(
+            f"{show_path(folder)} holds no photos{why}: it should have a folder of photos a landmark"
         )
     return photos, np.array([path.parent.name for path in kept]), skipped

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from lib.data.photos import (
+    NoPhotosError,
     PhotoError,
     TestSetError,
     jpeg_quality,
@@ -126,7 +127,7 @@ def test_a_gallery_has_a_folder_per_landmark(tmp_path):
     photos, labels, skipped = read_gallery(tmp_path, 16)
     assert photos.shape == (3, 16, 16, 3)
     assert labels.tolist() == ["bridge", "tower", "tower"] and len(skipped) == 1
-    with pytest.raises(TestSetError, match="folder of photos a landmark"):
+    with pytest.raises(NoPhotosError, match="folder of photos a landmark"):
         read_gallery(tmp_path / "absent", 16)
 
 
