@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.photos import PhotoError, TestSetError, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, read_photo
 from lib.evaluation.explain import occlusion_heat
 from lib.network.engine import Engine
 from lib.search.embedding import embed_job, photos_below
@@ -154,7 +154,7 @@ def open_gallery(
     """
     try:
         source = photos_below(folder)
-    except TestSetError:
+    except NoPhotosError:
         raise SearchError("There are no photos in this folder, nor in the folders in it.") from None
     key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {source.digest}".encode())
     job = Path(jobs) / key.hexdigest()[:16]

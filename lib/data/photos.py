@@ -23,7 +23,10 @@ from PIL import ExifTags, Image
 from lib.data.decoding import reduction, resize
 from lib.files import show_path
 
-SUFFIXES = tuple([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"])
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+)
 # Pillow opens far more, some of it with the help of other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 _UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos, too, which Pillow does not read
@@ -404,6 +407,7 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     if not kept:
         why = f" ({'; '.join(skipped[:3])})" if skipped else ""
         raise NoPhotosError(
-            f"{show_path(folder)} holds no photos{why}: it should have a folder of photos a landmark"
+            f"{show_path(folder)} holds no photos{why}: it should have a folder of photos "
+            "for each landmark"
         )
     return photos, np.array([path.parent.name for path in kept]), skipped

@@ -44,6 +44,7 @@ HOW_TO_GET_THE_DATA = (
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes
 _FOOTER = struct.Struct("<I")  # checksum of the message
 _FRAME = _HEADER.size + _FOOTER.size  # bytes of a record that are not its message
+_HOLE = 32  # zero bytes in a row that are taken for a hole in the file
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -82,11 +83,6 @@ class Triplet(NamedTuple):
     def pictures(self) -> tuple[bytes, bytes, bytes]:
         """Anchor, positive and negative."""
         return self[:3]
-
-    @property
-    def is_degenerate(self) -> bool:
-        """Whether the positive is the anchor itself: distance 0 whatever the network does."""
-        return self.anchor == self.positive
 
 
 class Frame(NamedTuple):
@@ -303,10 +299,25 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         offset = data.find(b"\0\0\0\0", start + 4) - 4
         if offset < 0:
             return len(data)
+        # The checksum of a length is never zero if the length is 0, so within a hole of zero bytes
+        # no record begins: the earliest one has its length in the hole's last 7 bytes.
+        if not any(data[offset : offset + _HOLE]):
+            start = _end_of_zeros(data, offset + _HOLE) - 7
+            continue
         length = _length_at(data, offset)
         if length is not None and _has_right_checksum(data, offset, length):
             return offset
         start = offset + 1
+
+
+def _end_of_zeros(data: mmap.mmap, start: int) -> int:
+    """Offset of the first byte at or after ``start`` that is not zero; the end if there is none."""
+    step = 2**20
+    for begin in range(start, len(data), step):
+        block = data[begin : begin + step]
+        if len(rest := block.lstrip(b"\0")):
+            return begin + len(block) - len(rest)
+    return len(data)
 
 
 def _has_right_checksum(data, offset: int, length: int) -> bool:

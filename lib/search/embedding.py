@@ -29,7 +29,7 @@ import xxhash
 from tqdm import tqdm
 
 from lib.data.decoding import decode
-from lib.data.photos import PhotoError, TestSetError, list_photos, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, list_photos, read_photo
 from lib.data.records import read_picture
 from lib.files import only_writer, read_json, show_path, write_json
 from lib.network.engine import Engine, keras_engine
@@ -94,12 +94,12 @@ def photos_below(folder: Path) -> PhotoSource:
     Files that do not look like photos, and what has a name that begins with a dot, are passed over.
 
     Raises:
-        TestSetError: there is no photo.
+        NoPhotosError: there is no photo.
     """
     folder = Path(folder)
     paths = list(_below(folder))
     if not paths:
-        raise TestSetError(f"{show_path(folder)} holds no photos, nor do the folders in it")
+        raise NoPhotosError(f"{show_path(folder)} holds no photos, nor do the folders in it")
     return _of_files(paths, [path.relative_to(folder).as_posix() for path in paths])
 
 
@@ -170,13 +170,13 @@ def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Emb
         embeddings, names (paths within the folder), and messages: see :class:`Embedded`.
 
     Raises:
-        TestSetError: there is no photo, or none that can be read.
+        NoPhotosError: there is no photo, or none that can be read.
     """
     batches = list(_embed(keras_engine(tower), photos_below(folder), 0, 0, batch_size))
     skipped = [message for batch in batches for message in batch.skipped]
     names = [name for batch in batches for name in batch.names]
     if not names:
-        raise TestSetError(f"none of the photos in {show_path(folder)} can be read: {skipped[0]}")
+        raise NoPhotosError(f"none of the photos in {show_path(folder)} can be read: {skipped[0]}")
     return Embedded(np.concatenate([batch.embeddings for batch in batches]), names, skipped)
 
 

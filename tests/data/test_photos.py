@@ -1,19 +1,29 @@
 """Photos in folders, with everything that can be wrong with them."""
 
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from lib.data.convert import encode_photo
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
     TestSetError,
+    find_photos,
     jpeg_quality,
+    landmark_photos,
     list_photos,
     read_gallery,
     read_photo,
     read_test_set,
 )
+from lib.files import project_root
 
 
 def save(path, colour=(200, 30, 60), size=(40, 30), mode="RGB", **options):
@@ -52,6 +62,120 @@ def test_listing_is_sorted_and_ignores_what_is_no_photo(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     assert [p.name for p in list_photos(tmp_path)] == ["a.jpeg", "b.JPG", "c.png"]
     assert list_photos(tmp_path / "absent") == []
+
+
+def test_links_neither_loop_nor_lead_outside(tmp_path):
+    # `loop -> .` gave 41 entries of one photo; two such links did not end; links led anywhere.
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    save(outside / "secret.jpg")
+    save(inside / "a" / "1.jpg")
+    save(inside / "2.jpg")
+    for name in ("l1", "l2", "a/up"):
+        (inside / name).symlink_to(inside)
+    (inside / "out").symlink_to(outside)
+    (inside / "out.jpg").symlink_to(outside / "secret.jpg")
+    (inside / "same.jpg").symlink_to(inside / "a" / "1.jpg")
+    (inside / "gone.jpg").symlink_to(inside / "b.jpg")
+    (inside / "itself.jpg").symlink_to("itself.jpg")
+    paths, left_out = find_photos(inside)
+    assert [p.relative_to(inside).as_posix() for p in paths] == ["2.jpg", "same.jpg", "a/1.jpg"]
+    assert left_out.pop("files that are absent") + left_out.pop("files that can't be read", 0) == 2
+    assert left_out == {"links to folders": 4, "links to files outside of the folder": 1}
+    (tmp_path / "link").symlink_to(inside)  # the folder itself may be a link
+    assert len(find_photos(tmp_path / "link").paths) == 3
+
+
+def test_what_can_not_be_read_is_skipped_and_counted(tmp_path, monkeypatch):
+    # One subfolder without permission lost the whole folder.
+    save(tmp_path / "a" / "1.jpg")
+    save(tmp_path / "locked" / "2.jpg")
+    save(tmp_path / "deep" / "er" / "3.jpg")
+    save(tmp_path / "4.jpg")
+    (tmp_path / "5.HEIC").touch()
+    (tmp_path / "a" / "notes.txt").touch()
+    listing = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listing(folder)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    paths, left_out = find_photos(tmp_path)
+    assert [p.name for p in paths] == ["4.jpg", "1.jpg", "3.jpg"]
+    assert left_out == {".heic files": 1, "folders that can't be read": 1}
+    paths, left_out = landmark_photos(tmp_path)
+    assert [p.name for p in paths] == ["1.jpg"]
+    assert left_out["photos that are not in a landmark's folder itself"] == 2
+    _, _, skipped = read_gallery(tmp_path, 8)
+    assert "left out: 1 folders that can't be read" in skipped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8_are_found_and_their_errors_can_be_printed(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jpg")
+    save(path)
+    assert find_photos(tmp_path).paths == [path]
+    path.write_text("no picture")
+    with pytest.raises(PhotoError) as raised:
+        read_photo(path, 8)
+    str(raised.value).encode()
+
+
+def odd_exif():
+    """Orientation 6 with a tag that is not as the standard has it, as bytes of EXIF."""
+    rational = TiffImagePlugin.IFDRational
+    for tag, kind, value in [
+        *((tag, 2, "4032") for tag in (0x100, 0x101, 0x128, 0x129, 0x213)),
+        (0x11A, 10, rational(-72, 1)),
+        (0x11A, 5, rational(0, 0)),
+        (0x132, 5, rational(1, 2)),
+        (0x10F, 5, rational(1, 2)),
+        (0x100, 9, -5),
+    ]:
+        ifd = TiffImagePlugin.ImageFileDirectory_v2()
+        ifd.tagtype[0x112], ifd[0x112] = 3, 6
+        ifd.tagtype[tag], ifd[tag] = kind, value
+        yield b"Exif\0\0II*\0\x08\0\0\0" + ifd.tobytes(8)
+
+
+@pytest.mark.parametrize("exif", odd_exif())
+def test_a_photo_with_odd_exif_is_read_upright_everywhere(tmp_path, exif):
+    # Conversion read these, search did not: exif_transpose writes all EXIF anew.
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 0, 0), (0, 0, 20, 20))  # red at the left, so above once it is upright
+    image.save(tmp_path / "a.jpg", exif=exif)
+    photo = read_photo(tmp_path / "a.jpg", 16)
+    assert photo[3, 8, 0] > 200 > photo[12, 8, 0]
+    converted = Image.open(io.BytesIO(encode_photo(tmp_path / "a.jpg", 40, 94)))
+    assert converted.size == (20, 40) and converted.getpixel((10, 5))[0] > 200
+
+
+def test_16_bits_are_rounded_alike_for_training_and_search(tmp_path):
+    # One cut off after a division by 256, the other by 257.
+    values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    photo = read_photo(tmp_path / "a.png", 32)
+    np.testing.assert_array_equal(photo[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+def test_postscript_named_like_a_photo_never_reaches_ghostscript(tmp_path, monkeypatch):
+    # A folder, a conversion and a page opened it; only the upload had a list of formats.
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    with pytest.raises(PhotoError, match="cannot identify"):
+        read_photo(tmp_path / "a.jpg", 8)
+    assert encode_photo(tmp_path / "a.jpg", 8, 90).kind == "not a picture"
+
+
+def test_importing_sets_nothing_global():
+    # Importing lib.data.photos silenced a warning of Pillow for the whole process.
+    code = "import warnings, PIL.Image as i, lib.data.convert, lib.data.download; "
+    code += "bomb = i.DecompressionBombWarning; assert i.MAX_IMAGE_PIXELS == 2**30 // 12; "
+    code += "assert all(f[0] != 'ignore' or f[2] is not bomb for f in warnings.filters)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=project_root()).returncode == 0
 
 
 def write_truth(folder, *rows):
@@ -127,7 +251,7 @@ def test_a_gallery_has_a_folder_per_landmark(tmp_path):
     photos, labels, skipped = read_gallery(tmp_path, 16)
     assert photos.shape == (3, 16, 16, 3)
     assert labels.tolist() == ["bridge", "tower", "tower"] and len(skipped) == 1
-    with pytest.raises(NoPhotosError, match="folder of photos a landmark"):
+    with pytest.raises(NoPhotosError, match="folder of photos for each landmark"):
         read_gallery(tmp_path / "absent", 16)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lib.data.catalogue import open_catalogue
-from lib.data.photos import PhotoError, TestSetError, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, read_photo
 from lib.network.engine import Engine, keras_engine
 from lib.network.tower import embed
 from lib.search.embedding import (
@@ -59,10 +59,10 @@ def test_all_photos_below_a_folder_are_embedded_by_name(tmp_path, tower):
 
 
 def test_a_folder_without_a_readable_photo_is_named(tmp_path, tower):
-    with pytest.raises(TestSetError, match="holds no photos"):
+    with pytest.raises(NoPhotosError, match="holds no photos"):
         embed_folder(tower, tmp_path / "absent")
     (tmp_path / "a.jpg").write_text("no photo")
-    with pytest.raises(TestSetError, match=r"none of the photos.*a\.jpg is not a readable"):
+    with pytest.raises(NoPhotosError, match=r"none of the photos.*a\.jpg is not a readable"):
         embed_folder(tower, tmp_path)
 
 
