@@ -167,18 +167,22 @@ def _fetch(name: str, dataset_dir: Path) -> Path:
     """Download one file of the set; returns where in the data folder it has arrived."""
     import kagglehub  # not at the top: half a second, which who only verifies need not wait
 
-    before = dict(os.environ)
     # Its cache rather than its ``output_dir``: only there does it go on with half a file. And a
     # real download on Kaggle and Colab as well, where it would mount files that can't be moved.
-    os.environ["KAGGLEHUB_CACHE"] = str(dataset_dir.resolve() / ARRIVING)
-    os.environ["DISABLE_KAGGLE_CACHE"] = os.environ["DISABLE_COLAB_CACHE"] = "1"
+    settings = {"KAGGLEHUB_CACHE": str(dataset_dir.resolve() / ARRIVING)}
+    settings |= dict.fromkeys(("DISABLE_KAGGLE_CACHE", "DISABLE_COLAB_CACHE"), "1")
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         return Path(kagglehub.dataset_download(KAGGLE_SET, name))
     except Exception as error:  # what kagglehub raises has no common base class
         raise DownloadError(_explain(error, name, dataset_dir)) from error
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():  # these alone: other threads read the others meanwhile
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _explain(error: Exception, name: str, dataset_dir: Path) -> str:

@@ -299,10 +299,10 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         offset = data.find(b"\0\0\0\0", start + 4) - 4
         if offset < 0:
             return len(data)
-        # The checksum of a length is never zero if the length is 0, so within a hole of zero bytes
-        # no record begins: the earliest one has its length in the hole's last 7 bytes.
-        if not any(data[offset : offset + _HOLE]):
-            start = _end_of_zeros(data, offset + _HOLE) - 7
+        # No record begins with 12 zero bytes, since the checksum of a length of 0 is not 0. So
+        # the earliest one behind a hole has its 8 bytes of length at the end of the hole.
+        if data[offset : offset + _HOLE] == bytes(_HOLE):
+            start = _end_of_zeros(data, offset + _HOLE) - 8
             continue
         length = _length_at(data, offset)
         if length is not None and _has_right_checksum(data, offset, length):

@@ -1,6 +1,7 @@
 """Shards: whole ones come back, damaged records are named and lose nothing but themselves."""
 
 import struct
+import time
 
 import pytest
 import tensorflow as tf
@@ -162,6 +163,19 @@ def test_garbage_and_an_empty_file_hold_no_record(tmp_path, rng):
     assert read_what_is_whole(shard) == ([], [(0, "damaged length")])
     shard.write_bytes(b"")
     assert read_what_is_whole(shard) == ([], [])
+
+
+@pytest.mark.parametrize("behind", range(2))
+def test_a_hole_of_zero_bytes_is_skipped_at_the_speed_of_memory(shard, behind):
+    # It was scanned byte by byte: 2 MB took 2.5 s, a hole of 300 MB some 6 minutes.
+    content = shard.read_bytes()
+    hole = bytes(50_000_000 + behind)
+    begin = offsets(shard)[1]
+    shard.write_bytes(content[:begin] + hole + content[begin:] * (1 - behind))
+    start = time.perf_counter()
+    whole, problems = read_what_is_whole(shard)
+    assert time.perf_counter() - start < 3
+    assert whole == (SOME[:1] if behind else SOME) and len(problems) == 1
 
 
 def message(**features) -> bytes:

@@ -413,7 +413,7 @@ def test_a_collapse_is_named(handler, validation, tmp_path):
 
 
 def test_too_few_usable_triplets_are_named(shards, validation, tmp_path):
-    same = next(t for t in read_triplets(shards[0]) if t.is_degenerate)
+    same = next(t for t in read_triplets(shards[0]) if t.anchor == t.positive)
     write_shard(tmp_path / "train00.tfrec", [same] * 20)
     catalogue = build_catalogue([tmp_path / "train00.tfrec"])
     handler = DatasetHandler(catalogue, DataSettings(image_size=16, batch_size=4))
