@@ -29,6 +29,7 @@ from collections.abc import Callable
 
 import faiss
 import numpy as np
+from faiss.contrib.evaluation import knn_intersection_measure
 
 from benchmarks.big_sets import sample_file
 from lib.search import tuning
@@ -122,7 +123,7 @@ def reach(search: Search, queries: np.ndarray, exact: np.ndarray) -> dict[str, f
     for effort, set_effort in getattr(search, "efforts", [(0, None)]):
         if set_effort:
             set_effort(effort)
-        recall = float(tuning.shares_found(exact, search(queries, 2)).mean())
+        recall = knn_intersection_measure(exact, search(queries, 2))
         if recall >= TARGET:
             break
     return {"recall": recall, "effort": effort}

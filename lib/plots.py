@@ -20,7 +20,7 @@ from lib.evaluation.metrics import Interval
 from lib.files import replacing
 
 if TYPE_CHECKING:  # figures need no Faiss
-    from lib.search.compression import Loss
+    from lib.search.tuning import Loss
 
 RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
 
@@ -546,7 +546,7 @@ def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> Non
     """Similarities as compressed indexes have them, against the true ones.
 
     Args:
-        losses: of :func:`lib.search.compression.compression_losses`, a panel each.
+        losses: of :func:`lib.search.tuning.compression_losses`, a panel each.
         save: a file to write the figure to.
     """
     size = (3.4 * len(losses), 3.8)

@@ -1,12 +1,12 @@
-"""Which kind of index, and which search: the fastest that finds enough within so much memory.
+"""Finding the fastest kind of index that reaches a recall within some memory.
 
     settings, table = tune(embeddings, target_recall=0.99, most_bytes=400_000_000)
     index = PhotoIndex.build(embeddings, names, fingerprint(tower), settings)
 
-"Enough" is the recall of approximate search: of the k photos truly nearest to a query, the share
-among the k that were found. It is measured with queries that the index has never seen. Which
-parameters a kind of index has and which values are worth a try, Faiss's ``ParameterSpace`` knows;
-its ``OperatingPoints`` keep those that nothing else beats in both recall and time.
+Recall here is that of approximate search: of the k photos truly nearest to a query, the share among
+the k that were found. It is measured with queries that are not in the index. The parameters to try
+come from Faiss's ``ParameterSpace``, the frontier from its ``OperatingPoints``.
+:func:`compression_losses` shows what compressed kinds lose.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 import pandas as pd
+from faiss.contrib.evaluation import knn_intersection_measure
+from scipy import special
 
-from lib.search.exact import nearest_of, similarities_of
+from lib.search.exact import checked, knn, nearest_of, similarities_of
 from lib.search.kinds import IndexSettings, train_and_add
 
 RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
@@ -29,7 +30,6 @@ SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sampl
 _BLOCK = 16_384  # rows that are handled together
 _LITTLE = 0.001  # recall that is not worth more time
 _FAR_SLOWER = 3  # times slower than what has reached the target: not tried any further
-_SURE = 1.645  # standard errors: one-sided 95 %
 
 
 class TargetUnreachableError(ValueError):
@@ -44,7 +44,7 @@ class Tuned(NamedTuple):
         frontier: a row for each setting that was measured, by kind and recall. ``factory``,
             ``search``, ``rerank``: as in :class:`lib.search.photo_index.IndexSettings`;
             ``vectors``: how many were in the index, fewer than all in a first round; ``recall``:
-            mean over the queries, and ``recall_low``, its lower limit (95 % sure); ``qps_1``,
+            mean over the queries, and ``recall_low``, see :func:`lower_limit`; ``qps_1``,
             ``qps_2``: queries per second, all of them given at once, with 1 and 2 threads;
             ``bytes``: of the index in memory; ``mapped_bytes``: of the vectors that re-ranking
             reads here and there from a mapped file, 0 without; ``build_seconds``; ``fits``: within
@@ -57,58 +57,77 @@ class Tuned(NamedTuple):
     frontier: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Vectors to index, and queries with the truth about them.
+class _Trial(NamedTuple):
+    """Vectors to index, and queries with their true neighbours.
 
     Attributes:
-        vectors: float32 (n, d), maybe mapped.
+        vectors: float32 (n, d), maybe memory-mapped.
         rows: int64 (m,), those of them that are in the index.
         queries: float32 (q, d).
         exact: int64 (q, k), places in ``rows`` of the nearest.
+        flat: the row of the table for a flat index.
     """
 
     vectors: np.ndarray
     rows: np.ndarray
     queries: np.ndarray
     exact: np.ndarray
+    flat: dict[str, Any]
 
     @classmethod
-    def of(
-        cls, vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int
-    ) -> tuple[_Trial, pd.DataFrame]:
-        """Find the truth; and the row of a table that tells how fast a flat index does."""
+    def of(cls, vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int) -> _Trial:
+        """Find the true neighbours, and time it."""
         seconds = {}
         for number in (1, 2):
             with threads(number):
                 exact, seconds[number] = search_exactly(vectors, rows, queries, k)
-        trial = cls(vectors, rows, queries, exact)
-        row = trial._row(np.ones(len(queries)), seconds, 0)
-        size = len(rows) * vectors.shape[1] * vectors.itemsize
-        kind = {"factory": "Flat", "search": "", "rerank": 0, "bytes": size, "build_seconds": 0.0}
-        return trial, pd.DataFrame([row | kind])
+        flat = {
+            "vectors": len(rows),
+            "recall": 1.0,
+            "recall_low": 1.0,  # by definition, whatever the queries
+            "qps_1": len(queries) / seconds[1],
+            "qps_2": len(queries) / seconds[2],
+            "mapped_bytes": 0,
+            "factory": "Flat",
+            "search": "",
+            "rerank": 0,
+            "bytes": len(rows) * vectors.shape[1] * vectors.itemsize,
+            "build_seconds": 0.0,
+        }
+        return cls(vectors, rows, queries, exact, flat)
 
-    def row(self, index: faiss.Index, rerank: int) -> dict:
-        """Search an index, and tell how good and how fast it is."""
-        seconds, k = {}, self.exact.shape[1]
+    def row(self, index: faiss.Index, rerank: int) -> dict[str, Any]:
+        """Search an index, and measure how good and how fast it is."""
+        seconds, (q, k) = {}, self.exact.shape
         for number in (1, 2):
             with threads(number):
                 start = time.perf_counter()
                 found = search_reranked(index, self.vectors, self.rows, self.queries, k, rerank)
                 seconds[number] = time.perf_counter() - start
-        return self._row(shares_found(self.exact, found), seconds, rerank)
-
-    def _row(self, shares: np.ndarray, seconds: dict[int, float], rerank: int) -> dict:
-        mapped = len(self.rows) * self.vectors.shape[1] * self.vectors.itemsize if rerank else 0
-        error = shares.std() / np.sqrt(len(shares))
+        recall = knn_intersection_measure(self.exact, found)
         return {
             "vectors": len(self.rows),
-            "recall": shares.mean(),
-            "recall_low": shares.mean() - _SURE * error,
-            "qps_1": len(shares) / seconds[1],
-            "qps_2": len(shares) / seconds[2],
-            "mapped_bytes": mapped,
+            "recall": recall,
+            "recall_low": lower_limit(recall, q),
+            "qps_1": q / seconds[1],
+            "qps_2": q / seconds[2],
+            "mapped_bytes": self.flat["bytes"] if rerank else 0,
+            "rerank": rerank,
         }
+
+
+def lower_limit(recall: float, queries: int) -> float:
+    """The recall that is exceeded with 95 % certainty: Clopper and Pearson's limit.
+
+    Each query is one trial, as its neighbours are found or missed together. The limit is below 1
+    even if all were found: 10 of 10 give 0.74.
+
+    Args:
+        recall: mean over the queries, from 0 to 1.
+        queries: how many.
+    """
+    hits = recall * queries
+    return float(special.betaincinv(hits, queries - hits + 1, 0.05)) if hits > 0 else 0.0
 
 
 def tune(
@@ -130,62 +149,82 @@ def tune(
     Args:
         vectors: float32 (n, d) of unit norm; may be memory-mapped.
         target_recall: recall@k that must be reached, above 0 and up to 1, with 95 % certainty given
-            the number of queries.
+            the number of queries. Only a flat index reaches 1.
         most_bytes: memory that the index may take; any if None. A flat index takes all vectors, as
             each search reads them all.
-        queries: float32 (q, d); None: up to 1,000 of the vectors, a tenth at most, are held out.
+        queries: float32 (q, d) of unit norm; None: up to 1,000 of the vectors, a tenth at most, are
+            held out. 300 queries can show a recall of 0.99, if all neighbours are found.
         k: neighbours.
         kinds: of index to try beside Flat, for Faiss's ``index_factory``; those that suit n and d
             if None.
         sample: how many vectors are enough to compare kinds of index.
-        seed: of what is drawn.
+        seed: of the sample and the held-out queries.
 
     Raises:
-        ValueError: a target outside its range, or fewer than 100 vectors.
+        ValueError: a target outside its range, fewer than 100 vectors, or vectors or queries that
+            are not (n, d), finite and of unit norm.
         TargetUnreachableError: no setting that was tried fits and reaches the target.
     """
     if not 0 < target_recall <= 1:
         raise ValueError(f"target_recall must be above 0 and at most 1, got {target_recall}")
     if len(vectors) < 100:
         raise ValueError(f"{len(vectors)} vectors are too few to tune for: use Flat")
-    vectors = np.ascontiguousarray(vectors, np.float32)  # not copied if it is that already
+    vectors = checked(vectors, "vectors")
     order = np.random.default_rng(seed).permutation(len(vectors))
     if queries is None:
         held_out = min(1000, len(vectors) // 10)
         queries, order = vectors[np.sort(order[:held_out])], order[held_out:]
-    queries = np.ascontiguousarray(queries, np.float32)
-    n, d = len(order), vectors.shape[1]
+    queries = checked(queries, "queries", vectors.shape[1])
 
-    tables = []
-    by_sample = kinds is None and n > 2 * sample
-    kinds = _kinds(n, n, d, most_bytes) if kinds is None else list(kinds)
-    wanted = len(kinds)
-    if by_sample:
-        wanted = SHORTLIST
-        trial = _Trial.of(vectors, np.sort(order[:sample]), queries, k)[0]
-        for kind in _kinds(sample, n, d, most_bytes):
-            tables.append(_measure(trial, kind, target_recall, _fastest(tables, target_recall)))
-        fastest = [_fastest([of], target_recall) for of in tables]
-        # A kind that does not get there with a sample won't with more neighbours to confuse.
-        able = [kinds[i] for i in np.argsort(-np.array(fastest)) if fastest[i] > 0]
-        # If none does, the most able one tells what is possible.
-        most_able = np.argsort([-t["recall"].max() for t in tables])[:1]
-        kinds = able or [kinds[i] for i in most_able]
-    trial, flat = _Trial.of(vectors, np.sort(order), queries, k)
-    tables.append(flat)
-    full = []
+    n, d = len(order), vectors.shape[1]
+    tables: list[pd.DataFrame] = []
+    wanted = None
+    if kinds is None:
+        kinds = _kinds(n, n, d, most_bytes)
+        if n > 2 * sample:
+            trial = _Trial.of(vectors, np.sort(order[:sample]), queries, k)
+            tables = _measure_all(trial, _kinds(sample, n, d, most_bytes), target_recall)
+            kinds, wanted = _by_speed(kinds, tables, target_recall), SHORTLIST
+    trial = _Trial.of(vectors, np.sort(order), queries, k)
+    tables.append(pd.DataFrame([trial.flat]))
+    # Kinds that reach the target with a sample may miss it with all; then the next ones are built.
+    tables += _measure_all(trial, kinds, target_recall, wanted)
+    return _choice(pd.concat(tables, ignore_index=True), n, k, target_recall, most_bytes)
+
+
+def _by_speed(
+    kinds: Sequence[str], tables: Sequence[pd.DataFrame], target_recall: float
+) -> list[str]:
+    """Kinds that reach the target with a sample, the fastest first; if none does, the nearest.
+
+    A kind that misses it with a sample will miss it with more vectors to confuse.
+    """
+    fastest = [_fastest([of], target_recall) for of in tables]
+    able = [kinds[i] for i in np.argsort(-np.array(fastest)) if fastest[i] > 0]
+    return able or [kinds[i] for i in np.argsort([-t["recall"].max() for t in tables])[:1]]
+
+
+def _measure_all(
+    trial: _Trial, kinds: Sequence[str], target_recall: float, wanted: int | None = None
+) -> list[pd.DataFrame]:
+    """Measure kinds of index in turn, until as many as are wanted reach the target."""
+    tables: list[pd.DataFrame] = []
+    able = 0
     for kind in kinds:
-        # Some that got there with a sample may not any more: the next ones take their turn.
-        full.append(_measure(trial, kind, target_recall, _fastest(full, target_recall)))
-        wanted -= _fastest(full[-1:], target_recall) > 0
-        if not wanted:
+        tables.append(_measure(trial, kind, target_recall, _fastest(tables, target_recall)))
+        able += _fastest(tables[-1:], target_recall) > 0
+        if able == wanted:
             break
-    tables += full
-    table = pd.concat(tables, ignore_index=True)
+    return tables
+
+
+def _choice(
+    table: pd.DataFrame, n: int, k: int, target_recall: float, most_bytes: int | None
+) -> Tuned:
+    """Mark what fits, the frontier and the choice among the settings of the full index."""
     table["fits"] = True if most_bytes is None else table["bytes"] <= most_bytes
     of_choice = table[(table["vectors"] == n) & table["fits"]]
     table["frontier"] = table.index.isin(_undominated(of_choice))
-
     enough = of_choice[of_choice["recall_low"] >= target_recall]
     if enough.empty:
         demand = f"recall@{k} of {target_recall:g} in {most_bytes:,} bytes"
@@ -218,7 +257,7 @@ def search_exactly(
     for start in range(0, len(rows), _BLOCK):
         block = vectors[rows[start : start + _BLOCK]]
         begin = time.perf_counter()
-        found, at = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        found, at = knn(queries, block, k)
         similarities = np.concatenate([similarities, found], axis=1)
         places = np.concatenate([places, at + start], axis=1)
         similarities, places = nearest_of(similarities, places, k)
@@ -253,13 +292,6 @@ def search_reranked(
     similarities = similarities_of(queries, vectors, np.where(places < 0, -1, rows[places]))
     similarities[places < 0] = -np.inf
     return nearest_of(similarities, places, k)[1]
-
-
-def shares_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Recall of each query: int (q, k) and int (q, k) -> float64 (q,) from 0 to 1."""
-    if len(exact) != len(found):
-        raise ValueError(f"{len(exact)} queries have an answer to compare with, {len(found)} one")
-    return (exact[:, :, None] == found[:, None, :]).any(axis=2).mean(axis=1)
 
 
 def memory_of(index: faiss.Index) -> int:
@@ -339,7 +371,7 @@ def _measure(
         recall, first = 0.0, len(rows)
         for rerank in RERANK:
             row = trial.row(index, rerank)
-            rows.append(row | {"search": space.combination_name(number), "rerank": rerank})
+            rows.append(row | {"search": space.combination_name(number)})
             gained, recall = row["recall"] - recall, row["recall"]
             # More candidates than are needed only cost time.
             if row["recall_low"] >= target_recall:
@@ -387,3 +419,69 @@ def _best_possible(table: pd.DataFrame) -> str:
         f"{best['factory']!r} with {best['search']!r} and rerank={best['rerank']}, in "
         f"{best['bytes']:,} bytes); a flat index finds all in {flat:,} bytes"
     )
+
+
+class Loss(NamedTuple):
+    """One kind of index without an inverted file, which compares all photos.
+
+    Attributes:
+        factory: for Faiss's ``index_factory``.
+        bytes_each: of a photo in memory; what all photos share is not in it.
+        recall: share of the truly nearest k that its own ranking finds, from 0 to 1.
+        reranked: the same when the first k * rerank are ranked anew by the exact vectors.
+        found: float32 (q, k), cosines of queries and photos found, as the index has them.
+        exact: float32 (q, k), the true ones.
+    """
+
+    factory: str
+    bytes_each: int
+    recall: float
+    reranked: float
+    found: np.ndarray
+    exact: np.ndarray
+
+
+def compression_losses(
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    factories: Sequence[str],
+    k: int = 10,
+    rerank: int = 10,
+) -> list[Loss]:
+    """Search kinds of compressed index, and measure how far each is from the truth.
+
+    A product quantizer cuts a vector into pieces and keeps for each the number of the nearest of a
+    few standard pieces (Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search",
+    PAMI 2011); a scalar quantizer rounds each number.
+
+    Args:
+        vectors: float32 (n, d) of unit norm, n at least k.
+        queries: float32 (q, d) of unit norm.
+        factories: kinds such as "SQ8" or "PQ16np"; without "np" a product quantizer is trained for
+            another kind of search as well, which takes minutes.
+        k: neighbours.
+        rerank: k * rerank candidates are ranked anew.
+
+    Raises:
+        ValueError: a kind that Faiss does not know or that can't be trained with so few vectors.
+    """
+    vectors = checked(vectors, "vectors")
+    queries = checked(queries, "queries", vectors.shape[1])
+    rows = np.arange(len(vectors))
+    truth, _ = search_exactly(vectors, rows, queries, k)
+    losses = []
+    for factory in factories:
+        index = train_and_add(vectors, IndexSettings(factory))
+        found, photos = index.search(queries, k)
+        anew = search_reranked(index, vectors, rows, queries, k, rerank)
+        losses.append(
+            Loss(
+                factory=factory,
+                bytes_each=index.code_size,
+                recall=knn_intersection_measure(truth, photos),
+                reranked=knn_intersection_measure(truth, anew),
+                found=found,
+                exact=similarities_of(queries, vectors, photos),
+            )
+        )
+    return losses

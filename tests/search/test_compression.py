@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from lib import plots
-from lib.search.compression import compression_losses
 from lib.search.kinds import IndexSettings, train_and_add
+from lib.search.tuning import compression_losses
 from tests.conftest import unit
 
 N, D, K = 1500, 16, 10

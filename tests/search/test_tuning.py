@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from faiss.contrib.evaluation import knn_intersection_measure
+from scipy import stats
 
 from lib import plots
 from lib.search.photo_index import IndexSettings, PhotoIndex
-from lib.search.tuning import TargetUnreachableError, search_exactly, shares_found, tune
+from lib.search.tuning import TargetUnreachableError, lower_limit, search_exactly, tune
 from tests.conftest import unit
 
 N, D = 4000, 32
@@ -37,7 +39,7 @@ def test_the_choice_finds_enough_for_fresh_queries_in_the_real_index(world, tune
     index = PhotoIndex.build(vectors, names, "model", tuned.settings)
     found = np.array(index.search(queries, 10)[0]).astype(int)
     exact, _ = search_exactly(vectors, np.arange(N), queries, 10)
-    assert shares_found(exact, found).mean() >= 0.94  # 3,000 neighbours: 0.01 is two errors
+    assert knn_intersection_measure(exact, found) >= 0.94  # 3,000 neighbours: 0.01 is two errors
 
 
 def test_the_choice_fits_and_is_the_fastest_that_reaches_the_target(tuned):
@@ -125,3 +127,27 @@ def test_what_a_sample_rules_out_is_told_of_all(world):
             tune(
                 clustered(np.random.default_rng(2), N, unit(np.ones((1, D)))), 1.0, most, sample=900
             )
+
+
+def test_the_lower_limit_is_honest_about_few_queries():
+    # It had been 1.0 for 10 of 10, as a normal distribution without variance has no width.
+    assert lower_limit(1.0, 10) == pytest.approx(0.05**0.1)
+    assert lower_limit(0.0, 10) == 0.0
+    for hits, queries in ((9, 10), (99, 100), (1, 5)):
+        exact = stats.binomtest(hits, queries, alternative="greater").proportion_ci(0.95)
+        assert lower_limit(hits / queries, queries) == pytest.approx(exact.low)
+
+
+def test_perfect_recall_of_a_few_queries_does_not_reach_a_high_target(world):
+    few = world[1][:10]
+    table = tune(world[0], 0.7, queries=few).frontier
+    approximate = table[table["factory"] != "Flat"]
+    assert approximate["recall"].max() == 1 and approximate["recall_low"].max() < 0.75
+    assert tune(world[0], 0.99, queries=few).settings == IndexSettings()
+
+
+def test_vectors_that_are_not_of_unit_norm_are_refused(world):
+    with pytest.raises(ValueError, match="vectors must have unit norm"):
+        tune(2 * world[0])
+    with pytest.raises(ValueError, match=r"queries must be \(n, 32\)"):
+        tune(world[0], queries=world[1][:, :8])
