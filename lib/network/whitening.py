@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 from keras import ops
+from sklearn.covariance import oas, shrunk_covariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,7 @@ def learn_pca_whitening(
 def learn_supervised_whitening(
     descriptors: np.ndarray,
     *,
-    pairs: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
+    labels: np.ndarray,
     dimension: int | None = None,
     shrinkage: float | None = None,
 ) -> Whitening:
@@ -97,43 +97,24 @@ def learn_supervised_whitening(
 
     Args:
         descriptors: float (n, d), n >= 2.
-        pairs: int (m, 2), rows of ``descriptors`` that show the same landmark.
-        labels: (n,), instead of ``pairs``: all pairs of equal label match. A pair of a label with
-            r photos weighs 2/r, so that a landmark counts by its photos, not by their square.
+        labels: (n,), photos of equal label match. A pair of a label with r photos weighs 2/r, so
+            that a landmark counts by its photos, not by their square.
         dimension: how many axes to keep, those along which non-matching photos differ most compared
             with matching ones; None: all d.
         shrinkage: share of C_S replaced by its average, 0 to 1; None: OAS (see above).
 
     Raises:
         ValueError: fewer than two descriptors, no matching pair, values that are not finite, a
-            dimension or shrinkage out of range, neither or both of pairs and labels, or too few
-            pairs for a shrinkage of 0.
+            dimension or shrinkage out of range, or too few pairs for a shrinkage of 0.
     """
     descriptors = _checked(descriptors, at_least=2)
-    if (pairs is None) == (labels is None):
-        raise ValueError("give either the matching pairs or the labels")
-    if labels is None:
-        differences = _differences_of_pairs(descriptors, np.asarray(pairs))
-    else:
-        differences = _differences_within_labels(descriptors, np.asarray(labels))
+    differences = _differences_within_labels(descriptors, np.asarray(labels))
     mean = descriptors.mean(axis=0)
     dimension = _dimension(dimension, len(mean))
     inverse_root = _inverse_root(_covariance(differences, shrinkage), len(mean))
     spread = _covariance((descriptors - mean) @ inverse_root, shrinkage=0)
     _, axes = np.linalg.eigh(spread)
     return Whitening(mean, inverse_root @ axes[:, ::-1][:, :dimension])
-
-
-def _differences_of_pairs(descriptors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    if pairs.size == 0:
-        raise ValueError("no matching pair given: Lw learns from at least one")
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-        raise ValueError(f"pairs must be int (m, 2), got {pairs.dtype} {pairs.shape}")
-    if pairs.min() < 0 or pairs.max() >= len(descriptors):
-        raise ValueError(f"pairs must hold rows from 0 to {len(descriptors) - 1}")
-    if (pairs[:, 0] == pairs[:, 1]).any():
-        raise ValueError("a photo is no matching pair with itself: drop such rows from pairs")
-    return descriptors[pairs[:, 0]] - descriptors[pairs[:, 1]]
 
 
 def _differences_within_labels(descriptors: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -188,17 +169,14 @@ def _dimension(dimension: int | None, available: int) -> int:
 
 def _covariance(samples: np.ndarray, shrinkage: float | None) -> np.ndarray:
     """The covariance of samples (n, d) of mean zero, a share of it replaced by its average."""
-    n, d = samples.shape
-    covariance = samples.T @ samples / n
-    total = np.trace(covariance)
     if shrinkage is None:
-        squares = np.sum(covariance**2)
-        unevenness = squares - total**2 / d  # 0 if all eigenvalues are equal
-        most = (squares + total**2) / (n + 1)
-        shrinkage = most / unevenness if most < unevenness else 1.0
+        # Of one sample OAS takes the average alone, as of equal variances, where rounding may let
+        # the share leave its range.
+        share = oas(samples, assume_centered=True)[1] if len(samples) > 1 else 1.0
+        shrinkage = share if 0 <= share <= 1 else 1.0
     elif not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage must be from 0 to 1, got {shrinkage}")
-    return (1 - shrinkage) * covariance + shrinkage * total / d * np.eye(d)
+    return shrunk_covariance(samples.T @ samples / len(samples), shrinkage)
 
 
 def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
