@@ -58,6 +58,11 @@ def show_path(path: Path) -> str:
     return Path(path).as_posix().encode(errors="backslashreplace").decode()
 
 
+def show_error(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type if there is no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that it is either whole or absent.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from lib.files import checksum, replacing, show_path
+from lib.files import checksum, replacing, show_error, show_path
 from lib.network.openvino import (
     NETWORK_FILES,
     compile_network,
@@ -164,8 +164,14 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         raise FileNotFoundError(
             f"no exported tower at {path}: lib.network.engine.export_engine writes one"
         )
+    size_on_disk = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
+            for name in (_MANIFEST, *NETWORK_FILES):
+                entry = archive.getinfo(name)
+                # Never compressed: reading takes no more memory than the file has bytes.
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size_on_disk:
+                    raise ValueError(f"{name} is compressed or larger than the file")
             manifest = json.loads(archive.read(_MANIFEST))
             xml, weights = (archive.read(name) for name in NETWORK_FILES)
         found = {
@@ -181,10 +187,10 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
             ov.Core().read_model(xml, weights), (size, size, 3), precision, threads
         )
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # zipfile's, json's and OpenVINO's own, whatever the damage causes
         raise EngineError(
-            f"{show_path(path)} is no exported tower, or a damaged one ({reason}): export it anew"
+            f"{show_path(path)} is no exported tower, or a damaged one ({show_error(error)}): "
+            "export it anew"
         ) from None
 
 

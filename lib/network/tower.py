@@ -4,7 +4,7 @@
 
     tower = build_tower(TowerSettings(image_size=64))
     embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
-    siamese = Siamese(tower, MetricLoss(LossSettings()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
+    siamese = Siamese(tower, MetricLoss(InfoNCE()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
 
 Preprocessing is a part of the tower, so training, evaluation and search can't differ in it. The
 module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch backends.
@@ -26,7 +26,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lib.files import replacing, show_path
+from lib.files import replacing, show_error, show_path
 from lib.network.losses import MetricLoss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import make_pooling
@@ -44,6 +44,8 @@ BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isu
 # Entries of a Keras configuration that :func:`structure` leaves out: labels, where a class is
 # defined, what follows from the rest, and what does not change the embeddings.
 _NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "trainable"}
+
+_LOWEST_DIP = -0.4  # of a map's activations that GeM may count as zero
 
 POLICIES = ("float32", "mixed_bfloat16")
 
@@ -157,6 +159,7 @@ def build_tower(settings: TowerSettings) -> keras.Model:
 
     Raises:
         WeightsUnavailableError: the weights asked for can't be fetched or read.
+        ValueError: GeM pooling of a backbone with signed maps; photos too small for the backbone.
     """
     photos = keras.Input(
         (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
@@ -165,8 +168,31 @@ def build_tower(settings: TowerSettings) -> keras.Model:
         preprocessing = Preprocessing(settings.backbone, name="preprocessing")
         maps = build_backbone(settings)(preprocessing(photos))
     trunk = keras.Model(photos, maps, name="trunk")
+    if settings.pooling.startswith("gem"):
+        _check_gem_fits(trunk, settings.backbone)
     head = build_head(trunk.output_shape[1:], settings)
     return keras.Model(photos, head(trunk(photos)), name="tower")
+
+
+def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
+    """Refuse a backbone whose maps are signed, of which GeM would count only the positive half.
+
+    Swish, hard-swish and GELU are not ReLUs, but dip no lower than -0.375, and GeM counts that dip
+    as zero, the usual way with an EfficientNet. A layer normalization at the end (ConvNeXt) makes
+    half of all activations negative, as large as the positive ones.
+    """
+    last = trunk.get_layer("backbone").layers[-1]
+    activation = getattr(last, "activation", None)
+    if isinstance(last, keras.layers.ReLU) or activation is keras.activations.relu:
+        return
+    noise = np.random.default_rng(0).integers(0, 256, (1, *trunk.input_shape[1:]), np.uint8)
+    maps = ops.convert_to_numpy(ops.cast(trunk(noise), "float32"))
+    if maps.min() < _LOWEST_DIP:
+        raise ValueError(
+            f"the feature maps of {backbone} are signed ({(maps < 0).mean():.0%} of the "
+            f'activations are negative, down to {maps.min():.1f}): choose pooling="average", '
+            "since GeM counts negative activations as zero"
+        )
 
 
 def fast_policy() -> str:
@@ -224,11 +250,10 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         try:
             whole = _build_whole(settings, weights="imagenet")
         except Exception as error:  # urllib's, the socket's or Keras' own: all mean the same here
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsUnavailableError(
-                f"the ImageNet weights of {settings.backbone} could not be fetched ({reason}); "
-                "with a network Keras downloads them once, or set weights to the path of a "
-                "weights file"
+                f"the ImageNet weights of {settings.backbone} could not be fetched "
+                f"({show_error(error)}); with a network Keras downloads them once, or set weights "
+                "to the path of a weights file"
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
@@ -261,10 +286,9 @@ def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSett
     try:
         whole.load_weights(settings.weights)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise WeightsUnavailableError(
             f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
-            f"without top ({reason})"
+            f"without top ({show_error(error)})"
         ) from None
 
 
@@ -308,7 +332,7 @@ class Siamese(keras.Model):
         return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return self.metric_loss(y, y_pred)
+        return sum(self.losses, self.metric_loss(y, y_pred))  # losses: regularization of layers
 
 
 def resized(tower: keras.Model, image_size: int) -> keras.Model:
@@ -338,10 +362,29 @@ def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.n
 
 
 def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
-    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory."""
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory.
+
+    Raises:
+        ValueError: a value beyond float16's range, or not a number.
+    """
     batch = photos.reshape(-1, *photos.shape[-3:])
     maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
-    return np.asarray(maps, dtype=np.float16).reshape(*photos.shape[:-3], *maps.shape[1:])
+    return to_float16(np.asarray(maps)).reshape(*photos.shape[:-3], *maps.shape[1:])
+
+
+def to_float16(maps: np.ndarray) -> np.ndarray:
+    """Feature maps, float (...), as float16.
+
+    Raises:
+        ValueError: a value beyond float16's range, or not a number.
+    """
+    peak, largest = np.abs(maps).max(initial=0), float(np.finfo(np.float16).max)
+    if not peak <= largest:
+        raise ValueError(
+            f"feature maps reach {peak}, float16 ends at {largest:.0f}: this trunk's weights make "
+            "no usable maps"
+        )
+    return maps.astype(np.float16)
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -451,5 +494,6 @@ def load_tower(path: Path) -> keras.Model:
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # zipfile's, h5py's, json's or Keras' own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a saved tower of this project: {reason}") from error
+        raise ValueError(
+            f"{show_path(path)} is not a saved tower of this project: {show_error(error)}"
+        ) from error

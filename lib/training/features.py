@@ -44,7 +44,7 @@ from lib.files import (
     write_json,
 )
 from lib.network.openvino import compile_network, export_network, fast_precision, import_openvino
-from lib.network.tower import fingerprint, in_float32
+from lib.network.tower import fingerprint, in_float32, to_float16
 
 MANIFEST = "manifest.json"
 ENGINES = ("auto", "keras", "openvino")
@@ -53,7 +53,6 @@ _FORMAT = 1
 _SHARD_BYTES = 256 * 2**20
 _BATCH = 64  # photos that go through the network together
 _THREADS = os.cpu_count() or 1
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 class FeatureCacheError(RuntimeError):
@@ -99,13 +98,10 @@ class FrozenTrunk:
         maps = np.empty((len(photos), *self._trunk.output_shape[1:]), np.float16)
         for start in range(0, len(photos), _BATCH):
             found = self._compute(photos[start : start + _BATCH])
-            peak = np.abs(found).max()
-            if not peak <= _LARGEST:
-                raise FeatureCacheError(
-                    f"feature maps reach {peak}, float16 ends at {_LARGEST:.0f}: this trunk's "
-                    "weights make no usable maps"
-                )
-            maps[start : start + _BATCH] = found
+            try:
+                maps[start : start + _BATCH] = to_float16(found)
+            except ValueError as error:
+                raise FeatureCacheError(str(error)) from None
         return maps
 
     @cached_property

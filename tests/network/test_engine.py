@@ -157,13 +157,22 @@ def test_threads_may_share_an_engine(exported, photos):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def rewrite(path: Path, name: str, content: bytes) -> None:
+def rewrite(path: Path, name: str, content: bytes, method: int = zipfile.ZIP_STORED) -> None:
     """Replace one of an archive's files; its own checksum is right then."""
     with zipfile.ZipFile(path) as archive:
         files = {n: archive.read(n) for n in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for n, old in files.items():
             archive.writestr(n, content if n == name else old)
+
+
+def garble(path: Path, method: int) -> None:
+    """Compress the archive, and damage the compressed bytes of its manifest."""
+    rewrite(path, "", b"", method)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("manifest.json").header_offset + 43
+    content = path.read_bytes()
+    path.write_bytes(content[: start + 20] + b"\xff" * 40 + content[start + 60 :])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,11 @@ def rewrite(path: Path, name: str, content: bytes) -> None:
         lambda path: rewrite(path, "manifest.json", b"[]"),
         lambda path: rewrite(path, "manifest.json", b'{"format": 99}'),
         lambda path: rewrite(path, "manifest.json", b'{"format": '),
+        lambda path: rewrite(path, "manifest.json", b"[" * 100_000),
+        lambda path: rewrite(path, "network.bin", bytes(10**6), zipfile.ZIP_DEFLATED),
+        # These were errors of zlib and lzma, which nobody expects of load_engine.
+        lambda path: garble(path, zipfile.ZIP_DEFLATED),
+        lambda path: garble(path, zipfile.ZIP_LZMA),
     ],
 )
 def test_a_damaged_file_is_refused(exported, tmp_path, damage):

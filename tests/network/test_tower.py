@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 from lib.network import tower as model_module
-from lib.network.losses import LossSettings, MetricLoss
+from lib.network.losses import ArcFace, InfoNCE, MetricLoss
 from lib.network.tower import (
     BACKBONES,
     Preprocessing,
@@ -28,6 +28,7 @@ from lib.network.tower import (
     load_tower,
     resized,
     save_tower,
+    to_float16,
 )
 
 SMALL = TowerSettings(image_size=32, embedding_size=16, last_stage=3, weights="")
@@ -64,7 +65,7 @@ def test_channel_order_matters(tower, photos):
 
 
 def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
-    siamese = Siamese(tower, MetricLoss(LossSettings()))
+    siamese = Siamese(tower, MetricLoss(InfoNCE()))
     triplets = photos.reshape(2, 3, 32, 32, 3)
     stacked = ops.convert_to_numpy(siamese(triplets))
     assert stacked.shape == (2, 3, 16)
@@ -75,7 +76,7 @@ def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
 
 
 def test_siamese_trains_the_weights_of_its_loss(tower, photos):
-    siamese = Siamese(tower, MetricLoss(LossSettings(loss="arcface"), n_groups=4))
+    siamese = Siamese(tower, MetricLoss(ArcFace(), n_groups=4))
     assert len(siamese.trainable_weights) == len(tower.trainable_weights) + 1
     siamese.compile(keras.optimizers.SGD(0.0))
     groups = np.array([0, 0, 1, 1, 3, 3])
@@ -96,6 +97,44 @@ def test_stages_of_resnet50(stage, channels):
         assert backbone.count_params() == whole.count_params() == 23_587_712
 
 
+def test_gem_of_signed_maps_is_refused_and_of_relus_or_swishes_is_not(photos):
+    # GeM clipped the negative half of the maps without a word.
+    for backbone in ("EfficientNetV2B0", "MobileNetV3Small"):
+        build_tower(TowerSettings(32, 8, backbone=backbone, weights=""))
+    signed = TowerSettings(32, 8, backbone="ConvNeXtTiny", weights="")
+    with pytest.raises(ValueError, match=r'ConvNeXtTiny are signed .*pooling="average"'):
+        build_tower(signed)
+    tower = build_tower(replace(signed, pooling="average"))
+    assert np.isfinite(embed(tower, photos)).all()
+
+
+def test_the_regularization_of_layers_is_part_of_the_loss(tower, photos):
+    # compute_loss left it out.
+    penalized = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(4, kernel_regularizer=keras.regularizers.L2(1.0)),
+        ]
+    )
+    siamese = Siamese(penalized, MetricLoss(InfoNCE()))
+    siamese.compile(keras.optimizers.SGD(0.0))
+    groups = np.array([0, 0, 1, 1, 2, 2])
+    penalty = float(np.sum(np.square(penalized.get_weights()[0])))
+    metric = float(ops.convert_to_numpy(siamese.metric_loss(groups, siamese(photos))))
+    assert penalty > 0.1
+    for step in (siamese.train_on_batch, siamese.test_on_batch):
+        assert float(step(photos, groups)) == pytest.approx(metric + penalty, rel=1e-3)
+
+
+def test_maps_beyond_the_range_of_float16_are_refused():
+    # They became infinite.
+    np.testing.assert_array_equal(to_float16(np.float32([[-65504, 0.5]])), [[-65504, 0.5]])
+    for value in (7e4, -7e4, np.nan, np.inf):
+        with pytest.raises(ValueError, match="float16 ends at 65504"):
+            to_float16(np.float32([1.0, value]))
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="last_stage"):
         TowerSettings(last_stage=1)
@@ -106,7 +145,7 @@ def test_settings_that_make_no_sense_are_refused():
 def test_training_moves_backbone_and_p(photos):
     keras.utils.set_random_seed(1)
     tower = build_tower(SMALL)
-    siamese = Siamese(tower, MetricLoss(LossSettings()))
+    siamese = Siamese(tower, MetricLoss(InfoNCE()))
     siamese.compile(keras.optimizers.Adam(1e-3))
     before = [w.numpy().copy() for w in tower.trainable_weights]
     assert gem_exponent(tower) == 3.0
@@ -229,21 +268,21 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"], folder = sys.argv[1], Path(sys.argv[2])
 import keras, numpy as np
 from keras import ops
-from lib.network.losses import MININGS, LossSettings, MetricLoss, active_share_within
-from lib.network.losses import embedding_spread
+from lib.network.losses import InfoNCE, MetricLoss, active_share_within, embedding_spread, make_loss
+from lib.network.mining import MININGS
 from lib.network.tower import Siamese, embed, fingerprint, load_tower
 assert keras.backend.backend() == sys.argv[1]
 photos = np.load(folder / "photos.npy")
 tower = load_tower(folder / "model.keras")
 np.save(folder / "embeddings.npy", embed(tower, photos))
-siamese = Siamese(tower, MetricLoss(LossSettings()))
+siamese = Siamese(tower, MetricLoss(InfoNCE()))
 siamese.compile(keras.optimizers.SGD(0.01), metrics=[active_share_within(0.3), embedding_spread])
 triplets = photos.reshape(2, 3, 32, 32, 3)
 groups = np.array([[0, 0, 2], [1, 1, 3]])
 print(*siamese.train_on_batch(triplets, groups))
 embeddings = siamese(triplets)
 for mining in MININGS[:-1]:  # the last draws at random
-    loss = MetricLoss(LossSettings("triplet", mining))
+    loss = MetricLoss(make_loss("triplet", mining))
     print(float(ops.convert_to_numpy(loss(groups, embeddings))))
 assert "tensorflow" not in sys.modules or sys.argv[1] == "tensorflow"
 # Last: Keras imports TensorFlow, where it is installed, to describe a network.
