@@ -38,12 +38,13 @@ from lib.data.catalogue import open_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.demo.data import make_demo_data
 from lib.files import project_root
-from lib.network.losses import LossSettings, MetricLoss
+from lib.network.losses import MetricLoss, TripletLoss
+from lib.network.mining import Stored
 from lib.network.tower import Siamese, TowerSettings, build_tower
 from lib.training.features import FrozenTrunk, build_cache
 
 SIZE, BATCH, VARIANTS = 128, 64, 2
-LOSS = LossSettings(loss="triplet", mining="stored")
+LOSS = TripletLoss(mining=Stored())
 NAIVE_STEPS = 6  # at a time
 PARTS = 4  # of our epochs, with some naive steps after each
 

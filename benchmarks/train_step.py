@@ -41,12 +41,13 @@ from lib.data.catalogue import open_catalogue
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.demo.data import make_demo_data
 from lib.files import project_root
-from lib.network.losses import LossSettings, MetricLoss
+from lib.network.losses import MetricLoss, TripletLoss
+from lib.network.mining import Stored
 from lib.network.tower import Siamese, TowerSettings, build_tower
 from lib.training.features import FrozenTrunk
 
 SIZE, BATCH, STEPS, ROUNDS = 128, 32, 2, 5
-LOSS = LossSettings(loss="triplet", mining="stored")
+LOSS = TripletLoss(mining=Stored())
 PEAK = 2048  # rows and columns of the matrices whose product is the processor's peak
 
 FROZEN, WHOLE = "frozen, three towers", "whole, three towers"

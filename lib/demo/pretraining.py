@@ -29,7 +29,7 @@ from lib.data.decoding import resize
 from lib.demo.world import draw_views
 from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import only_writer, project_root, read_json, replacing, show_path, write_json
-from lib.network.losses import LossSettings, MetricLoss
+from lib.network.losses import InfoNCE, MetricLoss
 from lib.network.tower import (
     Siamese,
     TowerSettings,
@@ -222,7 +222,7 @@ def _tower_settings(settings: PretrainingSettings, image_size: int) -> TowerSett
 def _siamese(settings: PretrainingSettings, image_size: int) -> Siamese:
     keras.utils.set_random_seed(settings.seed)
     tower = build_tower(_tower_settings(settings, image_size))
-    loss = MetricLoss(LossSettings(loss="infonce", temperature=settings.temperature))
+    loss = MetricLoss(InfoNCE(settings.temperature))
     siamese = Siamese(tower, loss)
     total = settings.small_steps + settings.steps
     siamese.compile(make_optimizer(settings.learning_rate, total, warmup_steps=total // 20))

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from lib.data.sampling import shuffled_passes
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.network.losses import ANCHOR, NEGATIVE, POSITIVE, LossSettings, MetricLoss, margin_loss
+from lib.network.losses import InfoNCE, MetricLoss, TripletLoss, margin_loss
+from lib.network.mining import ANCHOR, NEGATIVE, POSITIVE, Stored
 from lib.network.pooling import gem, make_pooling
 from lib.network.tower import Siamese, TowerSettings, build_head
 from lib.network.whitening import learn_supervised_whitening
@@ -537,9 +538,9 @@ def _build_loss(
     if "loss" not in fixes:
         return OriginalLoss(settings.margin, head.get_layer("projection"))
     if "negatives" in fixes:
-        return MetricLoss(LossSettings(loss="infonce", temperature=settings.temperature))
+        return MetricLoss(InfoNCE(settings.temperature))
     if "L2 norm" in fixes:
-        return MetricLoss(LossSettings(loss="triplet", mining="stored", margin=settings.margin))
+        return MetricLoss(TripletLoss(settings.margin, mining=Stored()))
     return OriginalTripletLoss(settings.margin)
 
 

@@ -40,9 +40,10 @@ from lib.data_parallel import as_the_first, by_itself
 from lib.evaluation.metrics import average_precision, pair_hits
 from lib.files import only_writer, remove_half_written, show_path
 from lib.network.losses import (
-    LossSettings,
+    InfoNCE,
+    Loss,
     MetricLoss,
-    active_share_within,
+    active_share_of,
     embedding_spread,
     negative_distance,
     positive_distance,
@@ -126,7 +127,7 @@ class TrainingSettings:
     """
 
     stages: tuple[Stage, ...]
-    loss: LossSettings = field(default_factory=LossSettings)
+    loss: Loss = field(default_factory=InfoNCE)
     batch_norm: str = "frozen"
     warmup_share: float = 0.1
     clip_norm: float | None = 1.0
@@ -154,7 +155,7 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
             settings.ema_momentum,
         ),
         metrics=[
-            active_share_within(settings.loss.margin, settings.loss.squared),
+            active_share_of(settings.loss),
             positive_distance,
             negative_distance,
             embedding_spread,

@@ -29,7 +29,8 @@ from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.photos import PhotoError
 from lib.network.engine import export_engine, load_engine
-from lib.network.losses import LossSettings
+from lib.network.losses import TripletLoss
+from lib.network.mining import BatchHard
 from lib.network.openvino import fast_precision
 from lib.network.tower import load_tower, save_tower
 from lib.search.embedding import EmbeddingJobError, PhotoSource, embed_job, photos_in_shards
@@ -49,7 +50,7 @@ SETTINGS = TrainingSettings(
         Stage("head", epochs=1, steps_per_epoch=4, learning_rate=1e-2),
         Stage("all", epochs=3, steps_per_epoch=4, learning_rate=1e-3),
     ),
-    loss=LossSettings(loss="triplet", mining="batch-hard"),
+    loss=TripletLoss(mining=BatchHard()),
     batch_norm="live",
     ema_momentum=0.5,
 )

@@ -1,6 +1,8 @@
 """Losses and minings against plain loops over all triplets, and against another library."""
 
+import json
 import math
+from dataclasses import asdict
 
 import keras
 import numpy as np
@@ -11,50 +13,59 @@ from hypothesis import strategies as st
 from keras import ops
 
 from lib.network.losses import (
-    MININGS,
-    LossSettings,
+    ArcFace,
+    InfoNCE,
     MetricLoss,
+    MultiSimilarity,
+    TripletLoss,
+    active_share_of,
     active_share_within,
     active_triplets,
-    all_triplets,
-    arcface,
-    batch_hard_triplets,
-    compare,
     embedding_spread,
-    infonce,
+    make_loss,
     margin_loss,
-    multi_similarity,
     negative_distance,
     positive_distance,
-    sampling_weights,
-    semi_hard_triplets,
-    soft_margin_loss,
+)
+from lib.network.mining import (
+    MININGS,
+    BatchAll,
+    BatchHard,
+    DistanceWeighted,
+    Pairs,
+    SemiHard,
+    Stored,
+    compare,
+    make_miner,
     stored_distances,
-    triplet_accuracy,
 )
 from tests.conftest import unit
 
 N_GROUPS = 12  # for ArcFace; more than any batch here has
 
 TRIPLET_LOSSES = [
-    LossSettings(loss=loss, mining=mining, squared=squared, margin=0.5)
-    for loss in ("triplet", "soft-margin")
+    TripletLoss(margin, squared, make_miner(mining))
+    for margin in (0.5, None)
     for mining in MININGS
     for squared in (True, False)
 ]
 OTHER_LOSSES = [
-    LossSettings(loss="infonce", temperature=0.2),
-    LossSettings(loss="multi-similarity", ms_beta=10.0, ms_lambda=0.5),
-    LossSettings(loss="arcface", arcface_scale=8.0),
+    InfoNCE(temperature=0.2),
+    MultiSimilarity(beta=10.0, base=0.5),
+    ArcFace(scale=8.0),
 ]
 EVERY_LOSS = OTHER_LOSSES + TRIPLET_LOSSES
 ARRANGEMENTS = ("stored triplets", "P x K")
 
 
-def name_of(x: LossSettings) -> str:
-    if x.loss in ("triplet", "soft-margin"):
-        return f"{x.loss}, {x.mining}, {'squared' if x.squared else 'plain'}"
-    return x.loss
+def name_of(x) -> str:
+    if x.name == "triplet":
+        return f"margin {x.margin}, {x.mining.name}, {'squared' if x.squared else 'plain'}"
+    return x.name
+
+
+def mining_of(x) -> str:
+    return x.mining.name if x.name == "triplet" else ""
 
 
 def as_numpy(x):
@@ -72,9 +83,9 @@ def all_different(n: int) -> np.ndarray:
     return np.stack([row, row, row + n], axis=1)
 
 
-def value_of(x: LossSettings, groups, embeddings) -> float:
+def value_of(x, groups, embeddings) -> float:
     layer = MetricLoss(x, N_GROUPS)
-    if x.loss == "arcface":
+    if x.name == "arcface":
         layer.build(groups.shape, embeddings.shape)
         layer.centres.assign(centres(embeddings.shape[-1]))
     return float(layer(groups, embeddings))
@@ -100,15 +111,15 @@ def batch(request):
     return make_batch(request.param)
 
 
-def is_random(x: LossSettings) -> bool:
-    return x.mining == "distance-weighted"
+def is_random(x) -> bool:
+    return mining_of(x) == "distance-weighted"
 
 
-def fits(x: LossSettings, groups: np.ndarray) -> bool:
-    return groups.ndim == 2 or x.mining != "stored"
+def fits(x, groups: np.ndarray) -> bool:
+    return groups.ndim == 2 or mining_of(x) != "stored"
 
 
-def not_random(groups: np.ndarray) -> list[LossSettings]:
+def not_random(groups: np.ndarray) -> list:
     return [x for x in EVERY_LOSS if fits(x, groups) and not is_random(x)]
 
 
@@ -143,37 +154,37 @@ def pairs_by_loops(groups, embeddings):
     return distances, positives, negatives
 
 
-def triplets_by_loops(x: LossSettings, groups, embeddings):
+def triplets_by_loops(x, groups, embeddings):
     distances, positives, negatives = pairs_by_loops(groups, embeddings)
     d = distances if x.squared else np.sqrt(distances)
     for a in range(len(d)):
-        if x.mining == "stored":
+        if x.mining.name == "stored":
             if a % 3 == 0 and groups[a // 3, 0] != groups[a // 3, 2]:
                 yield d[a, a + 1], d[a, a + 2]
             continue
         if not positives[a] or not negatives[a]:
             continue
         to_positives, to_negatives = d[a, positives[a]], d[a, negatives[a]]
-        if x.mining == "batch-hard":
+        if x.mining.name == "batch-hard":
             yield to_positives.max(), to_negatives.min()
         for positive in to_positives:
-            if x.mining == "semi-hard":
+            if x.mining.name == "semi-hard":
                 beyond = to_negatives[to_negatives > positive]
                 yield positive, beyond.min() if len(beyond) else to_negatives.max()
-            if x.mining == "batch-all":
+            if x.mining.name == "batch-all":
                 yield from ((positive, negative) for negative in to_negatives)
 
 
-def loss_by_loops(x: LossSettings, groups, embeddings) -> float:
-    if x.loss in ("triplet", "soft-margin"):
+def loss_by_loops(x, groups, embeddings) -> float:
+    if x.name == "triplet":
         values = [
-            max(0, p - n + x.margin) if x.loss == "triplet" else math.log1p(math.exp(p - n))
+            math.log1p(math.exp(p - n)) if x.margin is None else max(0, p - n + x.margin)
             for p, n in triplets_by_loops(x, groups, embeddings)
         ]
-        if x.mining == "batch-all":
+        if x.mining.name == "batch-all":
             values = [v for v in values if v > 0]
         return np.mean(values) if values else 0.0
-    if x.loss == "arcface":
+    if x.name == "arcface":
         return np.mean(arcface_by_loops(x, groups, embeddings))
     distances, positives, negatives = pairs_by_loops(groups, embeddings)
     cos, values = 1 - distances / 2, []
@@ -181,30 +192,30 @@ def loss_by_loops(x: LossSettings, groups, embeddings) -> float:
         if not positives[a] or not negatives[a]:
             continue
         near, far = cos[a, positives[a]], cos[a, negatives[a]]
-        if x.loss == "infonce":
+        if x.name == "infonce":
             e = [np.exp(c / x.temperature) for c in near]
             others = sum(np.exp(c / x.temperature) for c in far)
             values.append(np.mean([-np.log(v / (v + others)) for v in e]))
         else:
-            hard_near = near[near < far.max() + x.ms_epsilon]
-            hard_far = far[far > near.min() - x.ms_epsilon]
-            pull = np.log(1 + np.exp(-x.ms_alpha * (hard_near - x.ms_lambda)).sum()) / x.ms_alpha
-            push = np.log(1 + np.exp(x.ms_beta * (hard_far - x.ms_lambda)).sum()) / x.ms_beta
+            hard_near = near[near < far.max() + x.epsilon]
+            hard_far = far[far > near.min() - x.epsilon]
+            pull = np.log(1 + np.exp(-x.alpha * (hard_near - x.base)).sum()) / x.alpha
+            push = np.log(1 + np.exp(x.beta * (hard_far - x.base)).sum()) / x.beta
             values.append(pull + push)
     return np.mean(values) if values else 0.0
 
 
-def arcface_by_loops(x: LossSettings, groups, embeddings) -> list[float]:
+def arcface_by_loops(x, groups, embeddings) -> list[float]:
     photos = unit(np.float64(embeddings).reshape(-1, embeddings.shape[-1]))
     values = []
     for photo, group in zip(photos, groups.ravel(), strict=True):
         theta = np.arccos(np.clip(unit(np.float64(centres(len(photo)))) @ photo, -1, 1))
         logits = np.cos(theta)
-        if theta[group] + x.arcface_margin < np.pi:
-            logits[group] = np.cos(theta[group] + x.arcface_margin)
+        if theta[group] + x.margin < np.pi:
+            logits[group] = np.cos(theta[group] + x.margin)
         else:
-            logits[group] -= x.arcface_margin * np.sin(x.arcface_margin)
-        e = np.exp(x.arcface_scale * logits)
+            logits[group] -= x.margin * np.sin(x.margin)
+        e = np.exp(x.scale * logits)
         values.append(-np.log(e[group] / e.sum()))
     return values
 
@@ -230,10 +241,10 @@ def test_every_loss_against_loops(batch):
         assert value_of(x, groups, embeddings) == pytest.approx(expected, rel=1e-3, abs=1e-4), x
 
 
-def gradient_of(x: LossSettings, groups, embeddings) -> np.ndarray:
+def gradient_of(x, groups, embeddings) -> np.ndarray:
     layer, variable = MetricLoss(x, N_GROUPS), tf.Variable(embeddings)
     layer.build(groups.shape, embeddings.shape)
-    if x.loss == "arcface":
+    if x.name == "arcface":
         layer.centres.assign(centres(embeddings.shape[-1]))
     with tf.GradientTape() as tape:
         loss = layer(groups, variable)
@@ -274,12 +285,12 @@ def test_the_collapse_to_one_point_is_finite(x, batch):
     collapsed = np.tile(unit(np.arange(1.0, 6.0)), (*groups.shape, 1)).astype(np.float32)
     for same in (collapsed, 0 * collapsed):
         assert np.isfinite(gradient_of(x, groups, same)).all()
-    expected = {"triplet": 0.5, "soft-margin": math.log(2)}
-    if x.loss in expected:
-        assert value_of(x, groups, collapsed) == pytest.approx(expected[x.loss], abs=2e-3)
+    if x.name == "triplet":
+        expected = math.log(2) if x.margin is None else x.margin
+        assert value_of(x, groups, collapsed) == pytest.approx(expected, abs=2e-3)
 
 
-@every_loss(lambda x: x.loss != "arcface")
+@every_loss(lambda x: x.name != "arcface")
 def test_a_batch_without_negatives_has_no_loss_and_no_gradient(x, batch):
     groups, embeddings = batch
     same = np.zeros_like(groups)
@@ -294,7 +305,7 @@ def test_order_of_the_batch_and_rotation_of_the_space_do_not_matter(batch, rng):
     for x in not_random(groups):
         before = value_of(x, groups, embeddings)
         assert value_of(x, groups[order], embeddings[order]) == pytest.approx(before, rel=1e-4)
-        if x.loss != "arcface":  # its centres would have to turn as well
+        if x.name != "arcface":  # its centres would have to turn as well
             turned = (embeddings @ rotation).astype(np.float32)
             assert value_of(x, groups, turned) == pytest.approx(before, rel=1e-4)
 
@@ -306,14 +317,14 @@ def test_losses_compile_for_batches_of_any_size(batch):
         tf.TensorSpec((None, *embeddings.shape[1:]), "float32"),
     ]
     for x in EVERY_LOSS:
-        if not fits(x, groups) or x.loss == "soft-margin":  # which is mined like "triplet"
+        if not fits(x, groups) or (x.name == "triplet" and x.margin is None):  # mined alike
             continue
         layer = MetricLoss(x, N_GROUPS)
         layer.build(groups.shape, embeddings.shape)
         compiled = tf.function(layer, input_signature=shapes)
         for n in (len(groups), 3):
             value = compiled(groups[:n], embeddings[:n])
-            if x.mining == "distance-weighted":
+            if is_random(x):
                 assert np.isfinite(value)
             else:
                 expected = float(layer(groups[:n], embeddings[:n]))
@@ -346,7 +357,7 @@ def test_photos_of_one_group_in_two_rows_are_neither_positives_nor_negatives(rng
     # Where the other row's positive lies does not matter to an anchor.
     moved = embeddings.copy()
     moved[1, 1] = -moved[1, 1]
-    for mining in (semi_hard_triplets, batch_hard_triplets):
+    for mining in (SemiHard(), BatchHard()):
         before, after = (mining(compare(groups, x)) for x in (embeddings, moved))
         np.testing.assert_allclose(before.negative[0], after.negative[0], atol=1e-6)
         np.testing.assert_allclose(before.positive[0], after.positive[0], atol=1e-6)
@@ -368,10 +379,10 @@ def test_any_precision_is_compared_in_float32_as_unit_vectors(dtype, batch):
 
 def test_a_policy_of_half_precision_does_not_reach_the_loss(batch):
     groups, embeddings = batch
-    expected = value_of(LossSettings(), groups, embeddings)
+    expected = value_of(InfoNCE(), groups, embeddings)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        assert value_of(LossSettings(), groups, embeddings) == expected
+        assert value_of(InfoNCE(), groups, embeddings) == expected
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -385,7 +396,7 @@ def test_what_is_no_batch_is_refused():
         with pytest.raises(ValueError, match=r"groups \(n, 3\) with embeddings \(n, 3, d\), or"):
             compare(groups, embeddings)
         with pytest.raises(ValueError, match=r"groups \(n, 3\) with embeddings \(n, 3, d\), or"):
-            MetricLoss(LossSettings(loss="arcface"), 4)(groups, embeddings)
+            MetricLoss(ArcFace(), 4)(groups, embeddings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,7 +412,7 @@ def test_stored_triplets_compare_anchor_positive_and_negative_of_one_row():
     rows = np.stack([easy, swapped, between])
     np.testing.assert_allclose(stored_distances(rows), [[0, 4, 1], [4, 0, 2]], atol=1e-6)
     for squared, expected in ((True, (0 + 5.5 + 0.5) / 3), (False, (0 + 3.5 + 2.5 - 2**0.5) / 3)):
-        x = LossSettings(loss="triplet", mining="stored", margin=1.5, squared=squared)
+        x = TripletLoss(1.5, squared, Stored())
         assert value_of(x, all_different(3), rows) == pytest.approx(expected, abs=1e-6)
 
 
@@ -421,20 +432,20 @@ def pairs_of_one_anchor(to_positives, to_negatives):
 
 def test_minings_by_hand():
     pairs = pairs_of_one_anchor([1.0, 2.0], [0.5, 1.2, 1.9])
-    semi_hard = semi_hard_triplets(pairs)
+    semi_hard = SemiHard()(pairs)
     exists = as_numpy(semi_hard.exists)
     assert np.argwhere(exists).tolist() == [[0, 1], [0, 2]]
     np.testing.assert_allclose(as_numpy(semi_hard.positive)[exists], [1.0, 2.0])
     # Nearest beyond 1; nothing lies beyond 2, so the farthest.
     np.testing.assert_allclose(as_numpy(semi_hard.negative)[exists], [1.2, 1.9])
-    hard = batch_hard_triplets(pairs)
+    hard = BatchHard()(pairs)
     assert (float(hard.positive[0]), float(hard.negative[0])) == pytest.approx((2.0, 0.5))
     assert as_numpy(hard.exists).tolist() == [True] + 5 * [False]
-    assert np.count_nonzero(all_triplets(pairs).exists) == 6
+    assert np.count_nonzero(BatchAll()(pairs).exists) == 6
 
 
 def test_a_negative_as_far_as_the_positive_is_not_beyond_it():
-    mined = semi_hard_triplets(pairs_of_one_anchor([1.0], [1.0, 1.5]))
+    mined = SemiHard()(pairs_of_one_anchor([1.0], [1.0, 1.5]))
     assert float(mined.negative[0, 1]) == 1.5
 
 
@@ -442,22 +453,22 @@ def test_batch_all_averages_over_the_active_triplets_only():
     # Two pairs at 0 and 60 degrees: each anchor's positive at 0, both negatives at 1.
     embeddings, groups = on_circle(0, 0, 60, 60), np.array([0, 0, 1, 1])
     for margin, expected in ((1.5, 0.5), (0.9, 0.0)):
-        x = LossSettings(loss="triplet", mining="batch-all", margin=margin)
+        x = TripletLoss(margin, mining=BatchAll())
         assert value_of(x, groups, embeddings) == pytest.approx(expected, abs=1e-6)
     far = np.concatenate([embeddings, on_circle(180, 180)])  # 4 and 3 away: nothing to learn there
-    x = LossSettings(loss="triplet", mining="batch-all", margin=1.5)
+    x = TripletLoss(1.5, mining=BatchAll())
     assert value_of(x, np.array([0, 0, 1, 1, 2, 2]), far) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_margin_losses_by_hand():
     values = margin_loss(np.float32([0.2, 0.2]), np.float32([0.6, 0.4]), 0.3)
     np.testing.assert_allclose(values, [0.0, 0.1], atol=1e-6)
-    value = soft_margin_loss(np.float32([0.8]), np.float32([1.4]))
+    value = margin_loss(np.float32([0.8]), np.float32([1.4]), None)
     np.testing.assert_allclose(value, np.log1p(np.exp(0.8 - 1.4)), rtol=1e-5)
 
 
 def test_stored_mining_of_a_p_x_k_batch_names_the_fix(rng):
-    layer = MetricLoss(LossSettings(loss="triplet", mining="stored"))
+    layer = MetricLoss(TripletLoss(mining=Stored()))
     with pytest.raises(ValueError, match=r"pictures_per_landmark=0 .* another mining of semi-hard"):
         layer(np.array([0, 0, 1]), rng.normal(size=(3, 4)))
 
@@ -467,6 +478,12 @@ def test_stored_mining_of_a_p_x_k_batch_names_the_fix(rng):
 # --------------------------------------------------------------------------------------------------
 
 
+def pairs_of(distances, is_negative, dimension: int) -> Pairs:
+    """Pairs of plain distances with all that the weights need."""
+    photos = np.zeros((len(distances), dimension), np.float32)
+    return Pairs(ops.convert_to_tensor(distances), None, is_negative, None, photos, None, False)
+
+
 def test_sampling_weights_make_all_distances_alike(rng):
     # The weight is one over the density of distances on the sphere: the weighted histogram of the
     # distances of random points is flat.
@@ -474,8 +491,8 @@ def test_sampling_weights_make_all_distances_alike(rng):
         distances = np.linalg.norm(
             unit(rng.normal(size=(60_000, dimension))) - np.eye(dimension)[0], axis=1
         )
-        args = (np.float32(distances)[None], np.ones((1, 60_000), bool), dimension, 0.01, 1.99)
-        log_weights = np.float64(as_numpy(sampling_weights(*args))[0])
+        pairs = pairs_of(np.float32(distances)[None], np.ones((1, 60_000), bool), dimension)
+        log_weights = np.float64(as_numpy(DistanceWeighted(0.01, 1.99).log_weights(pairs))[0])
         bins = np.linspace(0.7, 1.7, 6)
         counts, _ = np.histogram(distances, bins)
         weighted, _ = np.histogram(distances, bins, weights=np.exp(log_weights - log_weights.max()))
@@ -486,7 +503,7 @@ def test_sampling_weights_make_all_distances_alike(rng):
 def test_sampling_weights_of_many_dimensions_stay_finite_and_within_bounds():
     distances = np.float32([[0.0, 0.2, 0.5, 1.0, 1.39, 1.41, 2.0]] * 3)
     is_negative = np.array([[False] + 6 * [True], 5 * [False] + 2 * [True], 7 * [False]])
-    found = as_numpy(sampling_weights(distances, is_negative, 2048, 0.5, 1.4))
+    found = as_numpy(DistanceWeighted().log_weights(pairs_of(distances, is_negative, 2048)))
     assert np.isfinite(found).all()
     first, beyond, none = found
     assert first[1] == first[2] > first[3] > first[4]  # nearer than 0.5 counts as 0.5
@@ -498,7 +515,7 @@ def test_sampling_weights_of_many_dimensions_stay_finite_and_within_bounds():
 @pytest.mark.parametrize("squared", [True, False])
 def test_distance_weighted_loss_averages_to_its_expectation(squared, batch):
     groups, embeddings = batch
-    x = LossSettings(loss="triplet", mining="distance-weighted", margin=1.0, squared=squared)
+    x = TripletLoss(1.0, squared, DistanceWeighted())
     distances, positives, negatives = pairs_by_loops(groups, embeddings)
     expected = []
     for a in range(len(distances)):
@@ -530,44 +547,46 @@ def test_infonce_of_one_negative_is_the_soft_margin_loss_of_cosines():
     groups, embeddings = np.array([0, 0, 1]), on_circle(0, 50, 120)
     cos = np.cos(np.deg2rad([50, 120, 70]))
     expected = np.mean(np.log1p(np.exp((cos[1:] - cos[0]) / 0.5)))
-    found = infonce(compare(groups, embeddings), temperature=0.5)
+    found = InfoNCE(temperature=0.5)(compare(groups, embeddings))
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_infonce_survives_extremes():
     # Positives opposite, negatives on top of the anchors: a loss of 2 / temperature, no overflow.
     groups, embeddings = np.array([0, 0, 1, 1]), on_circle(0, 180, 0, 180)
-    assert float(infonce(compare(groups, embeddings), 0.005)) == pytest.approx(400, rel=1e-3)
+    assert float(InfoNCE(0.005)(compare(groups, embeddings))) == pytest.approx(400, rel=1e-3)
     solved = on_circle(0, 0, 180, 180)
-    assert float(infonce(compare(groups, solved), 0.005)) == 0
+    assert float(InfoNCE(0.005)(compare(groups, solved))) == 0
 
 
 def test_multi_similarity_mines_pairs_that_overlap():
     # Cosines of the first anchor: positive 0.5, negative 0; they overlap once epsilon exceeds 0.5.
     pairs = compare(np.array([0, 0, 1]), on_circle(0, 60, -90))
-    assert float(multi_similarity(pairs, 2.0, 50.0, 1.0, epsilon=0.4)) == 0
+    assert float(MultiSimilarity(2.0, 50.0, 1.0, epsilon=0.4)(pairs)) == 0
     one = np.log1p(np.exp(-2 * (0.5 - 1))) / 2 + np.log1p(np.exp(10 * (0 - 0.2))) / 10
     # The other anchor's negative has the cosine of 150 degrees, far from any overlap.
     expected = (
         one - np.log1p(np.exp(-2 * (0.5 - 1))) / 2 + np.log1p(np.exp(-2 * (0.5 - 0.2))) / 2
     ) / 2
-    found = multi_similarity(pairs, 2.0, 10.0, 0.2, epsilon=0.6)
+    found = MultiSimilarity(2.0, 10.0, 0.2, epsilon=0.6)(pairs)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_arcface_keeps_falling_as_an_embedding_turns_away_from_its_centre():
     theta = np.linspace(0, np.pi, 40)
     cosines = np.stack([np.cos(theta), np.zeros(40)], axis=1).astype(np.float32)
-    losses = [float(arcface(row[None], np.array([0]), 0.5, 4.0)) for row in cosines]
+    losses = [float(ArcFace(0.5, 4.0).of_cosines(row[None], np.array([0]))) for row in cosines]
     assert (np.diff(losses) > 0).all()
     # Without a margin it is the plain softmax.
     expected = -np.log(np.exp(4 * np.cos(1)) / (np.exp(4 * np.cos(1)) + 1))
     cosines = np.float32([[np.cos(1), 0.0]])
-    assert float(arcface(cosines, np.array([0]), 0.0, 4.0)) == pytest.approx(expected, rel=1e-5)
+    assert float(ArcFace(0.0, 4.0).of_cosines(cosines, np.array([0]))) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_arcface_has_a_finite_gradient_on_a_centre_and_opposite():
-    layer = MetricLoss(LossSettings(loss="arcface"), n_groups=3)
+    layer = MetricLoss(ArcFace(), n_groups=3)
     layer.build((2,), (2, 3))
     # Two centres are one, or the first photo would be so surely right that it had no gradient.
     layer.centres.assign([[1, 0, 0], [0, 1, 0], [1, 0, 0]])
@@ -580,7 +599,7 @@ def test_arcface_has_a_finite_gradient_on_a_centre_and_opposite():
 
 def test_arcface_learns_its_centres():
     keras.utils.set_random_seed(0)
-    layer = MetricLoss(LossSettings(loss="arcface"), n_groups=4)
+    layer = MetricLoss(ArcFace(), n_groups=4)
     layer.build((4,), (4, 6))
     assert [w.shape for w in layer.trainable_weights] == [(4, 6)]
     embeddings, groups = np.eye(6, dtype=np.float32)[:4], np.array([3, 2, 1, 0])
@@ -631,18 +650,18 @@ def test_triplet_losses_agree_with_pytorch_metric_learning(p_x_k, squared):
 
     groups, embeddings, *theirs = p_x_k
     distance = euclidean(squared)
-    for loss in ("triplet", "soft-margin"):
-        smooth = loss == "soft-margin"
+    for ours in (0.3, None):
+        smooth = ours is None
         margin = 0.0 if smooth else 0.3
         expected = TripletMarginLoss(margin, smooth_loss=smooth, distance=distance)(*theirs)
-        x = LossSettings(loss=loss, mining="batch-all", margin=0.3, squared=squared)
+        x = TripletLoss(ours, squared, BatchAll())
         assert value_of(x, groups, embeddings) == pytest.approx(float(expected), rel=1e-4)
 
         hardest = BatchHardMiner(distance=distance)(*theirs)
         criterion = TripletMarginLoss(
             margin, smooth_loss=smooth, distance=distance, reducer=MeanReducer()
         )
-        x = LossSettings(loss=loss, mining="batch-hard", margin=0.3, squared=squared)
+        x = TripletLoss(ours, squared, BatchHard())
         expected = float(criterion(*theirs, hardest))
         assert value_of(x, groups, embeddings) == pytest.approx(expected, rel=1e-4)
 
@@ -657,7 +676,7 @@ def test_semi_hard_negatives_are_the_nearest_of_pytorch_metric_learning(p_x_k):
     for a, p, n in np.stack([x.numpy() for x in miner(*theirs)], axis=1):
         negative = float(pairs.distances[a, n])
         nearest[a, p] = min(negative, nearest.get((a, p), np.inf))
-    mined = semi_hard_triplets(pairs)
+    mined = SemiHard()(pairs)
     excess = as_numpy(mined.negative - mined.positive)
     within = as_numpy(mined.exists) & (excess > 0) & (excess <= 0.3)
     assert {tuple(pair) for pair in np.argwhere(within)} == nearest.keys()
@@ -670,7 +689,7 @@ def test_infonce_agrees_with_pytorch_metric_learning(p_x_k):
     from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 
     groups, embeddings, embeddings_, groups_ = p_x_k
-    x = LossSettings(temperature=0.2)
+    x = InfoNCE(temperature=0.2)
     expected = float(NTXentLoss(temperature=0.2)(embeddings_, groups_))
     assert value_of(x, groups, embeddings) == pytest.approx(expected, rel=1e-4)
     # With one positive an anchor, the denominators of supervised contrastive learning are the same.
@@ -687,7 +706,7 @@ def test_multi_similarity_agrees_with_pytorch_metric_learning(p_x_k):
     for base in (1.0, 0.5):
         hard = MultiSimilarityMiner(epsilon=0.1)(*theirs)
         expected = float(MultiSimilarityLoss(alpha=2, beta=50, base=base)(*theirs, hard))
-        x = LossSettings(loss="multi-similarity", ms_lambda=base)
+        x = MultiSimilarity(base=base)
         assert value_of(x, groups, embeddings) == pytest.approx(expected, rel=1e-4)
 
 
@@ -699,7 +718,7 @@ def test_arcface_agrees_with_pytorch_metric_learning(p_x_k):
     for margin in (0.5, 2.0):  # the second goes beyond pi for some photos
         criterion = ArcFaceLoss(N_GROUPS, 8, margin=math.degrees(margin), scale=64)
         criterion.W.data = torch.from_numpy(centres(8).T.copy())
-        x = LossSettings(loss="arcface", arcface_margin=margin)
+        x = ArcFace(margin=margin)
         expected = criterion(*theirs).item()
         assert value_of(x, groups, embeddings) == pytest.approx(expected, rel=1e-4)
 
@@ -716,8 +735,7 @@ def test_sampling_weights_agree_with_pytorch_metric_learning(p_x_k, monkeypatch)
         lambda labels, weights, **kwargs: seen.append(weights.numpy()) or 3 * [labels[:0]],
     )
     DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4)(*theirs)
-    distances, _, is_negative, _ = compare(groups, embeddings, squared=False)
-    log_weights = sampling_weights(distances, is_negative, 8, 0.5, 1.4)
+    log_weights = DistanceWeighted().log_weights(compare(groups, embeddings))
     np.testing.assert_allclose(ops.softmax(log_weights, axis=1), seen[0], rtol=1e-3, atol=1e-6)
 
 
@@ -742,9 +760,6 @@ def test_metrics_against_loops(batch):
     expected[active_share_within(0.05)] = np.mean([p - n + 0.05 > 0 for p, n in hardest])
     plain = active_share_within(0.05, squared=False)
     expected[plain] = np.mean([p**0.5 - n**0.5 + 0.05 > 0 for p, n in hardest])
-    x = LossSettings(mining="stored" if groups.ndim == 2 else "batch-all")
-    triplets = list(triplets_by_loops(x, groups, embeddings))
-    expected[triplet_accuracy] = np.mean([p < n for p, n in triplets])
     photos = embeddings.reshape(-1, 5)
     spread = ((photos - photos.mean(axis=0)) ** 2).sum(axis=1).mean()
     expected[embedding_spread] = spread
@@ -763,7 +778,6 @@ def test_the_signs_of_life_name_a_collapse(batch):
     assert float(active_share_within(0.3)(groups, collapsed)) == 1
     solved = np.eye(N_GROUPS, dtype=np.float32)[groups]
     assert float(active_share_within(0.3)(groups, solved)) == 0
-    assert float(triplet_accuracy(groups, solved)) == 1
     assert float(positive_distance(groups, solved)) == pytest.approx(0, abs=1e-6)
     assert float(negative_distance(groups, solved)) == pytest.approx(2, abs=1e-6)
 
@@ -785,7 +799,7 @@ def test_active_triplets_are_all_that_violate_the_margin_hardest_first(squared, 
     np.testing.assert_allclose(losses, [expected[tuple(t)] for t in triplets], atol=1e-4)
     assert (np.diff(losses) <= 0).all() and len(losses) > 5
     assert (triplets.dtype, losses.dtype) == (np.int64, np.float32)
-    x = LossSettings(loss="triplet", mining="batch-all", margin=0.4, squared=squared)
+    x = TripletLoss(0.4, squared, BatchAll())
     assert value_of(x, groups, embeddings) == pytest.approx(losses.mean(), rel=1e-4)
 
 
@@ -800,21 +814,44 @@ def test_a_batch_that_is_solved_has_no_active_triplets():
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    "make, message",
     [
-        ({"loss": "soft"}, "unknown loss 'soft'; choose one of triplet, soft-margin, infonce"),
-        ({"mining": "hardest"}, "unknown mining 'hardest'; choose one of stored, semi-hard"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"ms_beta": -1.0}, "ms_beta must be above 0"),
-        ({"arcface_margin": 28.6}, "angle from 0 to pi in radians, got 28.6"),
-        ({"sampling_farthest": 2.0}, "sampling_nearest < sampling_farthest < 2"),
+        (lambda: make_loss("soft"), "unknown loss 'soft'; choose one of triplet, soft-margin, inf"),
+        (lambda: make_loss("triplet", "hardest"), "unknown mining 'hardest'; choose one of stored"),
+        (lambda: TripletLoss(mining="batch-hard"), r"such as BatchHard\(\), got 'batch-hard'"),
+        (lambda: InfoNCE(temperature=0.0), "temperature must be above 0, got 0.0"),
+        (lambda: MultiSimilarity(beta=-1.0), "beta must be above 0"),
+        (lambda: ArcFace(margin=28.6), "angle from 0 to pi in radians, got 28.6"),
+        (lambda: ArcFace(scale=0.0), "scale must be above 0"),
+        (lambda: DistanceWeighted(farthest=2.0), "nearest < farthest < 2"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong, message):
+def test_settings_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        LossSettings(**wrong)
+        make()
 
 
 def test_arcface_without_the_number_of_groups_is_refused():
     with pytest.raises(ValueError, match="n_groups"):
-        MetricLoss(LossSettings(loss="arcface"))
+        MetricLoss(ArcFace())
+
+
+def test_names_make_the_losses():
+    assert make_loss("triplet", "batch-hard", 0.2) == TripletLoss(0.2, mining=BatchHard())
+    assert make_loss("soft-margin", "stored") == TripletLoss(None, mining=Stored())
+    assert make_loss("infonce", temperature=0.1) == InfoNCE(0.1)
+    assert make_loss("multi-similarity") == MultiSimilarity()
+    assert make_loss("arcface") == ArcFace()
+
+
+def test_written_settings_of_different_losses_and_miners_differ():
+    written = [json.dumps(asdict(x)) for x in EVERY_LOSS]
+    assert len(set(written)) == len(EVERY_LOSS)
+
+
+def test_the_share_of_active_anchors_is_that_of_the_loss(batch):
+    groups, embeddings = batch
+    plain = TripletLoss(0.05, squared=False)
+    for loss, args in ((plain, (0.05, False)), (TripletLoss(None), (0.3,)), (ArcFace(), (0.3,))):
+        found = active_share_of(loss)(groups, embeddings)
+        assert float(found) == float(active_share_within(*args)(groups, embeddings))

@@ -27,7 +27,8 @@ import tensorflow as tf
 
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
-from lib.network.losses import LossSettings
+from lib.network.losses import TripletLoss
+from lib.network.mining import DistanceWeighted
 from lib.training.checkpoint import Checkpoint, TrainingError
 from lib.training.log import TrainingLog
 from lib.training.stages import Stage, TrainingSettings, train
@@ -44,7 +45,7 @@ FULL_DISKS = {0: 1_000, 4: 5_000, 7: 30_000}
 # Everything that has a state: optimizer, moving average, random draw, early stop.
 SETTINGS = TrainingSettings(
     stages=tuple(Stage(part, 4, 2, 1e-2) for part in ("head", "last-block", "all")),
-    loss=LossSettings(loss="triplet", mining="distance-weighted"),
+    loss=TripletLoss(mining=DistanceWeighted()),
     ema_momentum=0.8,
     batch_norm="live",
     patience=2,

@@ -17,7 +17,7 @@ from lib.data.catalogue import build_catalogue
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.records import read_triplets, write_shard
 from lib.data.sampling import SamplingError
-from lib.network.losses import LossSettings, MetricLoss
+from lib.network.losses import ArcFace, InfoNCE, MetricLoss
 from lib.network.tower import Siamese, TowerSettings, build_head, computing_in, embed, load_tower
 from lib.training.checkpoint import CHECKPOINT, TrainingError
 from lib.training.log import HISTORY, TENSORBOARD, TrainingLog
@@ -151,7 +151,7 @@ def test_arcface_on_p_x_k_batches_trains_its_centres_along(handler, validation, 
     settings = replace(
         SETTINGS,
         stages=(Stage("head", 1, 2, 1e-2), Stage("head", 1, 2, 1e-2)),
-        loss=LossSettings(loss="arcface", arcface_scale=8.0),
+        loss=ArcFace(scale=8.0),
     )
     kept = []
 
@@ -369,7 +369,7 @@ def test_the_moving_average_is_saved_while_the_weights_train_on(
 
 def test_what_does_not_continue_a_run_is_refused(handler, validation, tmp_path):
     train(tiny_tower(), handler, validation, SETTINGS, tmp_path)
-    more = replace(SETTINGS, stages=SETTINGS.stages * 2, loss=LossSettings(temperature=0.1))
+    more = replace(SETTINGS, stages=SETTINGS.stages * 2, loss=InfoNCE(temperature=0.1))
     with pytest.raises(TrainingError, match=r"other settings \(stages, loss\)"):
         train(tiny_tower(), handler, validation, more, tmp_path)
 
