@@ -1,13 +1,13 @@
-"""A tower as an engine: exported to one file, and run from it without TensorFlow and Keras.
+"""Exports a tower to one file and runs it without TensorFlow and Keras.
 
     export_engine(tower, Path("runs/latest/tower.engine"))
     engine = load_engine(Path("runs/latest/tower.engine"))     # a second, not ten
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
-The network in the file is OpenVINO's, preprocessing inside. On a processor that multiplies bfloat16
-it computes in that, if not told otherwise: twice as fast, with nearly the same ranking, which
-``python -m benchmarks.embedding`` measures. :func:`keras_engine` gives a tower in memory the same
-interface, on a GPU or where there is no OpenVINO.
+The file holds OpenVINO's network, preprocessing included. On a processor that multiplies bfloat16
+it computes in it by default: twice as fast, with nearly the same ranking
+(``python -m benchmarks.embedding``). :func:`keras_engine` gives a tower in memory the same
+interface, for a GPU or a machine without OpenVINO.
 
 The file is a ZIP archive of ``network.xml``, ``network.bin`` and ``manifest.json``.
 """
@@ -33,7 +33,7 @@ from lib.network.openvino import (
     import_openvino,
 )
 
-if TYPE_CHECKING:  # what runs an exported tower does without Keras
+if TYPE_CHECKING:  # an exported tower runs without Keras
     import keras
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -46,19 +46,19 @@ _LEAST_COSINE = 0.9999  # of the exported tower's embeddings and the tower's own
 
 
 class EngineError(ValueError):
-    """A tower can't be exported, or an exported one can't be used; the message says why."""
+    """A tower can't be exported, or an exported tower can't be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Embeds photos, whatever computes it.
+    """Embeds photos with Keras or OpenVINO.
 
     Attributes:
-        compute: from up to 64 photos, uint8 (n, s, s, 3), to embeddings, float32 (n, d).
+        compute: up to 64 photos, uint8 (n, s, s, 3), to embeddings, float32 (n, d).
         image_size: s, side of the square photos in pixels.
         dimension: d, of the embeddings.
         fingerprint: of the tower, see :func:`lib.network.tower.fingerprint`.
-        name: what computes, such as "openvino bfloat16".
+        name: library and precision, such as "openvino bfloat16".
     """
 
     compute: Callable[[np.ndarray], np.ndarray]
@@ -92,7 +92,7 @@ class Engine:
 
 
 def keras_engine(tower: keras.Model) -> Engine:
-    """A tower in memory as an engine, on whatever Keras' backend computes on."""
+    """A tower in memory as an engine, on the device of Keras' backend."""
     from lib.network.tower import compute_precision, embed, fingerprint  # loads Keras
 
     return Engine(
@@ -107,11 +107,11 @@ def keras_engine(tower: keras.Model) -> Engine:
 def export_engine(tower: keras.Model, path: Path) -> None:
     """Write a tower as one file, atomically, for :func:`load_engine`.
 
-    Before the file gets its name, it is read again and embeds some pictures as the tower does.
+    Before the file gets its name, it is loaded and its embeddings are compared with the tower's.
 
     Args:
         tower: from :func:`lib.network.tower.load_tower`, on Keras' TensorFlow or PyTorch backend.
-        path: of the file; it may end as one likes.
+        path: of the file.
 
     Raises:
         EngineError: the exported network computes something else than the tower.
@@ -148,9 +148,9 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
 
     Args:
         path: of the file.
-        precision: "float32", "bfloat16", or "auto": what this processor is fast in.
-        threads: to compute on, at least 1; None: one for each core, and bound to it. Where several
-            processes compute side by side, each should have its share.
+        precision: "float32", "bfloat16", or "auto": the fast one on this processor.
+        threads: number of threads, at least 1; None: one per core, bound to it. Several processes
+            on one machine should share the cores.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -195,7 +195,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
 
 
 def _pictures(size: int) -> np.ndarray:
-    """A few pictures to compare by, uint8 (4, size, size, 3): random colours in large patches."""
+    """Pictures for the comparison, uint8 (4, size, size, 3): random colours in large patches."""
     patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
     place = np.arange(size) * 5 // size
     return np.ascontiguousarray(patches[:, place][:, :, place])

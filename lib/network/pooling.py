@@ -1,8 +1,8 @@
-"""Pooling: from a feature map, one vector per place, to one descriptor per picture.
+"""Pooling layers, from a feature map to one descriptor per picture: GeM, R-MAC, average, max.
 
 Generalized-mean pooling (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human
-Annotation", TPAMI 2018, equation 3) spans the two classical ways: p = 1 is the average of a channel
-over all places, p -> infinity its maximum. R-MAC (Tolias, Sicre, Jégou, "Particular Object
+Annotation", TPAMI 2018, equation 3) lies between two classical poolings: p = 1 is the average of a
+channel over all places, p -> infinity its maximum. R-MAC (Tolias, Sicre, Jégou, "Particular Object
 Retrieval with Integral Max-Pooling of CNN Activations", ICLR 2016) takes the maximum region by
 region.
 
@@ -17,9 +17,9 @@ from keras import ops
 
 POOLINGS = ("gem", "gem-per-channel", "average", "max", "rmac")
 
-# The smallest activation, the paper's: a map comes out of a ReLU, and log 0 has no finite slope.
+# The paper's smallest activation: maps come out of a ReLU, and log 0 has no finite slope.
 EPSILON = 1e-6
-# From here on GeM is the maximum for all purposes: over 4 x 4 places it gives at least 97 % of it.
+# At this exponent GeM is nearly the maximum: at least 97 % of it over 4 x 4 places.
 LARGEST_P = 100.0
 # A shorter vector counts as zero: the gradient of its L2 normalization, which is as steep as the
 # vector is short, would leave the range of half precision.
@@ -47,11 +47,11 @@ def gem(feature_maps, p):
 
 
 def contribution(feature_maps, p: float):
-    """What share of the sum that GeM takes the root of comes from each place.
+    """Each place's share of GeM's sum.
 
     Args:
         feature_maps: float (n, h, w, c), not negative.
-        p: GeM's exponent. At 1 all places have their say; the larger, the fewer decide.
+        p: GeM's exponent; the larger, the fewer places decide.
 
     Returns:
         float (n, h, w), the mean over the channels of x^p over its sum; each map sums to 1.

@@ -1,4 +1,4 @@
-"""The network: one tower that embeds a photo, and the Siamese model that trains it on triplets.
+"""The tower that embeds a photo, and the Siamese model that trains it.
 
     photo uint8 RGB -> the backbone's own preprocessing -> backbone -> GeM -> projection -> L2 norm
 
@@ -49,30 +49,33 @@ _LOWEST_DIP = -0.4  # of a map's activations that GeM may count as zero
 
 POLICIES = ("float32", "mixed_bfloat16")
 
-# Towers of several sizes are several networks, each traced once. TensorFlow looks at their common
-# source code, counts one function that is traced again and again, and warns.
-logging.getLogger("tensorflow").addFilter(
-    lambda record: "triggered tf.function retracing" not in record.getMessage()
-)
-
 
 class WeightsUnavailableError(OSError):
-    """Pre-trained weights could not be had; the message says why in one line."""
+    """Pre-trained weights can't be fetched or read; the message says why in one line."""
+
+
+def _is_not_about_retracing(record: logging.LogRecord) -> bool:
+    return "triggered tf.function retracing" not in record.getMessage()
+
+
+def _silence_retracing() -> None:
+    """TensorFlow takes several networks, each traced once, for one function traced repeatedly."""
+    logging.getLogger("tensorflow").addFilter(_is_not_about_retracing)  # only once, if repeated
 
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """What a tower is made of.
+    """The settings of a tower.
 
     Attributes:
         image_size: side of the square input photo in pixels.
         embedding_size: dimension of the embedding. 0 leaves the projection out: the embedding is
-            the pooled feature map itself, of unit norm, which needs no training.
+            the pooled feature map itself, at unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
         gem_p: GeM's exponent to start from.
         gem_p_trainable: whether GeM's exponent is learned.
-        backbone: any network of ``keras.applications``, by its name there.
-        width: of a MobileNet, how many channels it has as a multiple of the usual (its ``alpha``).
+        backbone: name of a network of ``keras.applications``.
+        width: multiple of a MobileNet's usual number of channels (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
             one place per 32 x 32 pixels. A photo of 64 pixels leaves pooling 2 x 2 places there,
             and 8 x 8 after stage 3. Other backbones are always taken whole.
@@ -123,10 +126,10 @@ class TowerSettings:
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class Preprocessing(keras.layers.Layer):
-    """RGB pixels from 0 to 255 -> what a backbone's ImageNet weights expect.
+    """Prepares RGB pixels from 0 to 255 as a backbone's ImageNet weights expect them.
 
-    That is the ``preprocess_input`` of its module in ``keras.applications``. For ResNet50: BGR
-    order, ImageNet's mean colour subtracted, no division.
+    It calls ``preprocess_input`` of the backbone's module in ``keras.applications``. For ResNet50:
+    BGR order, ImageNet's mean colour subtracted, no division.
 
     Args:
         backbone: name of the network in ``keras.applications``.
@@ -208,7 +211,7 @@ def fast_policy() -> str:
 
 @contextlib.contextmanager
 def computing_in(precision: str) -> Iterator[None]:
-    """Layers that are made in the block compute in ``precision`` (a Keras dtype policy)."""
+    """Layers made in the block compute in ``precision`` (a Keras dtype policy)."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
@@ -218,11 +221,12 @@ def computing_in(precision: str) -> Iterator[None]:
 
 
 def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
-    """Build what makes embeddings of feature maps: pooling, projection, L2 normalization.
+    """Build the head, from feature maps to embeddings: pooling, projection, L2 normalization.
 
     Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size), or
     (n, c) if the embedding size is 0.
     """
+    _silence_retracing()
     maps = keras.Input(map_shape, name="feature_maps")
     x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
     if size := settings.embedding_size:
@@ -249,7 +253,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         socket.setdefaulttimeout(30)  # seconds of silence; a network that swallows everything hangs
         try:
             whole = _build_whole(settings, weights="imagenet")
-        except Exception as error:  # urllib's, the socket's or Keras' own: all mean the same here
+        except Exception as error:  # urllib's, the socket's or Keras' own
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {settings.backbone} could not be fetched "
                 f"({show_error(error)}); with a network Keras downloads them once, or set weights "
@@ -277,12 +281,12 @@ def _build_whole(settings: TowerSettings, weights: str | None) -> keras.Model:
 
 
 def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSettings) -> None:
-    """Load a file of ``backbone``, or of the ``whole`` network that it is the start of."""
+    """Load a weights file of ``backbone``, or of the ``whole`` network that it is cut from."""
     try:
         backbone.load_weights(settings.weights)
         return
     except (OSError, ValueError):
-        pass  # not a file of this part; what is wrong with it, the whole network will tell
+        pass  # not a file of this part; loading the whole network reports the reason
     try:
         whole.load_weights(settings.weights)
     except (OSError, ValueError) as error:
@@ -296,7 +300,7 @@ def _prepare_random_weights(network: keras.Model) -> None:
     """Make a network, above all ResNet50, trainable from random weights in minutes."""
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Keras' 0.99 needs several hundred steps before the moving averages are of any use.
+            # With Keras' 0.99 the moving averages need several hundred steps to be useful.
             layer.momentum = 0.9
             if layer.name.endswith("_3_bn"):
                 # Each residual branch starts at zero, its block as the identity: the signal passes
@@ -306,21 +310,20 @@ def _prepare_random_weights(network: keras.Model) -> None:
 
 
 class Siamese(keras.Model):
-    """One tower shared by all photos of a batch, and the loss that looks at all their embeddings.
+    """One tower shared by all photos of a batch, and the loss over all their embeddings.
 
-    All photos pass through the tower as one batch, which is both the definition of shared weights
-    and the fast way. Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order
-    anchor, positive, negative; P x K batches (m, h, w, 3) become (m, d). Either way there is one
-    output, so that the loss sees what it has to compare.
+    All photos pass through the tower as one batch. Stored triplets uint8 (n, 3, h, w, 3) become
+    float32 (n, 3, d), in the order anchor, positive, negative; P x K batches (m, h, w, 3) become
+    (m, d).
 
     Args:
-        tower: from :func:`build_tower`, or a head, over feature maps in place of photos.
-        loss: of the groups and the embeddings of a batch. Its weights (ArcFace's centres) and its
-            random state are the model's, and so are trained and saved with it.
+        tower: from :func:`build_tower`, or a head, which takes feature maps instead of photos.
+        loss: its weights (ArcFace's centres) and random state are trained and saved with the model.
     """
 
     def __init__(self, tower: keras.Model, loss: MetricLoss):
         super().__init__(name="siamese")
+        _silence_retracing()
         self.tower, self.metric_loss = tower, loss
         loss.build((None,), (None, tower.output_shape[-1]))
         self.built = True
@@ -336,10 +339,7 @@ class Siamese(keras.Model):
 
 
 def resized(tower: keras.Model, image_size: int) -> keras.Model:
-    """A tower for photos of another size; its weights are a copy of the given one's.
-
-    A backbone is convolutional and a pooling takes maps of any size, so the same weights serve.
-    """
+    """A tower for photos of another size, with a copy of the weights."""
     trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
     photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
     pixels = trunk.get_layer("preprocessing")(photos)
@@ -419,10 +419,7 @@ def in_float32(model: keras.Model) -> keras.Model:
 
 
 def gem_exponent(tower: keras.Model) -> float:
-    """The exponent p of a tower's or head's GeM layer, the mean of one per channel.
-
-    NaN if it pools in another way.
-    """
+    """The exponent p of a tower's or head's GeM layer, the mean over channels; NaN without GeM."""
     head = tower if tower.name == "head" else tower.get_layer("head")
     p = getattr(head.get_layer("pooling"), "p", None)
     return float("nan") if p is None else float(np.mean(ops.convert_to_numpy(p)))
@@ -491,6 +488,7 @@ def load_tower(path: Path) -> keras.Model:
             f"no trained model at {path}: run notebook 02_triplet_training first, or set run_dir "
             "to a run that has one"
         )
+    _silence_retracing()
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # zipfile's, h5py's, json's or Keras' own

@@ -1,10 +1,10 @@
-"""Whitening: a linear map after training that makes all directions of a descriptor count alike.
+"""Whitening of descriptors after training: PCA whitening and the learned whitening Lw.
 
-Two ways to learn one, neither needs gradients. PCA whitening (Jégou, Chum, "Negative Evidences and
-Co-occurrences in Image Retrieval: the Benefit of PCA and Whitening", ECCV 2012) gives the
+A whitening is a linear map, learned without gradients. PCA whitening (Jégou, Chum, "Negative
+Evidences and Co-occurrences in Image Retrieval: the Benefit of PCA and Whitening", ECCV 2012) gives
 descriptors variance 1 in every direction. The learned whitening Lw (Radenović, Tolias, Chum,
 "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, "Whitening and
-dimensionality reduction") does so for the differences between photos of one landmark, and so turns
+dimensionality reduction") gives it to the differences between photos of one landmark, and so turns
 down what varies with light and viewpoint.
 
     descriptors = projected(head, maps)                  # float32 (n, d), before L2 normalization
@@ -12,12 +12,11 @@ down what varies with light and viewpoint.
     whitening.apply(descriptors)                         # float32 (n, 64) of unit norm
     head = fold(head, whitening)                         # a head whose embeddings are whitened
 
-Both estimate a covariance S from n samples of d dimensions. With n near d or below, the smallest
-eigenvalues of S are far too small, or zero, and a whitening would blow up noise. Therefore a share
-a of S is replaced by its average, (1 - a) S + a (tr S / d) I, which leaves every eigenvalue at
-least a times the mean one. ``shrinkage`` sets a; by default it is the estimate OAS (Chen, Wiesel,
-Eldar, Hero, "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 2010, equation 23,
-without the terms in 2/d), which fades as 1/n. 0 is the plain S of the papers.
+Both estimate a covariance S from n samples of d dimensions. If n is near d or below, the smallest
+eigenvalues of S are far too small, and a whitening would amplify noise. Therefore S is shrunk to
+(1 - a) S + a (tr S / d) I. By default the share a is the OAS estimate (Chen, Wiesel, Eldar, Hero,
+"Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 2010) of scikit-learn, which fades
+as 1/n; ``shrinkage=0`` is the plain S of the papers.
 """
 
 from __future__ import annotations
