@@ -1,4 +1,4 @@
-"""Processes for work that Python's global lock would not let threads share.
+"""A pool of processes, for work that Python's global lock keeps threads from sharing.
 
 with process_pool() as pool:
     for result in pool.map(function, items): ...
@@ -24,7 +24,7 @@ def process_pool() -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """Else a process whose parent was killed would wait for work forever."""
+    """End this process when its parent dies: otherwise it would wait for work forever."""
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])

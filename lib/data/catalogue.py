@@ -1,7 +1,7 @@
-"""The catalogue: which photo lies where in the shards, and which photos show the same landmark.
+"""The catalogue: where each picture is in the shards, and which show the same landmark.
 
-The Kaggle records have no labels. But they repeat their pictures, byte for byte, and whatever is
-joined to the same picture shows the same landmark:
+The Kaggle records have no labels. But they repeat their pictures byte for byte, and all pictures
+that share a record with the same anchor or positive show the same landmark:
 
     catalogue = open_catalogue(Path("Dataset"))    # one pass over the shards, kept as a file
     catalogue.pictures                             # a row for each different picture
@@ -42,6 +42,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from lib.data.duplicates import near_duplicates
+from lib.data.neighbours import pair_neighbours
 from lib.data.records import (
     FEATURES,
     DatasetNotFoundError,
@@ -67,7 +68,7 @@ UNKNOWN = -1  # landmark of a picture that occurs as a negative only
 
 _FORMAT = 1
 _CHUNK = 256  # records that a process takes at once
-_FEW = 2_000  # records that are read sooner than processes are started
+_FEW = 2_000  # records that one process reads faster than others are started
 
 
 class CatalogueError(ValueError):
@@ -135,12 +136,7 @@ class Catalogue:
         return table[["records", "first in", "as record", "detail"]]
 
     def report(self) -> pd.Series:
-        """The catalogue in numbers.
-
-        Of the degenerate triplets the positive is the anchor, of the false negatives the negative
-        shows the anchor's landmark; near-duplicates see
-        :func:`lib.data.duplicates.near_duplicates`.
-        """
+        """The catalogue in numbers; terms as in the attributes and in lib.data.duplicates."""
         sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
         return pd.Series(
             {
@@ -192,8 +188,8 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
 def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Catalogue:
     """Read the shards once, on all processor cores, and join their pictures to landmarks.
 
-    Every record's checksums are verified and every picture is decoded once, so that training need
-    not expect damage: a record that can't be used is left out, and listed in ``problems``.
+    It verifies every record's checksums and decodes every picture once, so that training meets no
+    damage: a record that can't be used is left out and listed in ``problems``.
 
     Args:
         shards: files, in the order of their numbers.
@@ -230,7 +226,7 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
 
 
 def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """One table of many; empty ones, whose columns have no type, would spoil that of the others."""
+    """Concatenate tables without the empty ones, whose untyped columns would change the types."""
     return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
 
 
@@ -308,10 +304,10 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
 def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
     """Join pictures to landmarks.
 
-    Anchor and positive of a record show the same landmark, and a picture shows the same one
-    wherever its bytes occur: the landmarks are the connected components of that. Neighbouring
-    records are then joined where :func:`pair_neighbours` is certain. Where the shards state the
-    landmarks of all pictures, these are taken instead.
+    Anchor and positive of a record show the same landmark, and a picture shows the same landmark
+    wherever its bytes occur: the landmarks are the connected components. Neighbouring records are
+    then joined where :func:`lib.data.neighbours.pair_neighbours` is certain. If the shards state
+    the landmarks of all pictures, these are used instead.
 
     Args:
         catalogue: its columns ``landmark`` and ``group`` are made anew.
@@ -365,96 +361,6 @@ def _components(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarra
     return connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)))[1]
 
 
-@dataclass(frozen=True)
-class NeighbourPairs:
-    """Which neighbouring records show the same landmark.
-
-    Attributes:
-        certain: bool (m,), whether record i and i + 1 do for sure.
-        possible: bool (m,), whether they may.
-        joined: pairs of neighbours that share a picture: the evidence that the order holds.
-        apart: landmarks whose records are not two neighbours: the evidence against it.
-    """
-
-    certain: np.ndarray
-    possible: np.ndarray
-    joined: int
-    apart: int
-
-
-def pair_neighbours(
-    landmark: np.ndarray,
-    anchor: np.ndarray,
-    positive: np.ndarray,
-    negative: np.ndarray,
-    follows: np.ndarray,
-) -> NeighbourPairs:
-    """Find neighbouring records that must show the same landmark, from how the set was made.
-
-    The anchors are the first two photos of each landmark, in the order of the landmarks. So the
-    records are a row of pairs, two neighbours of one landmark, and of singles, landmarks that have
-    one photo. A single's positive can only be its anchor; two records that share a picture are a
-    pair; and two are none if the one's negative is of the other's landmark. Many ways to cut the
-    row into pairs and singles are ruled out by that. A pair is *certain* if it is in every way that
-    is left, and *possible* if it is in one of them.
-
-    A single would shift all pairs after it by one place. If not one of a hundred or more pairs
-    that share a picture is shifted, there are no singles.
-
-    All of it rests on the order. If more than one in a hundred of the landmarks found by their
-    bytes are no two neighbours, the order is not that of the set, and nothing is paired.
-
-    Args:
-        landmark: int (n,), of each picture by its bytes.
-        anchor, positive, negative: int (m,), pictures of each record.
-        follows: bool (m,), whether a record comes right after the one before; where it does not,
-            either may have lost its partner.
-    """
-    m = len(anchor)
-    own, other = landmark[anchor], landmark[negative]
-    records = pd.Series(np.arange(m)).groupby(own).agg(["size", "min", "max"])
-    span = records["max"] - records["min"]
-    odd_landmarks = (records["size"] > 2) | ((records["size"] == 2) & (span > 1))
-    joined, apart = int(((records["size"] == 2) & (span == 1)).sum()), int(odd_landmarks.sum())
-    none = np.zeros(m, dtype=bool)
-    if apart > 0.01 * (joined + apart):
-        return NeighbourPairs(none, none, joined, apart)
-
-    alone = records["size"].to_numpy()[np.searchsorted(records.index, own)] == 1
-    odd = odd_landmarks.to_numpy()[np.searchsorted(records.index, own)]
-    may_be_single = (anchor == positive) & alone
-    next_own, next_other = np.append(own[1:], -1), np.append(other[1:], -1)
-    both_alone = alone & np.append(alone[1:], False)
-    may_pair = (own == next_own) | (both_alone & (other != next_own) & (next_other != own))
-    may_pair &= np.append(follows[1:] & ~odd[1:], False) & ~odd
-    # A record beside a gap may be half of a pair whose other half is missing.
-    gap_before = ~follows | np.append(False, odd[:-1])
-    gap_after = np.append(~follows[1:] | odd[1:], True)
-    # Even or odd places in the runs without a gap; each run should know but one of them.
-    run = np.cumsum(gap_before)
-    place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
-    starts = records["min"][(records["size"] == 2) & (span == 1)].to_numpy()
-    shifts = pd.Series(place[starts] % 2).groupby(run[starts]).nunique()
-    if joined >= 100 and (shifts <= 1).all():
-        may_be_single[:] = False
-    by_itself = may_be_single | odd | (alone & (gap_before | gap_after))
-
-    # reach[i]: the records before i can be cut; left[i]: those from i on can.
-    reach = np.zeros(m + 1, dtype=bool)
-    left = np.zeros(m + 1, dtype=bool)
-    reach[0] = left[m] = True
-    for i in range(m):
-        reach[i + 1] = (reach[i] and by_itself[i]) or (i and reach[i - 1] and may_pair[i - 1])
-    for i in range(m - 1, -1, -1):
-        left[i] = (by_itself[i] and left[i + 1]) or (may_pair[i] and left[i + 2])
-    if not reach[m]:  # there is no way at all: it is another order
-        return NeighbourPairs(none, none, joined, apart)
-    possible = may_pair & reach[:-1] & np.append(left[2:], False)
-    alone_in_one = by_itself & reach[:-1] & left[1:]
-    second_in_one = np.append(False, possible[:-1])
-    return NeighbourPairs(possible & ~alone_in_one & ~second_in_one, possible, joined, apart)
-
-
 def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Compare two ways to put n pictures together, by the pairs of pictures each puts together.
 
@@ -476,7 +382,7 @@ def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 def split_landmarks(catalogue: Catalogue, shares: Mapping[str, float], seed: int) -> np.ndarray:
-    """Deal the pictures into parts, such that no landmark is in two of them.
+    """Split the pictures so that no landmark is in two splits.
 
     Args:
         catalogue: all groups are dealt out; photos that may show one landmark are in one group.
@@ -565,7 +471,7 @@ _TYPES = dict.fromkeys(
 
 
 def _state(shards: list[Path]) -> list[dict]:
-    """What tells whether shards are those that a catalogue was made from."""
+    """Identifies the shards that a catalogue was made from."""
     stats = [(shard.name, shard.stat()) for shard in shards]
     return [{"name": n, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for n, s in stats]
 

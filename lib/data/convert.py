@@ -1,4 +1,4 @@
-"""Turns labelled photos into triplet shards: the way from your own pictures to a training set.
+"""Converts your own labelled photos into triplet shards, a training set.
 
 Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
 
@@ -146,8 +146,8 @@ def encode_photo(path: Path, size: int, quality: int) -> bytes | Failure:
         with open_picture(path) as image:
             picture_of(image, size).save(file, "JPEG", quality=quality, comment=b"")
     except MemoryError:
-        raise  # it says nothing about the photo
-    except Exception as error:  # there is no end to what decoders raise for damaged files
+        raise  # the machine's fault, not the photo's
+    except Exception as error:  # decoders of damaged files raise anything
         return Failure(_KINDS.get(type(error), "unreadable"), str(error))
     return file.getvalue()
 
@@ -214,7 +214,7 @@ def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSett
 
 
 def _claim(target_dir: Path, description: dict) -> None:
-    """Make the folder this conversion's, or see that it is; remove what a killed run left."""
+    """Take the folder for this conversion or check that it is; remove half-written files."""
     where, path = show_path(target_dir), target_dir / PLAN
     if path.is_file():
         found = read_json(path)
@@ -364,7 +364,7 @@ def verify(target_dir: Path) -> Report:
     """Read every record of a finished conversion, and compare all checksums.
 
     Raises:
-        ConversionError: it is not complete, or a file is missing, damaged or none of it.
+        ConversionError: it is not complete, or a file is missing, damaged or of another origin.
     """
     target_dir = Path(target_dir)
     if not (target_dir / COMPLETE).is_file():

@@ -1,4 +1,4 @@
-"""DatasetHandler: pictures from TFRecord shards to batches of pixels, as fast as they decode.
+"""Batches of pixels from TFRecord shards, shuffled and augmented, for training.
 
     catalogue = open_catalogue(Path("Dataset"))
     part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)

@@ -1,10 +1,10 @@
-"""From the bytes of a JPEG file to the pixels the network wants, varied at random for training.
+"""Decodes JPEG files to squares of pixels, and augments them at random for training.
 
     pixels = decode(jpeg, image_size=128)                        # uint8 (128, 128, 3) RGB
     variations = draw_variations(rng, len(jpegs), Augmentation())
     pixels = decode(jpegs[0], 128, variations[0])
 
-Everything releases Python's global lock while it computes, so that threads share the work.
+Decoding releases Python's global lock, so that threads run in parallel.
 """
 
 from __future__ import annotations

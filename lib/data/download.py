@@ -1,4 +1,4 @@
-"""Fetch the Kaggle set into a folder, and check that a copy of it is whole.
+"""Downloads the Kaggle set, and checks that a copy of it is whole.
 
 A shard is read to its end before it gets its place in the folder, and its SHA-256 is kept there in
 ``SHA256SUMS``, so that later copies can be checked against it:
@@ -51,7 +51,7 @@ HOW_TO_SIGN_IN = (
 
 
 class DownloadError(RuntimeError):
-    """The set can't be fetched, or is not whole; the message says in one line what to mend."""
+    """The set can't be fetched, or is not whole; the message says in one line what to do."""
 
 
 def download(dataset_dir: Path, expected: Mapping[int, int | None] = KAGGLE_COUNTS) -> pd.DataFrame:

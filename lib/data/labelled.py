@@ -1,4 +1,4 @@
-"""Photos of known landmarks, and the triplets that can be made of them.
+"""Lists photos of known landmarks, and plans triplets of them.
 
 Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
 
@@ -20,7 +20,7 @@ from lib.files import show_path
 
 
 class ConversionError(ValueError):
-    """The photos can't be converted; the message says what to mend."""
+    """The photos can't be converted; the message says what to change."""
 
 
 @dataclass(frozen=True)

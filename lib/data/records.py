@@ -1,4 +1,4 @@
-"""Triplets in TFRecord shards, in the format of the Kaggle set: write, find, scan, read.
+"""Reads and writes triplets in TFRecord shards, in the format of the Kaggle set.
 
 A shard is a TFRecord file of ``tf.train.Example`` messages with three bytes features, each a JPEG
 picture (https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords):

@@ -1,11 +1,11 @@
-"""Which pictures meet in a batch: the stored triplets, or P landmarks with K pictures of each.
+"""Plans batches: the stored triplets, or P landmarks with K pictures of each.
 
     rng = np.random.default_rng([seed, epoch])
     triplet_batches(catalogue, chosen, steps=100, batch_size=32, rng=rng)    # int (100, 32, 3)
     landmark_batches(catalogue, chosen, steps=100, p=16, k=4, rng=rng)       # int (100, 64)
 
-All of it is planned before an epoch begins, as numbers of pictures in the catalogue: the same seed
-gives the same batches in every process and after every restart.
+A whole epoch is planned before it begins, as rows of the catalogue's pictures: the same seed gives
+the same batches in every process and after every restart.
 """
 
 from __future__ import annotations

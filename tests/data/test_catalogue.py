@@ -24,10 +24,10 @@ from lib.data.catalogue import (
     main,
     open_catalogue,
     pair_agreement,
-    pair_neighbours,
     save_catalogue,
     split_landmarks,
 )
+from lib.data.neighbours import pair_neighbours
 from lib.data.records import RecordError, Triplet, read_picture, read_triplets, write_shard
 from lib.demo.data import plan_triplets
 from tests.conftest import SMALL_WORLD

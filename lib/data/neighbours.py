@@ -1,0 +1,116 @@
+"""Neighbouring records of the Kaggle set that show the same landmark, found by their order.
+
+pairs = pair_neighbours(landmark, anchor, positive, negative, follows)
+pairs.certain, pairs.possible
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class NeighbourPairs:
+    """Which neighbouring records show the same landmark.
+
+    Attributes:
+        certain: bool (m,), whether record i and i + 1 do for sure.
+        possible: bool (m,), whether they may.
+        joined: pairs of neighbours that share a picture: the evidence that the order holds.
+        apart: landmarks whose records are not two neighbours: the evidence against it.
+    """
+
+    certain: np.ndarray
+    possible: np.ndarray
+    joined: int
+    apart: int
+
+
+def pair_neighbours(
+    landmark: np.ndarray,
+    anchor: np.ndarray,
+    positive: np.ndarray,
+    negative: np.ndarray,
+    follows: np.ndarray,
+) -> NeighbourPairs:
+    """Find neighbouring records that must show the same landmark, from how the set was made.
+
+    The anchors are the first two photos of each landmark, in the order of the landmarks. So the
+    records are a sequence of pairs (two neighbours of one landmark) and singles (landmarks with
+    one photo). A single's positive is its anchor. Two records that share a picture are a pair. Two
+    records are not a pair if one's negative is of the other's landmark. These rules exclude many
+    ways to cut the sequence. A pair is *certain* if it is in every remaining way, and *possible* if
+    it is in at least one.
+
+    A single would shift all pairs after it by one place. If none of a hundred or more pairs that
+    share a picture is shifted, there are no singles.
+
+    If more than 1 % of the landmarks found by their bytes are not two neighbours, the order is not
+    that of the set, and nothing is paired.
+
+    Args:
+        landmark: int (n,), of each picture by its bytes.
+        anchor, positive, negative: int (m,), pictures of each record.
+        follows: bool (m,), whether a record comes right after the one before; where it does not,
+            either may have lost its partner.
+    """
+    m = len(anchor)
+    own, other = landmark[anchor], landmark[negative]
+    records = pd.Series(np.arange(m)).groupby(own).agg(["size", "min", "max"])
+    span = records["max"] - records["min"]
+    odd_landmarks = (records["size"] > 2) | ((records["size"] == 2) & (span > 1))
+    joined, apart = int(((records["size"] == 2) & (span == 1)).sum()), int(odd_landmarks.sum())
+    none = np.zeros(m, dtype=bool)
+    if apart > 0.01 * (joined + apart):
+        return NeighbourPairs(none, none, joined, apart)
+
+    alone = records["size"].to_numpy()[np.searchsorted(records.index, own)] == 1
+    odd = odd_landmarks.to_numpy()[np.searchsorted(records.index, own)]
+    may_be_single = (anchor == positive) & alone
+    next_own, next_other = np.append(own[1:], -1), np.append(other[1:], -1)
+    both_alone = alone & np.append(alone[1:], False)
+    may_pair = (own == next_own) | (both_alone & (other != next_own) & (next_other != own))
+    may_pair &= np.append(follows[1:] & ~odd[1:], False) & ~odd
+    # A record beside a gap may be half of a pair whose other half is missing.
+    gap_before = ~follows | np.append(False, odd[:-1])
+    gap_after = np.append(~follows[1:] | odd[1:], True)
+    # Even or odd places in the runs without a gap; each run should know but one of them.
+    run = np.cumsum(gap_before)
+    place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
+    starts = records["min"][(records["size"] == 2) & (span == 1)].to_numpy()
+    shifts = pd.Series(place[starts] % 2).groupby(run[starts]).nunique()
+    if joined >= 100 and (shifts <= 1).all():
+        may_be_single[:] = False
+    by_itself = may_be_single | odd | (alone & (gap_before | gap_after))
+
+    reach, left = _cuts(by_itself, may_pair)
+    if not reach[m]:  # there is no way at all: it is another order
+        return NeighbourPairs(none, none, joined, apart)
+    possible = may_pair & reach[:-1] & np.append(left[2:], False)
+    alone_in_one = by_itself & reach[:-1] & left[1:]
+    second_in_one = np.append(False, possible[:-1])
+    return NeighbourPairs(possible & ~alone_in_one & ~second_in_one, possible, joined, apart)
+
+
+def _cuts(by_itself: np.ndarray, may_pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which parts of a row of m records can be cut into singles and pairs.
+
+    Args:
+        by_itself: bool (m,), whether record i may be a single.
+        may_pair: bool (m,), whether records i and i + 1 may be a pair.
+
+    Returns:
+        two bool (m + 1,): whether the records before i can be cut, and whether those from i on can.
+    """
+    m = len(by_itself)
+    before = np.zeros(m + 1, dtype=bool)
+    after = np.zeros(m + 1, dtype=bool)
+    before[0] = after[m] = True
+    for i in range(m):
+        before[i + 1] = (before[i] and by_itself[i]) or (i and before[i - 1] and may_pair[i - 1])
+    for i in range(m - 1, -1, -1):
+        after[i] = (by_itself[i] and after[i + 1]) or (may_pair[i] and after[i + 2])
+    return before, after
