@@ -55,8 +55,8 @@ def describe_training(
     pictures, chosen = handler.catalogue.pictures, np.flatnonzero(handler.chosen)
     images = pictures["image"].to_numpy()
     landmarks = pictures[["landmark", "group"]].to_numpy(np.int64)[chosen]
-    loss = {"class": type(settings.loss).__name__} | asdict(settings.loss)
-    asked = asdict(handler.settings) | asdict(settings) | {"loss": loss}
+    # repr tells losses and miners apart that have the same fields.
+    asked = asdict(handler.settings) | asdict(settings) | {"loss": repr(settings.loss)}
     return {
         "settings": json.loads(json.dumps(asked)),
         "network": _digest(structure(tower).encode()),

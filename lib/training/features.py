@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -114,6 +114,7 @@ class FrozenTrunk:
             return compile_network(network, self._trunk.input_shape[1:])[0]
 
 
+@dataclass(eq=False, repr=False)
 class FeatureCache:
     """The feature maps of a handler's training pictures, from :func:`build_cache`.
 
@@ -125,21 +126,18 @@ class FeatureCache:
         map_shape: (h, w, c).
     """
 
-    def __init__(
-        self,
-        handler: DatasetHandler,
-        folder: Path,
-        pictures: np.ndarray,
-        variants: int,
-        map_shape: tuple[int, int, int],
-    ):
-        self.handler, self.folder = handler, folder
-        self.pictures, self.variants, self.map_shape = pictures, variants, map_shape
+    handler: DatasetHandler
+    folder: Path
+    pictures: np.ndarray
+    variants: int
+    map_shape: tuple[int, int, int]
+
+    def __post_init__(self):
         # Whole batches: the augmentation of a photo does not depend on where files end.
-        row = variants * self.bytes_per_map
+        row = self.variants * self.bytes_per_map
         self._rows_per_file = max(_SHARD_BYTES // (row * _BATCH), 1) * _BATCH
-        self._row = np.full(len(handler.catalogue.pictures), -1)
-        self._row[pictures] = np.arange(len(pictures))
+        self._row = np.full(len(self.handler.catalogue.pictures), -1)
+        self._row[self.pictures] = np.arange(len(self.pictures))
 
     def __getstate__(self) -> dict:
         """For pickle: another process opens the files itself."""
@@ -261,23 +259,22 @@ def build_cache(
         ValueError: an unknown engine, an impossible number of variants, or a trunk of another image
             size.
     """
-    settings = handler.settings
-    if variants < 1 or (variants > 1 and settings.augmentation is None):
+    image_size, augmentation = handler.settings.image_size, handler.settings.augmentation
+    if variants < 1 or (variants > 1 and augmentation is None):
         raise ValueError(
             f"{variants} variants: there is at least 1, the picture itself, and no other without "
             "augmentation"
         )
-    if trunk.input_shape[1] != settings.image_size:
+    if trunk.input_shape[1] != image_size:
         raise ValueError(
             f"the trunk takes photos of {trunk.input_shape[1]} pixels, the handler serves "
-            f"{settings.image_size}"
+            f"{image_size}"
         )
     pictures = _pictures_to_train_on(handler)
     frozen = FrozenTrunk(trunk, engine)
     made_of = _identity(trunk, frozen, handler, pictures, variants)
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    map_shape = tuple(trunk.output_shape[1:])
-    cache = FeatureCache(handler, Path(folder) / name, pictures, variants, map_shape)
+    cache = FeatureCache(handler, Path(folder) / name, pictures, variants, trunk.output_shape[1:])
     if len(_whole_files(cache)) == len(cache.files):
         return cache
     shown = show_path(cache.folder)
