@@ -40,13 +40,7 @@ class TrainingError(RuntimeError):
 def describe_training(
     tower: keras.Model, handler: DatasetHandler, validation: np.ndarray, settings
 ) -> dict:
-    """The identity of a training, as JSON has it.
-
-    Args:
-        tower: with its start weights.
-        handler: serves the training pictures.
-        validation: uint8 (n, 3, s, s, 3).
-        settings: :class:`lib.training.stages.TrainingSettings`.
+    """The identity of a training, as JSON has it; the arguments are those of ``train``.
 
     Returns:
         "settings" of training and data; and digests: "network" (layers and connections), "start"
@@ -84,9 +78,8 @@ class Checkpoint:
         path: of the file.
         identity: from :func:`describe_training`.
         history: a row for each epoch.
-        values: arrays by name: "tower" and "loss", their variables, random state included;
-            "optimizer", those of the last stage's; "best", the weights of tower and loss after the
-            best epoch, before any the start weights.
+        values: the variables of "tower", "loss" (with its random state) and "optimizer"; and
+            "best", the weights of tower and loss after the best epoch or, before any, at the start.
     """
 
     path: Path

@@ -71,7 +71,7 @@ class TrainingLog(keras.callbacks.Callback):
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
-        """Show and write the epoch that has just ended, the last row of the history.
+        """Show and write the last epoch of the history.
 
         Args:
             history: a row for each epoch, with at least epoch, loss and val_map.
@@ -124,7 +124,7 @@ class TrainingLog(keras.callbacks.Callback):
 
 
 def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
-    """Order triplets by how much farther the positive is than the negative, the hardest first.
+    """Rank triplets by how much farther the positive is than the negative, the hardest first.
 
     Args:
         embeddings: float (n, 3, d) of unit norm: anchor, positive, negative.

@@ -229,14 +229,11 @@ def train(
             is full; see also :func:`set_trainable`.
         SamplingError: too few usable pictures.
     """
-    log_folder = run / TENSORBOARD
-    log_folder.mkdir(parents=True, exist_ok=True)
-    busy = (
-        f"another process trains in {show_path(run)}: wait for its end, or choose another run_dir"
-    )
+    busy = f"another process trains in {show_path(run)}: wait for its end or choose another run_dir"
     before = tower.get_weights()
     # The lock of the run's folder itself is for metrics.json, which others may write meanwhile.
-    with only_writer(log_folder, TrainingError(busy)):
+    (run / TENSORBOARD).mkdir(parents=True, exist_ok=True)
+    with only_writer(run / TENSORBOARD, TrainingError(busy)):
         try:
             training = _Training(tower, handler, validation, settings, run, cache)
             for number in range(1, len(settings.stages) + 1):
@@ -266,19 +263,17 @@ class _Training:
         self.log = TrainingLog(run, validation)
 
     def _open_checkpoint(self) -> Checkpoint:
-        path = self.run / CHECKPOINT
-        asked = (self.tower, self.handler, self.validation, self.settings)
-        identity = describe_training(*asked)
+        path, tower = self.run / CHECKPOINT, self.tower
+        identity = describe_training(tower, self.handler, self.validation, self.settings)
         if path.is_file():
-            return Checkpoint.load(path, self.tower, identity)
+            return Checkpoint.load(path, tower, identity)
         loss = self._new_loss()
-        Siamese(self.tower, loss)  # gives the loss its weights
+        Siamese(tower, loss)  # gives the loss its weights
         checkpoint = Checkpoint(path, identity)
-        checkpoint.take_best(self.tower, loss)
-        # The first checkpoint keeps the loss's random weights; and a disk that is too small shows
-        # before an epoch's work.
+        checkpoint.take_best(tower, loss)
+        # Keeps the loss's random weights, and shows a full disk before an epoch's work.
         with _writing(self.run, 0):
-            checkpoint.save(self.tower, loss)
+            checkpoint.save(tower, loss)
         return checkpoint
 
     def _new_loss(self) -> MetricLoss:
@@ -357,8 +352,8 @@ def _train_epoch(
     """Train on the batches of an epoch.
 
     Returns:
-        the means of loss and metrics, with the learning rate at the end; and the weights to go on
-        with. The model is left with their moving average, if the optimizer keeps one.
+        the means of loss and metrics, with the last learning rate; and the weights to go on with.
+        The model is left with their moving average, if the optimizer keeps one.
     """
     steps = len(batches)
     if keras.backend.backend() == "tensorflow" and hasattr(batches, "as_tf_data"):

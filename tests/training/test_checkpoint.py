@@ -228,7 +228,9 @@ def test_a_second_process_is_told_and_touches_nothing(
         assert process.stdout.readline() == "in the middle\n", process.stderr.read()[-3000:]
         before = files_of(run)
         assert [name for name in before if name.endswith("-checkpoint.npz")]
-        with pytest.raises(TrainingError, match=r"another process trains in .*run: wait for its"):
+        with pytest.raises(
+            TrainingError, match=r"another process trains in .*run: wait for its end or"
+        ):
             train(tiny_tower(), handler, validation, SHORT, run)
         assert files_of(run) == before
         _, errors = process.communicate("go on\n", timeout=120)
