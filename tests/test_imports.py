@@ -19,8 +19,8 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 HEAVY = {"faiss", "keras", "matplotlib", "openvino", "seaborn", "sklearn", "tensorflow"}
-# Batches are a keras.utils.PyDataset, and Keras loads its backend. scikit-learn looks for Keras.
-NEEDED = {"lib.data.dataset": {"keras", "tensorflow"}}
+# Batches are a keras.utils.PyDataset. Keras loads its backend, and the other two if installed.
+NEEDED = {"lib.data.dataset": {"keras", "tensorflow", "matplotlib", "sklearn"}}
 
 # What of a process an import may not change: each as a value that can be compared.
 STATE = """
