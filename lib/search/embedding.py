@@ -1,15 +1,15 @@
-"""From pictures, wherever they lie, with or without labels, straight to embeddings.
+"""Embedding photos from folders, lists of files or shards; long jobs can be resumed.
 
     embeddings, names, skipped = embed_folder(tower, Path("my photos"))
     index = PhotoIndex.build(embeddings, names, fingerprint(tower))
 
-For more of them than one waits for there are jobs, which go on where they were interrupted:
+Jobs embed many photos, and resume where they were interrupted:
 
     engine = load_engine(Path("runs/latest/tower.engine"))
     embeddings, names, skipped = embed_job(engine, photos_below(Path("my photos")), Path("out"))
 
-The folder of a job holds ``job.json``, what it is made of; ``embeddings.npy``, float32 (n, d); and
-``progress.jsonl``, a line for each batch: names, messages, and a checksum over these and the rows.
+The folder of a job holds ``job.json``, which identifies it; ``embeddings.npy``, float32 (n, d); and
+``progress.jsonl``, a line for each batch: names, messages, and a checksum of these and the rows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import xxhash
 from tqdm import tqdm
 
 from lib.data.decoding import decode
-from lib.data.photos import NoPhotosError, PhotoError, list_photos, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, find_photos, read_photo
 from lib.data.records import read_picture
-from lib.files import only_writer, read_json, show_path, write_json
+from lib.files import only_writer, read_json, remove_half_written, show_path, write_json
 from lib.network.engine import Engine, keras_engine
 
 if TYPE_CHECKING:  # a job whose engine was exported does without them
@@ -91,13 +91,12 @@ class PhotoSource:
 def photos_below(folder: Path) -> PhotoSource:
     """The photos of a folder, then those of its subfolders, by their paths within the folder.
 
-    Files that do not look like photos, and what has a name that begins with a dot, are passed over.
+    :func:`lib.data.photos.find_photos` tells which files count.
 
     Raises:
         NoPhotosError: there is no photo.
     """
-    folder = Path(folder)
-    paths = list(_below(folder))
+    paths = find_photos(folder).paths
     if not paths:
         raise NoPhotosError(f"{show_path(folder)} holds no photos, nor do the folders in it")
     return _of_files(paths, [path.relative_to(folder).as_posix() for path in paths])
@@ -128,14 +127,6 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
             raise PhotoError(f"picture {names[number]} can't be read ({error})") from None
 
     return PhotoSource(names, read, hashlib.sha256(b"".join(hashes)).hexdigest())
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Photos of the folder itself in sorted order, then those of its subfolders, likewise."""
-    yield from list_photos(folder)
-    if folder.is_dir():
-        for below in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
-            yield from _below(below)
 
 
 def _of_files(paths: list[Path], names: list[str]) -> PhotoSource:
@@ -187,18 +178,18 @@ def embed_job(
     batch_size: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Embedded:
-    """Embed pictures to a file, or find them embedded.
+    """Embed pictures to a file; pictures that the file already has are not embedded again.
 
-    An interrupted job, be it killed, goes on where it stopped when it is called again; what is
-    damaged is computed anew. A picture that can't be read does not stop the others.
+    An interrupted or killed job resumes where it stopped when it is called again; damaged rows are
+    computed anew. A picture that can't be read does not stop the others.
 
     Args:
-        engine: from :func:`lib.network.engine.load_engine` or
-        :func:`lib.network.engine.keras_engine`. source: from :func:`photos_below`,
-        :func:`photos_at` or :func:`photos_in_shards`. out_folder: of this job alone; made if
-        absent. batch_size: pictures that are read together and counted as done together.
-        on_progress: is told after each batch how many pictures are done, and of how many; None
-            draws a bar in the terminal or the notebook.
+        engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
+        source: from :func:`photos_below`, :func:`photos_at` or :func:`photos_in_shards`.
+        out_folder: used by this job only; made if absent.
+        batch_size: pictures that are read together, and saved together.
+        on_progress: called after each batch with the number of pictures that are done, and of all;
+            None shows a progress bar.
 
     Raises:
         EmbeddingJobError: the folder holds another job (another engine, other pictures), or another
@@ -212,7 +203,10 @@ def embed_job(
 
 
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
-    """What a job is made of; one that goes on must be made of the same."""
+    """What identifies a job; a job is resumed only if all of it is equal.
+
+    The engine's name holds the precision that it computes in, so that all rows of a job have one.
+    """
     return {
         "format": _FORMAT,
         "tower": engine.fingerprint,
@@ -227,7 +221,7 @@ def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
 
 @contextlib.contextmanager
 def claimed(folder: Path, job: dict) -> Iterator[None]:
-    """Work in a folder that is the job's own, and keep other processes out of it.
+    """Lock the folder of a job for this process.
 
     Args:
         folder: made if absent.
@@ -237,28 +231,28 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         EmbeddingJobError: it is that of another job, or another process works in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process works in {show_path(folder)}: wait for its end"
+    busy = f"another process works in {show_path(folder)}: wait until it has finished"
     with only_writer(folder, EmbeddingJobError(busy)):
         _claim(folder, job)
         yield
 
 
 def _claim(folder: Path, job: dict) -> None:
-    """Make the folder the job's own, if it is not that of another one."""
-    for part in folder.glob(".part-*"):  # of a process that was killed
-        part.unlink()
+    """Check that the folder is empty or holds this job."""
+    remove_half_written(folder)  # of a process that was killed
     if (folder / JOB).exists():
         try:
             found = read_json(folder / JOB)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EmbeddingJobError(f"{error}, or its folder") from None
         if found != job:
             differ = [
                 key for key in job if not isinstance(found, dict) or found.get(key) != job[key]
             ]
+            hint = "made by another network or an earlier version of this project; "
             raise EmbeddingJobError(
                 f"{show_path(folder)} holds another job (it differs in {', '.join(differ)}): "
-                "choose another folder, or delete this one"
+                f"{hint if 'tower' in differ else ''}choose another folder, or delete this one"
             )
     elif (folder / EMBEDDINGS).exists() or (folder / PROGRESS).exists():
         raise EmbeddingJobError(

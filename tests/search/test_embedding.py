@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 
 import keras
@@ -309,6 +310,26 @@ def test_a_folder_is_of_one_job(tmp_path, engine):
     (tmp_path / JOB).unlink()
     with pytest.raises(EmbeddingJobError, match=r"embeddings without a job\.json"):
         embed_job(engine, numbered(), tmp_path, 8)
+
+
+def test_a_job_of_another_network_or_precision_is_told_apart(tmp_path, engine, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # outside the project its messages had been "no environment.yml"
+    embed_job(engine, numbered(), tmp_path / "out", 8)
+    half = replace(engine, name="keras bfloat16")
+    with pytest.raises(EmbeddingJobError, match=r"out holds another job \(it differs in engine\)"):
+        embed_job(half, numbered(), tmp_path / "out", 8)
+    other = replace(engine, fingerprint="0" * 64)
+    with pytest.raises(EmbeddingJobError, match=r"in tower\): made by another network"):
+        embed_job(other, numbered(), tmp_path / "out", 8)
+
+
+def test_links_between_folders_end_and_stay_inside(tmp_path, tower):
+    save(tmp_path / "outside" / "secret.jpg", (0, 0, 255))
+    save(tmp_path / "photos" / "a.png", (255, 0, 0))
+    # One link to the folder itself had made 41 photos of one, and two had not ended.
+    for name, target in {"loop": ".", "loop2": ".", "out": tmp_path / "outside"}.items():
+        (tmp_path / "photos" / name).symlink_to(target, target_is_directory=True)
+    assert photos_below(tmp_path / "photos").names == ["a.png"]
 
 
 def test_a_file_that_changes_makes_another_job(tmp_path, engine):
