@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.search.exact import checked
 from lib.search.photo_index import UnusableIndexError, checked_vectors
 
 _MODEL, _FORMAT_KEY, _FORMAT = "image_retrieval.model", "image_retrieval.format", "1"
@@ -176,23 +177,19 @@ class MilvusIndex:
         """Find the k most similar photos of each query, the most similar first.
 
         Args:
-            queries: float32 (q, d).
+            queries: float32 (q, d) of unit norm.
             k: number of photos, 1 to 16384; capped at n, the number in the index.
 
         Returns:
             q lists of min(k, n) names, and the cosine similarities, float32 (q, min(k, n)).
 
         Raises:
-            ValueError: k is out of range, or the queries have another dimension than the index.
+            ValueError: k is out of range, or the queries are not (q, d) of unit norm.
             RuntimeError: an approximate search found fewer photos for some queries than for others.
         """
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        queries = checked(queries, "queries", self.dimension)
         if not 1 <= k <= _MOST_FOUND:
             raise ValueError(f"k must be from 1 to {_MOST_FOUND}, got {k}")
-        if queries.ndim != 2 or queries.shape[1] != self.dimension:
-            raise ValueError(
-                f"queries must be (q, {self.dimension}) for this index, not {queries.shape}"
-            )
         found = []
         for rows in _slices(len(queries)):
             found += self._client.search(
@@ -226,10 +223,7 @@ class MilvusIndex:
             ValueError: as :meth:`build`, or the embeddings have another dimension.
         """
         vectors, names = checked_vectors(embeddings, names)
-        if vectors.shape[1] != self.dimension:
-            raise ValueError(
-                f"embeddings must be (n, {self.dimension}) for this index, not {vectors.shape}"
-            )
+        checked(vectors[:1], dimension=self.dimension)
         self._write(names, vectors)
 
     def _write(self, names: list[str], vectors: np.ndarray) -> None:

@@ -128,7 +128,7 @@ def test_it_refuses_what_a_photo_index_refuses(index):
         index.add(["x", "x"], vectors_of(["1", "2"]))
     with pytest.raises(ValueError, match=r"must be \(n, 16\)"):
         index.add(["x"], np.eye(1, D + 1, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"queries must be \(q, 16\)"):
+    with pytest.raises(ValueError, match=r"queries must be \(n, 16\)"):
         index.search(np.ones((1, 3)), 1)
     with pytest.raises(ValueError, match="k must be"):
         index.search(vectors_of(["1"]), 0)
