@@ -1,14 +1,14 @@
-"""Descriptors from several views of a photo: other sizes, mirrored, pooled with another exponent.
+"""Descriptors from several views of a photo: sizes, mirror images, pooling exponents.
 
-Nothing is trained here. A network that has learned from one view of each photo is shown a few more
-when it embeds, and the views' descriptors become one:
+Nothing is trained here. A trained network embeds several views of each photo, and their descriptors
+are averaged to one:
 
     views = describe_views(tower, lambda size: read_gallery(folder, size)[0], (24, 32, 48))
     descriptors = aggregate(views)                     # float32 (n, d) of unit norm
 
 Each view costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored too, take
-2 x (0.5 + 1 + 2) = 7 times as long as the one view. Several exponents share a pass. Searching costs
-what it did before.
+2 x (0.5 + 1 + 2) = 7 times as long as one view. Several exponents share a pass. A search costs the
+same as before.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def describe_views(
     """Embed photos at several sizes, as they are and mirrored, and pooled with several exponents.
 
     Args:
-        tower: from :func:`lib.network.tower.build_tower`, at whatever size it has been trained.
-        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. They should be read
-            anew at each size: to enlarge the small ones brings nothing.
+        tower: from :func:`lib.network.tower.build_tower`, trained at any size.
+        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. Read them anew at
+            each size: enlarging small ones brings nothing.
         image_sizes: sides in pixels.
         mirrored: whether each size gives a second view, left and right exchanged.
         gem_ps: exponents to pool with; None is the tower's own. To raise it after training, from 3
@@ -83,9 +83,9 @@ def aggregate(views: np.ndarray, p: float = 1.0) -> np.ndarray:
 
     With p = 1 it is the mean direction, as is usual (Radenović, Tolias, Chum, "Fine-tuning CNN
     Image Retrieval with No Human Annotation", TPAMI 2018, "Multi-scale representation"). A larger p
-    is SuperGlobal's scale GeM (see above, section 3.1), infinity the maximum. Descriptors may be
-    negative, which a power can't be of; so each dimension is lifted by its smallest value in the
-    whole set before and lowered by as much afterwards, which leaves p = 1 what it is.
+    is SuperGlobal's scale GeM (see above, section 3.1), infinity the maximum. Powers need values of
+    at least 0, but descriptors may be negative: the smallest value of each dimension in the whole
+    set is subtracted before and added again afterwards, which does not change p = 1.
 
     Args:
         views: float (v, n, d) of unit norm.

@@ -51,7 +51,7 @@ class EmbeddingJobError(RuntimeError):
 
 
 class Embedded(NamedTuple):
-    """What became of some pictures.
+    """The embeddings of some pictures.
 
     Attributes:
         embeddings: float32 (n, d) of unit norm; of a job, a file that is read as memory.
@@ -65,7 +65,7 @@ class Embedded(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Where pictures come from
+# Sources
 # --------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +77,7 @@ class PhotoSource:
         names: one for each picture.
         read: from a picture's number and a side in pixels to uint8 (side, side, 3) RGB; several
             threads call it. Raises PhotoError if the picture can't be read.
-        digest: stands for the pictures; a job goes on only if it is the same.
+        digest: identifies the pictures; a job is resumed only if it is equal.
     """
 
     names: list[str]
@@ -103,7 +103,7 @@ def photos_below(folder: Path) -> PhotoSource:
 
 
 def photos_at(paths: Iterable[Path]) -> PhotoSource:
-    """Picture files of whatever kind, in the order given, by their paths as they were given."""
+    """Picture files in the order given, named by their paths as given."""
     paths = [Path(path) for path in paths]
     return _of_files(paths, [str(path) for path in paths])
 
@@ -270,7 +270,7 @@ def _go_on(
     batch_size: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[list[str], list[str]]:
-    """Embed what is not embedded yet; returns names and messages of all."""
+    """Embed the remaining pictures; returns names and messages of all."""
     for name in (EMBEDDINGS, PROGRESS):
         (folder / name).touch()
     with (folder / EMBEDDINGS).open("rb+") as rows, (folder / PROGRESS).open("rb+") as progress:
@@ -281,8 +281,8 @@ def _go_on(
         if done < len(source):
             silent = on_progress is not None
             for batch in _embed(engine, source, done, len(skipped), batch_size, silent):
-                # Written, not mapped: a disk that fills up is an error then, not a crash. The line
-                # comes last; rows that no line vouches for do not count.
+                # Written, not mapped: a full disk is an error then, not a crash. The line comes
+                # last; rows without a line do not count.
                 rows.write(batch.embeddings)
                 rows.flush()
                 progress.write(_line(batch))
@@ -324,7 +324,7 @@ def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]
 
 
 def _line(batch: Embedded) -> bytes:
-    """The line that vouches for a batch."""
+    """The line of a batch, with the checksum of its names, messages and rows."""
     entry = {"names": batch.names, "skipped": batch.skipped}
     digest = xxhash.xxh3_128(json.dumps(entry).encode())
     digest.update(np.ascontiguousarray(batch.embeddings, "<f4"))
@@ -332,7 +332,7 @@ def _line(batch: Embedded) -> bytes:
 
 
 def _write_header(rows, shape: tuple[int, int]) -> None:
-    """Write the head of the .npy file; its length does not hang on the shape."""
+    """Write the header of the .npy file; its length is the same for every shape."""
     rows.seek(0)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(rows, header)
@@ -350,9 +350,9 @@ def _embed(
     """Embed the pictures of a source, batch by batch, and show progress.
 
     Args:
-        done: how many pictures to leave out at the beginning, since they are embedded.
+        done: how many of the first pictures are done already.
         failed: how many of these could not be read.
-        silent: show none.
+        silent: without a progress bar.
     """
     with (
         ThreadPoolExecutor(_THREADS) as threads,

@@ -1,7 +1,7 @@
 """Better rankings from the same descriptors: query expansion and re-ranking.
 
-Descriptors are float32 (n, d) of unit norm and are compared by their inner product. The queries are
-not part of the gallery, and no query changes the result of another one. Every method ends in
+Descriptors are float32 (n, d) of unit norm and are compared by their inner product. Queries are not
+part of the gallery, and no query changes the result of another one. Every method ends in
 scores, float32 (q, n), the larger the better, which the caller ranks once:
 
     queries = expand_queries(queries, gallery)             # new descriptors, searched as before
@@ -14,9 +14,9 @@ scores, float32 (q, n), the larger the better, which the caller ranks once:
 
     ranked = np.argsort(-scores, axis=1, kind="stable")
 
-A method that leaves a photo alone (it is no candidate, or the diffusion does not reach it) scores
-it with its similarity less 2, or lower if there are negative scores, so that such photos come
-after all others in their old order.
+Photos that a method does not re-rank (not a candidate, or beyond the reach of the diffusion) get
+their similarity minus 2, or less if there are negative scores: they follow all others, in their old
+order.
 
     method                once per gallery           per query                  memory (numbers)
     expand_queries        nothing                    a search                   q (k + d)
@@ -54,8 +54,8 @@ def expand_queries(
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        k: how many photos; more than n takes all.
-        alpha: 0 or more; the larger, the less do dissimilar photos count.
+        k: how many photos; capped at n.
+        alpha: 0 or more; the larger it is, the less dissimilar photos count.
 
     Returns:
         float32 (q, d) of unit norm. If the sum vanishes (opposite photos with alpha 0), the query
@@ -81,7 +81,7 @@ def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many other photos; more than n - 1 takes all.
+        k: how many other photos; capped at n - 1.
         alpha: 0 or more.
 
     Returns:
@@ -140,15 +140,15 @@ def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> Recipro
     R(i, k1), of which at least two thirds are in R(i, k1). The encoding has exp(-d(i, j)) for the j
     in R* and 0 for others (all section 3), and is averaged over the photo and its k2 - 1 nearest.
 
-    As in the authors' code a photo of the gallery is in its own R. Different from that code, the
+    As in the authors' code a photo of the gallery is in its own R. Unlike that code, the
     distance d is 1 - similarity, not the squared distance divided by the row's largest, and
     encodings are not scaled to a sum of 1, which is in none of the equations.
 
     Args:
         gallery: float (n, d) of unit norm.
         k1: how many nearest other photos count; half of it is rounded down.
-        k2: how many encodings are averaged, 1: none but the photo's own. More than there are
-            photos takes all, for both.
+        k2: how many encodings are averaged; 1: only the photo's own. Both are capped at the
+            number of photos.
 
     Raises:
         ValueError: k1 or k2 below 1, or a gallery as for :func:`nearest`.
@@ -266,8 +266,8 @@ def neighbour_graph(gallery: np.ndarray, k: int = 50, gamma: float = 3.0) -> spa
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many nearest others; more than n - 1 takes all.
-        gamma: above 0; the larger, the less do dissimilar photos count.
+        k: how many nearest others; capped at n - 1.
+        gamma: above 0; the larger it is, the less dissimilar photos count.
 
     Returns:
         S, sparse float64 (n, n), symmetric, its eigenvalues from -1 to 1. A photo that is joined to
@@ -309,7 +309,7 @@ def rerank_diffusion(
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
         graph: :func:`neighbour_graph` of this gallery.
-        k: from how many photos it spreads; more than n takes all.
+        k: from how many photos it spreads; capped at n.
         gamma: above 0, that of the graph.
         alpha: from 0 (y itself) to below 1; the larger, the farther it spreads and the longer it
             takes.
@@ -383,14 +383,14 @@ def rerank_superglobal(
     dimension of the k + 1 refined descriptors most similar to the query. The score is the mean of
     both inner products; neither the refined descriptors nor the expanded query are normalized.
 
-    Different from the authors' code, negative similarities have the weight 0. The maximum depends
+    Unlike the authors' code, negative similarities have the weight 0. The maximum depends
     on the axes: the same descriptors, rotated, give other scores.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        top: how many candidates are re-ranked (the paper's M); more than n re-ranks all.
-        k: how many neighbours refine a candidate; more than top - 1 takes all.
+        top: how many candidates are re-ranked (the paper's M); capped at n.
+        k: how many neighbours refine a candidate; capped at top - 1.
         beta: 0 or more, the weight of neighbours.
 
     Returns:

@@ -28,7 +28,7 @@ from lib.search.kinds import IndexSettings, train_and_add
 RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
 SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them
 _BLOCK = 16_384  # rows that are handled together
-_LITTLE = 0.001  # recall that is not worth more time
+_LITTLE = 0.001  # a gain of recall that is not worth more time
 _FAR_SLOWER = 3  # times slower than what has reached the target: not tried any further
 
 
@@ -309,7 +309,7 @@ def memory_of(index: faiss.Index) -> int:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let Faiss use so many threads inside the block, or as many as it was allowed if fewer."""
+    """Limit the threads of Faiss inside the block; a lower limit that is set already stays."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(min(number, before))
     try:
@@ -319,7 +319,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def list_count(n: int) -> int:
-    """How many lists an inverted file of n vectors should have, a power of two."""
+    """Number of lists for an inverted file of n vectors, a power of two."""
     # About 4 sqrt(n) balance finding lists and reading them; k-means wants 39 vectors each.
     return 2 ** int(np.log2(max(1, min(4 * np.sqrt(n), n / 39))))
 
