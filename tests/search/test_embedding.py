@@ -427,3 +427,14 @@ def test_twenty_kills_lose_and_double_nothing(tmp_path):
     assert result["kills"] >= 10 and result["stages"] > 3
     found = np.load(tmp_path / "killed" / EMBEDDINGS)
     assert found.shape == (sum(i % 7 != 3 for i in range(3000)), 3)
+
+
+def test_links_neither_loop_nor_lead_outside_of_the_folder(tmp_path):
+    # A link to the folder itself gave each photo 41 times; another let photos from outside in.
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "a.jpg")
+    (inside / "loop").symlink_to(inside)
+    (inside / "out").symlink_to(outside)
+    assert photos_below(inside).names == ["a.jpg"]
