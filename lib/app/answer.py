@@ -1,4 +1,4 @@
-"""The trained system as one question and one answer: a photo in, the most similar photos out.
+"""Searches a folder of photos for those most similar to a photo.
 
     engine = load_engine(run / ENGINE)
     gallery = open_gallery(engine, Path("Dataset/demo_world/unseen"), run / JOBS)
@@ -6,14 +6,15 @@
     answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
     answer.names, answer.similarities, answer.votes
 
-A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`); the name of
-the folder that a photo lies in is taken for its landmark. Neither TensorFlow nor Keras is needed.
+A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The name of
+a photo's folder is taken as its landmark. Neither TensorFlow nor Keras is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,24 +23,22 @@ from pathlib import Path
 import numpy as np
 
 from lib.data.photos import NoPhotosError, PhotoError, read_photo
-from lib.evaluation.explain import occlusion_heat
 from lib.network.engine import Engine
 from lib.search.embedding import embed_job, photos_below
 from lib.search.photo_index import IndexSettings, PhotoIndex
-from lib.search.rerank import expand_queries
 
-JOBS = "galleries"  # folder in a run, for the embeddings of the galleries that were opened
+JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
 log = logging.getLogger(__name__)
 
 _BATCH = 32  # photos between two reports of progress
-_NEIGHBOURS = 3  # that a query is moved towards: a landmark often has no more photos
+_NEIGHBOURS = 3  # for query expansion: a landmark often has no more photos
 
 
 class SearchError(ValueError):
-    """A folder or a photo can't be used; the message may be shown to anybody, and names no path."""
+    """A folder or a photo can't be used; the message names no path and may be shown to anybody."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Question:
     Attributes:
         k: how many photos to find.
         kind: of index: "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph"
-            (HNSW) look at few of them, which pays in large galleries.
-        rerank: "none", or "query expansion": search again with the mean of the photo and the first
-            photos found, see :func:`lib.search.rerank.expand_queries`. Its similarities are those
+            (HNSW) compare only some of them, which is faster in large galleries.
+        rerank: "none", or "query expansion": search again with the mean of the query and its first
+            results, see :func:`lib.search.rerank.expand_queries`. The similarities are then those
             to that mean.
 
     Raises:
@@ -71,14 +70,14 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was found.
+    """The result of a search.
 
     Attributes:
-        names: of the photos, the most similar first.
-        similarities: float32, cosines from -1 to 1.
-        votes: shares of the landmarks among these photos, weighed by similarity, the largest
-            first; they add up to 1. Empty if no photo lies in a landmark's folder.
-        seconds: that it took to embed the photo and to search.
+        names: of the k photos found, the most similar first.
+        similarities: float32 (k,), cosines from -1 to 1.
+        votes: the share of each landmark among these photos, weighted by similarity, the largest
+            first; the shares sum to 1. Empty if no photo lies in a landmark's folder.
+        seconds: to embed the photo and to search.
     """
 
     names: list[str]
@@ -89,10 +88,10 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """A folder of photos that can be searched in.
+    """An embedded folder of photos.
 
     Attributes:
-        folder: that the names are seen from.
+        folder: of the photos.
         names: n paths within the folder.
         embeddings: float32 (n, d) of unit norm.
         unreadable: how many other photos could not be read.
@@ -103,25 +102,36 @@ class Gallery:
     embeddings: np.ndarray
     unreadable: int
 
+    def path(self, name: str) -> Path:
+        """The file of a photo.
+
+        Raises:
+            SearchError: a link leads from there to a place outside the folder.
+        """
+        path = self.folder / name
+        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
+            raise SearchError("This photo is no longer in the folder.")
+        return path
+
     def landmarks(self) -> list[str]:
-        """The landmarks, sorted: the folders that the photos lie in."""
+        """The names of the folders that the photos lie in, sorted."""
         return sorted({landmark_of(name) for name in self.names} - {""})
 
 
 def landmark_of(name: str) -> str:
-    """The landmark that a photo's name tells: its folder's name; "" if it lies in none."""
+    """The landmark of a photo, by its name: that of its folder; "" without a folder."""
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
 def folder_below(root: Path, typed: str) -> Path:
-    """The folder that somebody means, if it may be searched in.
+    """The folder that a user typed, after all links are resolved.
 
     Args:
-        root: only folders below it are accepted, and none whose path has a name with a leading dot.
-        typed: a path, seen from ``root`` or whole.
+        root: only folders below it are accepted, without names that begin with a dot.
+        typed: a path, absolute or relative to ``root``.
 
     Raises:
-        SearchError: no folder that may be searched in; why is not told.
+        SearchError: there is no such folder, or it is not allowed; the message does not say which.
     """
     try:
         root = Path(root).resolve()
@@ -140,17 +150,18 @@ def open_gallery(
     jobs: Path,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Gallery:
-    """Embed the photos of a folder and of all folders in it, or find them embedded.
+    """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
     Args:
         engine: from :func:`lib.network.engine.load_engine`.
         folder: of photos.
-        jobs: a folder for the embeddings, which are kept: each set of photos gets a folder in it.
+        jobs: keeps the embeddings: a folder for each set of photos.
         on_progress: see :func:`lib.search.embedding.embed_job`.
 
     Raises:
-        SearchError: no photo in the folder, or none that can be read.
-        EmbeddingJobError: another process embeds the same photos.
+        SearchError: there is no photo, or none that can be read.
+        EmbeddingJobError: another process embeds the same photos (its subclass ``JobBusyError``),
+            or their stored embeddings can't be used.
     """
     try:
         source = photos_below(folder)
@@ -165,30 +176,30 @@ def open_gallery(
 
 
 class Search:
-    """Searches a gallery. Indexes are built when they are first asked for."""
+    """Searches a gallery. Each index is built at its first use."""
 
     def __init__(self, engine: Engine, gallery: Gallery):
-        """Search a gallery.
-
-        Args:
-            engine: the one that embedded the gallery.
-            gallery: from :func:`open_gallery`.
+        """Args:
+        engine: that embedded the gallery.
+        gallery: from :func:`open_gallery`.
         """
         self.engine, self.gallery = engine, gallery
         self._indexes: dict[str, PhotoIndex] = {}
 
     def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
-        """Find the photos most similar to one.
+        """Find the photos most similar to a photo.
 
         Args:
             photo: uint8 (s, s, 3), see :func:`lib.app.upload.read_upload`.
             question: how to search.
-            without: name of a photo to pass over: the query itself, if it is of the gallery.
+            without: name of a photo to leave out: the query itself, if it is in the gallery.
         """
         start = time.perf_counter()
         index = self._index(question.kind)
         query = self.engine.embed(photo[None])
         if question.rerank == "query expansion" and self.gallery.names != [without]:
+            from lib.search.rerank import expand_queries  # here: it loads SciPy
+
             query = expand_queries(query, self._others(without), k=_NEIGHBOURS)
         names, similarities = index.search(query, question.k + bool(without))
         found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
@@ -200,20 +211,22 @@ class Search:
         """A photo of the gallery as the network sees it, uint8 (s, s, 3).
 
         Raises:
-            SearchError: it can't be read any more.
+            SearchError: it can no longer be read.
         """
         try:
-            return read_photo(self.gallery.folder / name, self.engine.image_size)
+            return read_photo(self.gallery.path(name), self.engine.image_size)
         except PhotoError as error:
-            log.info("a photo of the gallery can't be read any more: %s", error)
-            raise SearchError("This photo can't be read any more.") from None
+            log.info("a photo of the gallery can no longer be read: %s", error)
+            raise SearchError("This photo can no longer be read.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What two photos, uint8 (s, s, 3), have in common in the network's eyes.
+        """Find the parts that make two photos, uint8 (s, s, 3), similar to the network.
 
         Returns:
             a heat map of each, float32 (g, g), see :func:`lib.evaluation.explain.occlusion_heat`.
         """
+        from lib.evaluation.explain import occlusion_heat  # here: it loads pandas and Matplotlib
+
         embeddings = self.engine.embed(np.stack([photo, other]))
         return (
             occlusion_heat(self.engine.embed, photo, embeddings[1]),
@@ -232,14 +245,14 @@ class Search:
         return self._indexes[kind]
 
     def _others(self, without: str) -> np.ndarray:
-        """The embeddings of all photos but one: a query must not vote for itself."""
+        """All embeddings except the query's, which must not vote for itself."""
         if not without:
             return self.gallery.embeddings
         return self.gallery.embeddings[[name != without for name in self.gallery.names]]
 
 
 def _settings(kind: str, n: int) -> IndexSettings:
-    """Settings of an index for n photos; Faiss wants 39 photos a list to learn the lists from."""
+    """Settings of an index of n photos; Faiss warns below 39 training vectors per list."""
     if kind == "exact":
         return IndexSettings()
     if kind == "graph":

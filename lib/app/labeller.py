@@ -7,10 +7,8 @@ It reads and writes the ``ground_truth.csv`` of :func:`lib.data.photos.read_test
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +16,10 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from PIL import Image
 
+from lib.app.web import load, picture_uri
 from lib.data.photos import GROUND_TRUTH, read_test_set
 from lib.files import replacing, show_path
-from lib.plots import QUERY, RIGHT
 
 PAGE = 24  # photos shown at a time, however many there are
 SIDE = 150  # pixels of a photo's side
@@ -124,39 +121,6 @@ def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
 # The widget
 # --------------------------------------------------------------------------------------------------
 
-# A photo is the background of a toggle button: a real button can be reached by Tab and pressed by
-# the space bar, and a screen reader says its text, which stands in the strip below the photo.
-STYLE = f"""
-.labeller .labeller-photo {{
-  width: {SIDE}px; height: {SIDE + 28}px; margin: 0; padding: {SIDE}px 4px 0; line-height: 24px;
-  border: 3px solid transparent; box-sizing: border-box; white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; background: no-repeat top / 100% {SIDE - 4}px var(--jp-layout-color2);
-  color: var(--jp-ui-font-color1); box-shadow: none; border-radius: 3px;
-}}
-.labeller .labeller-photo.mod-active {{
-  border-color: {RIGHT}; color: white; font-weight: bold;
-  background-color: color-mix(in srgb, {RIGHT} 72%, black);
-}}
-.labeller button:focus-visible {{
-  outline: 4px solid var(--jp-ui-font-color0) !important;
-  outline-offset: -4px; /* inside: a box clips its content */
-}}
-.labeller .labeller-swap {{
-  width: {SIDE}px; height: 24px; margin: 0; line-height: 22px; font-size: 11px;
-  background: none; color: var(--jp-ui-font-color1); border: 1px solid transparent;
-}}
-.labeller .labeller-swap:hover, .labeller .labeller-swap:focus-visible {{
-  border-color: var(--jp-border-color1); box-shadow: none;
-}}
-.labeller .labeller-head {{ display: flex; gap: 16px; line-height: 1.4; align-items: flex-start;
-  overflow-wrap: anywhere; }}
-.labeller .labeller-head .query {{ border: 4px solid {QUERY}; width: {SIDE}px; flex: none; }}
-.labeller .labeller-head .chosen {{ display: flex; flex-wrap: wrap; gap: 4px; max-height: 130px;
-  overflow-y: auto; margin-top: 6px; }}
-.labeller .labeller-head .chosen img {{ border: 2px solid {RIGHT}; width: 56px; height: 56px; }}
-.labeller .labeller-failed {{ color: var(--jp-error-color0, #b71c1c); font-weight: bold; }}
-"""
-
 
 class Labeller(widgets.VBox):
     """A widget to choose the query and its positives, and to save them.
@@ -249,10 +213,10 @@ class Labeller(widgets.VBox):
         self._shown = self._order[page * PAGE : (page + 1) * PAGE].tolist()
         pictures = "".join(
             f".labeller .labeller-photo.{self._photo_class(i)} "
-            f"{{ background-image: url({_data_uri(self._photos[i])}) }}\n"
+            f"{{ background-image: url({picture_uri(self._photos[i], quality=85)}) }}\n"
             for i in self._shown
         )
-        self._style.value = f"<style>{STYLE}{pictures}</style>"
+        self._style.value = f"<style>{load('labeller.css')}{pictures}</style>"
         for i in self._shown:
             if i not in self._cells:
                 self._cells[i] = self._new_cell(i)
@@ -302,7 +266,7 @@ class Labeller(widgets.VBox):
         )
 
     def _img(self, name: str, kind: str = "positive") -> str:
-        uri = _data_uri(self._photos[self._names.index(name)])
+        uri = picture_uri(self._photos[self._names.index(name)], quality=85)
         what = f"{kind} {_html(name)}"
         return f'<img class="{kind}" src="{uri}" alt="{what}" title="{what}">'
 
@@ -403,9 +367,3 @@ def _unreadable(skipped: list[str]) -> str:
         f"<details><summary>{len(skipped)} of the folder's files can't be read</summary>"
         f"<ul>{items}</ul></details>"
     )
-
-
-def _data_uri(photo: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(photo).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,10 +1,10 @@
-"""The search app as a page of its own: ``python -m lib.app.page``, or ``make app``.
+"""Serves the search app as a web page: ``python -m lib.app.page``, or ``make app``.
 
-It serves those cells of notebook 06 that are tagged ``parameters`` or ``app`` through Voila. What a
-run lacks is made first: the exported tower, and the embeddings of the gallery.
+Voila serves the cells of notebook 06 that are tagged ``parameters`` or ``app``. The exported tower
+and the embeddings of the gallery are made first where the run lacks them.
 
 The page is for this machine alone. It listens on 127.0.0.1, its address holds a secret token, a
-request under another host's name is refused, and browsers can send the kernel no code.
+request under another host's name is refused, and browsers can't send code to the kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import webbrowser
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import nbformat
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import project_root, replacing, show_path
 from lib.network.engine import ENGINE, Engine, EngineError, export_engine, load_engine
+from lib.search.embedding import EmbeddingJobError
 
 NOTEBOOK = "06_search_app.ipynb"
-PAGE = "search_app.ipynb"  # in the run's folder
 PORT = 8866
-READY = 1  # kernels that wait for a visitor, the app being open in them
+READY = 1  # kernels started in advance, for the next visitor
+MOST_KERNELS = 8  # of some 260 MB each; more pages are refused
 
-_IDLE = 600  # seconds until a kernel ends whose page is gone without having said so
+_IDLE = 180  # seconds until the kernel of a page ends that vanished without a word
+_FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,17 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
         "--gallery", default="Dataset/demo_world/unseen", help="folder of photos to search in"
     )
     parser.add_argument(
-        "--folders-root", default="", help="own folders must lie below it; default: your home"
+        "--folders-root",
+        default="",
+        help="own folders must lie below it; default: your home",
     )
-    parser.add_argument("--port", type=int, default=PORT, help="where it is served")
+    parser.add_argument("--port", type=int, default=PORT, help="the next free one if it is taken")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     options = parser.parse_args(arguments)
     root = project_root()
     try:
         run = (root / options.run_dir).resolve()
         engine = open_engine(run)
-        open_gallery(engine, root / options.gallery, run / JOBS)
-    except (FileNotFoundError, SearchError, EngineError) as error:
+        gallery = root / options.gallery
+        if not gallery.is_dir():
+            raise FileNotFoundError(f"there is no folder {show_path(gallery)} (--gallery)")
+        try:
+            open_gallery(engine, gallery, run / JOBS)
+        except SearchError as error:  # it names no path, as visitors may see it
+            raise SearchError(f"{show_path(gallery)} (--gallery): {error}") from None
+    except (OSError, SearchError, EngineError, EmbeddingJobError) as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
     parameters = {
@@ -55,13 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
         "gallery_dir": options.gallery,
         "folders_root": options.folders_root,
     }
-    page = write_page_notebook(root / "notebooks" / NOTEBOOK, run / PAGE, parameters)
-    serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
+    # Each process has its own: a shared one would hand its gallery and folders to all visitors.
+    with tempfile.TemporaryDirectory(prefix="search_app_") as folder:
+        page = Path(folder) / "search_app.ipynb"
+        write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root)
+        serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
     return 0
 
 
 def open_engine(run: Path) -> Engine:
-    """The exported tower of a run; it is exported now if the run has only the model.
+    """Load the exported tower of a run; export it first if the run has only the model.
 
     Raises:
         FileNotFoundError: the run has neither.
@@ -79,13 +93,16 @@ def open_engine(run: Path) -> Engine:
     return load_engine(run / ENGINE)
 
 
-def write_page_notebook(notebook: Path, path: Path, parameters: dict) -> Path:
-    """Write the part of a notebook that makes the page.
+def write_page_notebook(
+    notebook: Path, path: Path, parameters: dict, start_in: Path | None = None
+) -> Path:
+    """Write the cells of a notebook that make the page.
 
     Args:
         notebook: of its cells, those tagged ``parameters`` or ``app`` are kept.
-        path: to write to; the kernel starts in its folder.
+        path: to write to.
         parameters: values for the page, set after the cell ``parameters``.
+        start_in: folder that the page computes in; None: that of ``path``.
     """
     content = nbformat.read(notebook, as_version=4)
     cells = []
@@ -94,7 +111,9 @@ def write_page_notebook(notebook: Path, path: Path, parameters: dict) -> Path:
         if "parameters" in tags or "app" in tags:
             cells.append(cell)
         if "parameters" in tags:
-            lines = (f"{name} = {value!r}" for name, value in parameters.items())
+            lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+            if start_in is not None:
+                lines += ["import os", f"os.chdir({str(start_in)!r})"]
             cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
     content.cells = cells
     content.metadata["title"] = "Landmark search"
@@ -108,19 +127,44 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
 
     Args:
         notebook: from :func:`write_page_notebook`.
-        templates: a folder of Jupyter's data, which has Voila's template ``search_app``.
-        port: if it is taken, the next free one is.
+        templates: a data folder of Jupyter with Voila's template ``search_app``.
+        port: to listen on; the next free one if it is taken.
         open_browser: whether to show the page.
     """
-    # Voila looks for templates where Jupyter looks for its data, and starts kernels by these.
+    # Voila finds its templates and kernels by these.
     os.environ["JUPYTER_PATH"] = str(templates)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    import tornado.web
     from traitlets.config import Config
     from voila.app import Voila
+    from voila.tornado.handler import TornadoVoilaHandler
+
+    class PageHandler(TornadoVoilaHandler):
+        waiting = 0  # pages whose kernel is not ready yet
+
+        @tornado.web.authenticated
+        async def get(self, path=None):
+            kernels = len(self.kernel_manager.list_kernel_ids())
+            if max(kernels, PageHandler.waiting) >= MOST_KERNELS:
+                self.set_status(503)
+                self.finish(_FULL)
+                return
+            _ = self.xsrf_token  # sets the cookie without which a closing page can't end its kernel
+            PageHandler.waiting += 1
+            try:
+                await super().get(path)
+            finally:
+                PageHandler.waiting -= 1
 
     class Page(Voila):
         def launch_browser(self) -> None:
             webbrowser.open(self.display_url)  # Voila's own leaves out the token
+
+        def init_handlers(self) -> list:
+            return [
+                (url, PageHandler if handler is TornadoVoilaHandler else handler, *rest)
+                for url, handler, *rest in super().init_handlers()
+            ]
 
     config = Config()
     config.Voila.ip = "127.0.0.1"
@@ -134,6 +178,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     config.VoilaConfiguration.preheat_kernel = True
     config.VoilaConfiguration.default_pool_size = READY
     config.MappingKernelManager.cull_idle_timeout = _IDLE
+    config.MappingKernelManager.cull_interval = 30
     config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
     Page.launch_instance([str(notebook)], config=config)
 

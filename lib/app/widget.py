@@ -1,21 +1,19 @@
-"""The search app: a widget to drop a photo on, which shows the landmark and the photos like it.
+"""The search app as a widget: drop a photo, see its landmark and the most similar photos.
 
 SearchApp(engine, gallery, jobs=run / JOBS)        # the last line of a notebook's cell
 
 It runs in JupyterLab, and as a page of its own, which ``make app`` serves (:mod:`lib.app.page`).
-Whatever happens, the page says so in a friendly line and lives on; what went wrong goes to the log.
+An error is shown as one line, with its traceback in the log, and the app goes on.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -35,23 +33,23 @@ from lib.app.answer import (
     open_gallery,
 )
 from lib.app.drop import PhotoDrop
-from lib.app.upload import UploadError, read_upload
+from lib.app.upload import FORMATS, SHOWN, UploadError, read_upload
+from lib.app.web import load, picture_uri
 from lib.data.photos import picture_of
-from lib.evaluation.explain import overlay
 from lib.network.engine import Engine
-from lib.search.embedding import EmbeddingJobError
+from lib.search.embedding import EmbeddingJobError, JobBusyError
 
-SAMPLES = 8  # photos to begin with
-NUMBERS = (4, 8, 12, 24)  # of photos to find
-SIDE = 240  # pixels of the longer side of a photo that was found
-VOTES = 3  # landmarks that are named
+SAMPLES = 8  # photos offered as queries
+NUMBERS = (4, 8, 12, 24)  # of results
+SIDE = 240  # pixels of a result's longer side
+VOTES = 3  # landmarks shown
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """The photo that is searched with.
+    """The query photo.
 
     Attributes:
         square: uint8 (s, s, 3), for the network.
@@ -65,7 +63,7 @@ class Query:
 
 
 def _guarded(method: Callable) -> Callable:
-    """Let a callback end in a line for the user, whatever it raises."""
+    """Show the user a line if a callback raises anything."""
 
     @wraps(method)
     def guarded(self: SearchApp, *arguments) -> None:
@@ -81,10 +79,10 @@ def _guarded(method: Callable) -> Callable:
 
 
 class SearchApp(widgets.VBox):
-    """Drop a photo, see its landmark.
+    """The app.
 
     Attributes:
-        search: what answers at the moment.
+        search: of the gallery that is chosen.
         answer: the last answer; None before the first.
     """
 
@@ -96,22 +94,20 @@ class SearchApp(widgets.VBox):
         title: str = "the gallery",
         folders_root: Path | None = None,
     ):
-        """Show the app.
-
-        Args:
-            engine: from :func:`lib.network.engine.load_engine`.
-            gallery: to search in at first, from :func:`lib.app.answer.open_gallery`.
-            jobs: where the embeddings of folders are kept.
-            title: of the gallery.
-            folders_root: only folders below it can be searched in; None: the user's home folder.
+        """Args:
+        engine: from :func:`lib.network.engine.load_engine`.
+        gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
+        jobs: folder that keeps the embeddings of folders.
+        title: of the gallery.
+        folders_root: only folders below it can be searched in; None: the user's home folder.
         """
         self._jobs = Path(jobs)
         self._folders_root = Path.home() if folders_root is None else Path(folders_root)
-        self._searches = {title: Search(engine, gallery)}
+        self._title, self._searches = title, {title: Search(engine, gallery)}
         self.search = self._searches[title]
         self.answer: Answer | None = None
         self._query: Query | None = None
-        self._thumbnail = lru_cache(maxsize=512)(_thumbnail)  # data URIs of photos, by their path
+        self._thumbnail = lru_cache(maxsize=512)(_thumbnail)  # (gallery, name) -> data URI
         self._threads = ThreadPoolExecutor(2, "thumbnails")
 
         self._drop = PhotoDrop(self._on_photo, lambda message: self._tell(message, failed=True))
@@ -135,7 +131,7 @@ class SearchApp(widgets.VBox):
         right = _box("right", self._status, controls, self._grid)
         own = _box("own", self._folder, self._open, self._progress)
         main = _box("main", left, right)
-        style = widgets.HTML(STYLE)
+        style = widgets.HTML(f"<style>{load('widget.css')}</style>")
         super().__init__([style, self._head, self._samples, main, own])
         self.add_class("search-app")
 
@@ -145,7 +141,7 @@ class SearchApp(widgets.VBox):
         self._open.on_click(lambda _: self._on_folder())
         self._show_gallery()
 
-    # ---- What the user does
+    # ---- Callbacks
 
     @_guarded
     def _on_photo(self, content: bytes) -> None:
@@ -153,7 +149,7 @@ class SearchApp(widgets.VBox):
 
     @_guarded
     def _on_gallery_photo(self, name: str) -> None:
-        self._ask(Query(self.search.photo(name), _picture(self._path(name), 480), name))
+        self._ask(Query(self.search.photo(name), _picture(self.search.gallery, name, SHOWN), name))
 
     @_guarded
     def _on_control(self) -> None:
@@ -163,7 +159,7 @@ class SearchApp(widgets.VBox):
     @_guarded
     def _on_why(self, rank: int) -> None:
         name = self.answer.names[rank]
-        pictures = self._query.picture, _picture(self._path(name), SIDE)
+        pictures = self._query.picture, _picture(self.search.gallery, name, SIDE)
         heats = self.search.why(self._query.square, self.search.photo(name))
         figures = "".join(
             f"<figure>{_img(_warm(picture, heat), f'{what}, bright where it matches')}"
@@ -192,22 +188,32 @@ class SearchApp(widgets.VBox):
         self._open.disabled = True
         try:
             gallery = open_gallery(self.search.engine, folder, self._jobs, self._show_progress)
-        except EmbeddingJobError:
+        except JobBusyError:
             log.info("a folder is being embedded elsewhere", exc_info=True)
             raise SearchError(
                 "This folder is being read in another window: try again in a moment."
             ) from None
+        except EmbeddingJobError as error:
+            log.error("the stored embeddings of a folder can't be used: %s", error)
+            raise SearchError(
+                "The stored embeddings of this folder can't be used; the log of the app says why."
+            ) from None
         finally:
             self._open.disabled = False
             self._progress.value = ""
-        self._searches[typed] = Search(self.search.engine, gallery)
+        title = folder.relative_to(self._folders_root.resolve()).as_posix()
+        if title == self._title:
+            title = f"./{title}"
+        self._searches[title] = search = Search(self.search.engine, gallery)
         self._where.options = list(self._searches)
-        self._where.value = typed
+        self._where.value = title
+        if self.search is not search:  # the same title as before: no change is reported
+            self._on_where()
 
-    # ---- What is shown
+    # ---- Display
 
     def _show_gallery(self) -> None:
-        """Begin anew, in the gallery that is chosen."""
+        """Show the chosen gallery, without an answer."""
         gallery = self.search.gallery
         landmarks = gallery.landmarks()
         photos = _count(len(gallery.names), "photo")
@@ -240,7 +246,7 @@ class SearchApp(widgets.VBox):
             f'<div class="query">{_img(_jpeg(query.picture), "The photo that is searched with")}'
             f"</div>{_vote_bars(answer.votes)}"
         )
-        uris = self._threads.map(self._thumbnail, map(self._path, answer.names))
+        uris = self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names)
         for rank, (name, uri) in enumerate(zip(answer.names, uris, strict=True)):
             self._draw_cell(rank, name, uri, float(answer.similarities[rank]))
         self._grid.children = self._cells[: len(answer.names)]
@@ -253,7 +259,7 @@ class SearchApp(widgets.VBox):
         )
 
     def _new_cell(self, rank: int) -> widgets.Box:
-        """A place of the grid. It stays; what it shows changes."""
+        """A cell of the grid; it is reused for each answer."""
         more = widgets.Button(description="More like this")
         why = widgets.Button(description="Why?")
         more.on_click(lambda _: self._on_gallery_photo(self.answer.names[rank]))
@@ -280,12 +286,9 @@ class SearchApp(widgets.VBox):
         button.add_class("sample")
         button.add_class(style)
         button.on_click(lambda _: self._on_gallery_photo(name))
-        uri = self._thumbnail(self._path(name))
+        uri = self._thumbnail(self.search.gallery, name)
         rule = f".search-app .sample.{style} {{ background-image: url({uri}) }}"
         return _box("sample-box", widgets.HTML(f"<style>{rule}</style>"), button)
-
-    def _path(self, name: str) -> Path:
-        return self.search.gallery.folder / name
 
     def _show_progress(self, done: int, total: int) -> None:
         self._progress.value = (
@@ -294,7 +297,7 @@ class SearchApp(widgets.VBox):
         )
 
     def _tell(self, text: str, failed: bool = False) -> None:
-        """Show a line over the results, which a screen reader reads out."""
+        """Show a line above the results; screen readers announce it."""
         role = 'role="alert" class="status failed"' if failed else 'role="status" class="status"'
         self._status.value = f"<div {role}>{html.escape(text)}</div>"
 
@@ -305,7 +308,7 @@ class SearchApp(widgets.VBox):
 
 
 def _box(name: str, *children: widgets.Widget) -> widgets.Box:
-    """A box whose place and size the style sheet decides by its name."""
+    """A box that the style sheet knows by its name."""
     box = widgets.Box(children)
     box.add_class(f"app-{name}")
     return box
@@ -316,7 +319,7 @@ def _dropdown(description: str, options, value) -> widgets.Dropdown:
 
 
 def _samples(gallery: Gallery) -> list[str]:
-    """Photos to begin with: of different landmarks, spread over the gallery."""
+    """Names of photos of different landmarks, spread over the gallery."""
     first: dict[str, str] = {}
     for name in gallery.names:
         first.setdefault(landmark_of(name) or name, name)
@@ -330,12 +333,12 @@ def _count(number: int, what: str) -> str:
 
 
 def _title(name: str) -> str:
-    """A file's or a folder's name for people; one from an old system may be no valid Unicode."""
+    """A file's or folder's name as text; names from old systems may not be valid Unicode."""
     return name.encode("utf-8", "replace").decode("utf-8").replace("_", " ")
 
 
 def _bar(share: float) -> str:
-    """A bar from 0 to 1; the number stands beside it, so a screen reader passes over it."""
+    """A bar from 0 to 1, hidden from screen readers, which read the number beside it."""
     width = 100 * min(max(share, 0.0), 1.0)
     return f'<div class="bar" aria-hidden="true"><div style="width: {width:.0f}%"></div></div>'
 
@@ -356,75 +359,25 @@ def _img(uri: str, alt: str) -> str:
 
 
 def _jpeg(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return picture_uri(picture, quality=82)
 
 
-def _picture(path: Path, longest: int) -> np.ndarray:
+def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
     """A photo of the gallery for people, uint8 (h, w, 3); a grey one if it can't be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(gallery.path(name), formats=FORMATS) as image:
             return np.asarray(picture_of(image, longest))
     except Exception:  # it was readable when the gallery was embedded
-        log.info("a photo of the gallery can't be read any more", exc_info=True)
+        log.info("a photo of the gallery can no longer be read", exc_info=True)
         return np.full((longest, longest, 3), 200, np.uint8)
 
 
-def _thumbnail(path: Path) -> str:
-    return _jpeg(_picture(path, SIDE))
+def _thumbnail(gallery: Gallery, name: str) -> str:
+    return _jpeg(_picture(gallery, name, SIDE))
 
 
 def _warm(picture: np.ndarray, heat: np.ndarray) -> str:
     """A photo with its heat map, as a data URI; without heat it is the photo itself."""
+    from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
+
     return _jpeg(overlay(picture[None], heat[None])[0] if heat.max() > 0 else picture)
-
-
-STYLE = """<style>
-.search-app, .search-app .widget-box { overflow: visible; }
-.search-app { max-width: 1280px; margin: 0 auto; padding: 8px 16px 24px; box-sizing: border-box;
-  width: 100%; gap: 14px; color: #1f2937; font-size: 15px; }
-.search-app .widget-html, .search-app .widget-html-content { height: auto; width: auto; margin: 0;
-  line-height: 1.45; font-size: 15px; }
-.search-app h1 { font-size: 30px; font-weight: 650; margin: 8px 0 2px; }
-.search-app h2 { font-size: 16px; font-weight: 650; margin: 14px 0 6px; }
-.search-app p { margin: 0; color: #4b5563; }
-.search-app img { display: block; width: 100%; border-radius: 8px; object-fit: cover; }
-.search-app button:focus-visible, .search-app select:focus-visible,
-.search-app input:focus-visible { outline: 3px solid #2563c9 !important; outline-offset: 2px; }
-.search-app .app-samples { flex-wrap: wrap; gap: 10px; }
-.search-app .sample { width: 96px; height: 96px; margin: 0; border-radius: 8px; font-size: 0;
-  background: #e5e7eb center / cover no-repeat; }
-.search-app .sample:hover { box-shadow: 0 0 0 3px #2563c9; }
-.search-app .app-main { gap: 28px; align-items: flex-start; flex-wrap: wrap; }
-.search-app .app-left { flex: 1 1 260px; max-width: 300px; flex-direction: column; gap: 12px; }
-.search-app .app-right { flex: 3 1 520px; flex-direction: column; gap: 10px; min-width: 0; }
-.search-app .app-grid { display: grid; width: 100%; gap: 18px 16px;
-  grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); }
-.search-app .app-cell { flex-direction: column; gap: 4px; }
-.search-app .app-cell img { aspect-ratio: 1; }
-.search-app .query img { border: 4px solid #2563c9; box-sizing: border-box; }
-.search-app .caption { display: flex; justify-content: space-between; gap: 8px; margin-top: 4px;
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.search-app .bar { height: 8px; border-radius: 4px; background: #e5e7eb; margin: 3px 0 6px; }
-.search-app .bar div { height: 8px; border-radius: 4px; background: #2a9d3a; }
-.search-app .votes ol { list-style: none; margin: 0; padding: 0; }
-.search-app .votes li:first-child { font-weight: 650; }
-.search-app .app-buttons { gap: 6px; }
-.search-app .app-buttons button { flex: 1 1 auto; width: auto; margin: 0; padding: 0 4px;
-  font-size: 13px; border-radius: 6px; background: #f3f4f6; color: #1f2937; }
-.search-app .pair { display: flex; gap: 10px; }
-.search-app .pair figure { flex: 1; margin: 0; }
-.search-app .pair figcaption { font-size: 13px; color: #4b5563; }
-.search-app .why p { font-size: 13px; }
-.search-app .status { padding: 8px 12px; border-radius: 8px; background: #eef4ff; font-size: 16px; }
-.search-app .status.failed { background: #fdecea; color: #8c1d18; }
-.search-app .app-controls, .search-app .app-own { flex-wrap: wrap; gap: 6px 20px;
-  align-items: center; }
-.search-app .app-own { padding-top: 14px; border-top: 1px solid #e5e7eb; }
-.search-app .app-controls .widget-label, .search-app .app-own .widget-label { width: auto;
-  color: #1f2937; font-size: 14px; margin-right: 6px; }
-.search-app .widget-dropdown { width: auto; }
-.search-app .app-own .widget-text { width: 340px; }
-.search-app .app-own button { width: auto; border-radius: 6px; color: #1f2937; }
-</style>"""

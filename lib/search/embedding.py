@@ -50,6 +50,10 @@ class EmbeddingJobError(RuntimeError):
     """A job can't be done in this folder; the message says what to change."""
 
 
+class JobBusyError(EmbeddingJobError):
+    """Another process works on the job."""
+
+
 class Embedded(NamedTuple):
     """The embeddings of some pictures.
 
@@ -232,7 +236,7 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another process works in {show_path(folder)}: wait until it has finished"
-    with only_writer(folder, EmbeddingJobError(busy)):
+    with only_writer(folder, JobBusyError(busy)):
         _claim(folder, job)
         yield
 

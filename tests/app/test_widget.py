@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from lib.app import page as app_page
-from lib.app.answer import landmark_of, open_gallery
+from lib.app.answer import SearchError, landmark_of, open_gallery
 from lib.app.drop import PhotoDrop
 from lib.app.upload import MOST_BYTES
-from lib.app.widget import SAMPLES, SearchApp
+from lib.app.widget import SAMPLES, SearchApp, _picture
+from lib.search.embedding import EmbeddingJobError, JobBusyError
 from tests.app.test_answer import colour, fake_engine
 
 ODD = '<b>a & "b"'
@@ -169,7 +170,78 @@ def test_a_folder_of_ones_own(app, tmp_path):
         assert not app._open.disabled and app._where.value == "the gallery"
 
 
+def test_a_folder_opened_again_shows_its_new_photo(app, tmp_path):
+    """The dropdown kept its value, so nothing was told and the old gallery stayed."""
+    (tmp_path / "mine" / "harbour").mkdir(parents=True)
+    Image.fromarray(colour(0, 1)).save(tmp_path / "mine/harbour/0.png")
+    for number in (1, 2):
+        app._folder.value = "mine"
+        app._open.click()
+        assert f"{number} photo" in app._status.value and "ready" in app._status.value
+        assert len(app.search.gallery.names) == number
+        Image.fromarray(colour(1, 1)).save(tmp_path / "mine/harbour/1.png")
+
+
+def test_a_link_out_of_the_gallery_shows_nothing(app, folder, tmp_path):
+    """A photo replaced by a link to a place outside was shown."""
+    secret = tmp_path / "secret.png"
+    Image.fromarray(colour(0, 5)).save(secret)
+    (folder / "landmark_05" / "0.png").unlink()
+    (folder / "landmark_05" / "0.png").symlink_to(secret)
+    with pytest.raises(SearchError, match="no longer in the folder"):
+        app.search.photo("landmark_05/0.png")
+    assert (_picture(app.search.gallery, "landmark_05/0.png", 9) == 200).all()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (EmbeddingJobError("job.json is damaged"), "The stored embeddings of this folder can"),
+        (JobBusyError("busy"), "being read in another window"),
+    ],
+)
+def test_a_job_that_fails_is_told_by_its_kind(app, tmp_path, monkeypatch, error, line):
+    """Every such error was called "being read in another window"."""
+
+    def fails(*_):
+        raise error
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("lib.app.widget.open_gallery", fails)
+    app._folder.value = "mine"
+    app._open.click()
+    assert line in app._status.value and 'role="alert"' in app._status.value
+
+
 # ---- The page
+
+
+def run_main(tmp_path, monkeypatch, gallery, fails=None):
+    """The page's command with a fake network; returns its status and what it would serve."""
+    served = []
+    monkeypatch.setattr(app_page, "open_engine", lambda run: fake_engine())
+    monkeypatch.setattr(app_page, "serve", lambda page, *_: served.append((page, page.read_text())))
+    if fails:
+        monkeypatch.setattr(app_page, "open_gallery", lambda *_: (_ for _ in ()).throw(fails))
+    return app_page.main(["--run-dir", str(tmp_path), "--gallery", str(gallery)]), served
+
+
+def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
+    """All pages of a run shared a file: the second's folders became those of the first."""
+    other = folder / "landmark_00"
+    (first,), (second,) = (run_main(tmp_path, monkeypatch, f)[1] for f in (folder, other))
+    assert first[0] != second[0] and str(other) not in first[1] and str(other) in second[1]
+    assert not first[0].parent.exists() and not list(tmp_path.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("fails", [JobBusyError("wait"), PermissionError("locked"), None])
+def test_a_gallery_that_can_not_be_opened_is_one_line(tmp_path, monkeypatch, capsys, fails):
+    """The first two were tracebacks; an absent folder was not named."""
+    gallery = tmp_path if fails else tmp_path / "nope"
+    assert run_main(tmp_path, monkeypatch, gallery, fails) == (1, [])
+    printed = capsys.readouterr().err
+    assert printed.startswith("app: ") and printed.count("\n") == 1
+    assert (str(fails) if fails else "nope") in printed
 
 
 def test_the_page_has_the_cells_of_the_app_with_its_parameters(tmp_path):
