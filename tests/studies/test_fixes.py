@@ -26,17 +26,15 @@ from lib.studies.fixes import (
     RIGHT,
     LadderData,
     LadderSettings,
-    OriginalLoss,
-    OriginalTripletLoss,
     draw_triplets,
     euclidean_leave_one_out,
     ladder_arms,
     landmark_folds,
     photo_maps,
     run_ladder,
-    start_from_pca,
     summarize,
 )
+from lib.studies.heads import OriginalLoss, OriginalTripletLoss, start_from_pca
 from tests.conftest import unit
 
 QUICK = LadderSettings(
@@ -105,6 +103,15 @@ def test_photo_maps_feed_the_backbone_in_three_ways(rng):
     for name in expected:
         assert maps[name].dtype == np.float16
         np.testing.assert_allclose(maps[name], expected[name], atol=1e-3)
+
+
+def test_maps_beyond_float16_are_refused():
+    """They became infinite without a word: training on them gives NaN."""
+    pixels = keras.Input((2, 2, 3))
+    for factor, peak in ((300.0, "reach 76500"), (np.nan, "reach nan")):
+        backbone = keras.Model(pixels, keras.layers.Rescaling(factor)(pixels))
+        with pytest.raises(ValueError, match=rf"{peak}.*, float16 ends at 65504"):
+            photo_maps(backbone, lambda x: x, np.full((1, 2, 2, 3), 255, np.uint8))
 
 
 # The exhibits -------------------------------------------------------------------------------------

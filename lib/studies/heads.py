@@ -1,0 +1,208 @@
+"""Trains heads that have or lack the fixes of the original pipeline.
+
+The faulty parts below serve :mod:`lib.studies.fixes` alone, which says what each fix is.
+
+    trainer = HeadTrainer(maps.shape[1:], frozenset({"loss", "L2 norm"}), 128, 0.1, 0.07)
+    trainer.start(None, rng)                                # weights anew, the projection at random
+    trainer.train(maps, groups, batches, learning_rate=1e-3)
+    descriptors = trainer.describe(maps)                    # float32 (n, 128)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+from scipy.linalg import eigh
+
+from lib.network.losses import InfoNCE, MetricLoss, TripletLoss, margin_loss
+from lib.network.mining import ANCHOR, NEGATIVE, POSITIVE, Stored
+from lib.network.pooling import make_pooling
+from lib.network.tower import Siamese, TowerSettings, build_head
+
+
+class OriginalLoss(keras.layers.Layer):
+    """The original's loss, as Keras computed it.
+
+    It was written for [anchors, positives, negatives], but Keras calls a loss once for each output
+    of a model. So ``y_pred[0]``, ``y_pred[1]`` and ``y_pred[2]`` are the first three *photos* of
+    the anchors, then of the positives, then of the negatives. Nine photos of a batch count, and
+    none is compared with its own positive or negative. The L2 penalty on the projection's weights,
+    0.01 by Keras' default, is by far the greater part of the loss.
+
+    Args:
+        margin: of the triplet loss.
+        projection: the layer whose weights are penalized.
+
+    Call arguments as for :class:`lib.network.losses.MetricLoss`, stored triplets only.
+    """
+
+    def __init__(self, margin: float, projection: keras.layers.Layer):
+        super().__init__()
+        self.margin, self.projection = margin, projection
+
+    def build(self, groups_shape, embeddings_shape):
+        pass  # no weights of its own
+
+    def call(self, groups, embeddings):
+        first = embeddings[:3]  # three photos (axis 0) of each of the three outputs (axis 1)
+        positive = ops.sum(ops.square(first[0] - first[1]), axis=-1)
+        negative = ops.sum(ops.square(first[0] - first[2]), axis=-1)
+        penalty = 0.01 * ops.sum(ops.square(self.projection.kernel))
+        return ops.sum(margin_loss(positive, negative, self.margin)) + penalty
+
+
+class OriginalTripletLoss(keras.layers.Layer):
+    """The loss that the original meant: squared Euclidean distances of embeddings of any norm.
+
+    Args:
+        margin: of the triplet loss. Its effect depends on the norm of the embeddings.
+
+    Call arguments as for :class:`lib.network.losses.MetricLoss`, stored triplets only.
+    """
+
+    def __init__(self, margin: float):
+        super().__init__()
+        self.margin = margin
+
+    def build(self, groups_shape, embeddings_shape):
+        pass  # no weights
+
+    def call(self, groups, embeddings):
+        anchor, positive, negative = (embeddings[:, r] for r in (ANCHOR, POSITIVE, NEGATIVE))
+        to_positive = ops.sum(ops.square(anchor - positive), axis=-1)
+        to_negative = ops.sum(ops.square(anchor - negative), axis=-1)
+        return ops.mean(margin_loss(to_positive, to_negative, self.margin))
+
+
+class HeadTrainer:
+    """A head and its loss: compiled once, for many trainings.
+
+    Args:
+        map_shape: (h, w, c) of the feature maps.
+        fixes: of :data:`lib.studies.fixes.FIXES`; here "loss", "L2 norm", "centring", "GeM" and
+            "negatives" count.
+        embedding_size: dimension of the embeddings.
+        margin: of the triplet loss.
+        temperature: of InfoNCE.
+    """
+
+    def __init__(
+        self,
+        map_shape: tuple[int, int, int],
+        fixes: frozenset[str],
+        embedding_size: int,
+        margin: float,
+        temperature: float,
+    ):
+        self.head = head = _build_head(map_shape, fixes, embedding_size)
+        end = head.get_layer("l2_normalization").input if "L2 norm" in fixes else head.output
+        self.describer = keras.Model(head.input, end)
+        self.siamese = Siamese(head, _build_loss(head, fixes, margin, temperature))
+        # beta_2: a memory of 100 steps; Adam's usual 1,000 is longer than the training.
+        self.siamese.compile(keras.optimizers.Adam(beta_2=0.99))
+        self.optimizer = self.siamese.optimizer
+        self.optimizer.build(self.siamese.trainable_variables)
+        self.variables = [*self.siamese.variables, *self.optimizer.variables]
+        self.first = [np.array(ops.convert_to_numpy(variable)) for variable in self.variables]
+
+    def start(self, maps: np.ndarray | None, rng: np.random.Generator) -> None:
+        """Forget all training. The projection starts from the principal axes of maps, or at random.
+
+        Args:
+            maps: float (n, h, w, c) for :func:`start_from_pca`; None: at random, by Keras' usual
+                distribution (Glorot and Bengio, 2010).
+            rng: of the start.
+        """
+        for variable, value in zip(self.variables, self.first, strict=True):
+            variable.assign(value)
+        if maps is not None:
+            start_from_pca(self.head, maps, rng)
+        else:
+            kernel = self.head.get_layer("projection").kernel
+            bound = math.sqrt(6 / sum(kernel.shape))
+            kernel.assign(rng.uniform(-bound, bound, kernel.shape))
+
+    def train(
+        self, maps: np.ndarray, groups: np.ndarray, batches: np.ndarray, learning_rate: float
+    ) -> None:
+        """Train on batches of triplets; the learning rate falls to 0 along a cosine.
+
+        Args:
+            maps: float (n, h, w, c), of all photos.
+            groups: int (n,), of all photos.
+            batches: int (steps, t, 3), rows of ``maps``: anchor, positive and negative.
+            learning_rate: at the first step.
+        """
+        for step, batch in enumerate(batches):
+            falling = (1 + math.cos(math.pi * step / len(batches))) / 2
+            self.optimizer.learning_rate = learning_rate * falling
+            self.siamese.train_on_batch(maps[batch], groups[batch])
+
+    def describe(self, maps: np.ndarray) -> np.ndarray:
+        """Descriptors before the L2 norm: float (n, h, w, c) -> float32 (n, d)."""
+        return in_parts(self.describer, maps)
+
+
+def start_from_pca(head: keras.Model, maps: np.ndarray, rng: np.random.Generator) -> None:
+    """Start a head's projection from the principal axes of the pooled maps, not at random.
+
+    A random projection to fewer dimensions loses signal as readily as noise, and few landmarks
+    can't teach it anew; a PCA loses next to nothing. (One of the starts in Krähenbühl et al.,
+    "Data-dependent Initializations of Convolutional Neural Networks", ICLR 2016.) A random rotation
+    then spreads the variance evenly over the dimensions: else the batch normalization, which
+    divides each by its standard deviation, would blow up the small ones.
+
+    Args:
+        head: with layers "pooling" and "projection", as from :func:`lib.network.tower.build_head`.
+        maps: float (n, h, w, c), feature maps of training photos.
+        rng: of the rotation.
+    """
+    pooling = keras.Model(head.input, head.get_layer("pooling").output)
+    x = in_parts(pooling, maps).astype(np.float64)
+    kernel = head.get_layer("projection").kernel
+    c, d = kernel.shape
+    k = min(c, d)
+    _, axes = eigh(np.cov(x, rowvar=False), subset_by_index=[c - k, c - 1])  # the k largest
+    rotation, _ = np.linalg.qr(rng.normal(size=(d, k)))
+    start = axes @ rotation.T
+    # As large as a random start, for which the learning rates are made.
+    kernel.assign(start * math.sqrt(2 / (c + d)) / start.std())
+
+
+def _build_head(map_shape: tuple[int, int, int], fixes: frozenset[str], size: int) -> keras.Model:
+    pooling = "gem" if "GeM" in fixes else "average"
+    if fixes >= {"L2 norm", "centring"}:
+        return build_head(map_shape, TowerSettings(embedding_size=size, pooling=pooling))
+    maps = keras.Input(map_shape)
+    x = make_pooling(pooling)(maps)
+    if "L2 norm" in fixes:
+        x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
+    else:  # the original's
+        x = keras.layers.Dense(size, activation="softplus", name="projection")(x)
+    if "centring" in fixes:
+        x = keras.layers.BatchNormalization(momentum=0.9, center=False, scale=False)(x)
+    if "L2 norm" in fixes:
+        x = keras.layers.UnitNormalization(name="l2_normalization")(x)
+    return keras.Model(maps, x, name="head")
+
+
+def _build_loss(
+    head: keras.Model, fixes: frozenset[str], margin: float, temperature: float
+) -> keras.layers.Layer:
+    if "loss" not in fixes:
+        return OriginalLoss(margin, head.get_layer("projection"))
+    if "negatives" in fixes:
+        return MetricLoss(InfoNCE(temperature))
+    if "L2 norm" in fixes:
+        return MetricLoss(TripletLoss(margin, mining=Stored()))
+    return OriginalTripletLoss(margin)
+
+
+def in_parts(compute: Callable, maps: np.ndarray) -> np.ndarray:
+    """``compute`` of many maps, 256 at a time."""
+    parts = [maps[i : i + 256] for i in range(0, len(maps), 256)]
+    return np.concatenate([ops.convert_to_numpy(compute(part)) for part in parts])
