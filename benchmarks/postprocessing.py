@@ -40,7 +40,6 @@ from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
     Fold,
-    Options,
     Photos,
     describe_all,
     embedding_ms,
@@ -48,6 +47,7 @@ from lib.studies.postprocessing import (
     run_postprocessing,
     summarize,
 )
+from lib.studies.recipes import Options
 
 OPTIONS = Options(
     image_size=224,

@@ -1,4 +1,4 @@
-"""Descriptors without learning, as a bar: what do colours or bare pixels find?
+"""Descriptors without learning: colour histograms and raw pixels, as baselines.
 
 descriptors = colour_histogram(photos)        # uint8 (n, h, w, 3) -> float32 (n, 512)
 """
@@ -21,12 +21,13 @@ def colour_histogram(photos: np.ndarray, bins: int = 8) -> np.ndarray:
     """
     level = photos.astype(np.int64) * bins // 256
     cell = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
-    counts = np.stack([np.bincount(photo.ravel(), minlength=bins**3) for photo in cell])
-    return np.sqrt(counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+    counts = [np.bincount(photo.ravel(), minlength=bins**3) for photo in cell]
+    shares = np.reshape(counts, (len(photos), bins**3)) / max(cell[:1].size, 1)
+    return np.sqrt(shares).astype(np.float32)
 
 
 def raw_pixels(photos: np.ndarray) -> np.ndarray:
-    """The pixels themselves, less each photo's mean: the inner product is their correlation.
+    """The pixels less each photo's mean: the inner product of two photos is their correlation.
 
     Args:
         photos: uint8 (n, h, w, 3).

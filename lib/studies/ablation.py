@@ -1,11 +1,10 @@
-"""Compares poolings on equal terms: the same trained trunk, the same triplets, the same seeds.
+"""Compares poolings on equal terms: the same trunk, triplets and seeds.
 
 The trunk's feature maps are computed once; each arm of the comparison trains its own head (pooling,
 projection) on them, which takes seconds.
 
-    maps = lib.network.tower.feature_maps(tower, triplets)        # uint8 (n, 3, s, s, 3) -> (n, 3,
-    h, w, c) head = train_head(maps, groups, TowerSettings(pooling="max"), training, batch_size=32,
-    seed=0)
+    maps = feature_maps(tower, triplets)            # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
+    head = train_head(maps, groups, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Made-up descriptors with the structure of real ones, to try an index at any size.
+"""Makes up descriptors with the structure of real ones, to try an index at any size.
 
     model = fit(descriptors, landmarks)                    # real ones: float32 (15,275, 512)
     vectors = model.sample(762_000, seed=0)
 
-White noise would be the wrong test: in 512 dimensions all of its points are equally far from each
-other, so nothing can be left out of a search and nothing compressed. Real descriptors share a mean,
+White noise would be a wrong test: in 512 dimensions all of its points are equally far from each
+other, so no index can skip or compress any of them. Real descriptors share a mean,
 have most of their variance in a few dimensions, and lie in clusters, the landmarks. So a sampled
 descriptor is
 
@@ -56,7 +56,7 @@ class DescriptorModel:
                 None.
 
         Returns:
-            float32 (n, d) of unit norm, in random order.
+            float32 (n, d) of unit norm (zeros if all real ones are), in random order.
         """
         rng = np.random.default_rng(seed)
         if sizes is None:  # one landmark for each photo would be more than enough
@@ -77,7 +77,8 @@ class DescriptorModel:
             block[:] = rng.standard_normal(block.shape, np.float32) @ self.within
             block *= spread[which, None]
             block += centres[which]
-            block /= np.linalg.norm(block, axis=1, keepdims=True)
+            norms = np.linalg.norm(block, axis=1, keepdims=True)
+            np.divide(block, norms, out=block, where=norms > 0)
         return vectors
 
 
@@ -101,10 +102,10 @@ def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) ->
     residuals = x - centres[landmark]
     several = counts > 1
     if not several.any():
-        raise ValueError("no landmark has two photos: how they scatter is not to be seen")
+        raise ValueError("no landmark has two photos: their scatter is unknown")
     within = residuals.T @ residuals / np.sum(counts - 1)
     scatter = np.bincount(landmark, weights=np.sum(residuals**2, axis=1))[several]
-    spreads = np.sqrt(scatter / (counts[several] - 1) / np.trace(within))
+    spreads = np.sqrt(scatter / (counts[several] - 1) / (np.trace(within) or 1))
 
     components = min(components, max(1, len(centres) // 8))
     component = KMeans(components, n_init=1, random_state=0).fit_predict(centres)

@@ -1,16 +1,16 @@
-"""The ladder of post-processing: what each step after training is worth, and what it costs.
+"""Measures what each step of post-processing after training is worth, and what it costs.
 
-First the descriptors get better, step by step: more views of each photo, other exponents,
-whitening. Then, on the best of them, each kind of re-ranking is tried. Every step has settings;
-they are chosen on validation landmarks. What is not proven to help there (the 95 % interval of its
-gain touches 0) is left out of what follows: the best of many settings looks better than it is. The
-test landmarks are for the one measurement at the end.
+First the descriptors are improved step by step: more views of each photo, other exponents,
+whitening. Then each kind of re-ranking is tried on the best of them. The settings of every step are
+chosen on validation landmarks. A step that is not proven to help there (the 95 % interval of its
+gain touches 0) is left out of the following ones, as the best of many settings looks better than it
+is. The test landmarks are measured once, at the end.
 
     folds = [Fold(known, validation[None], test, query_rounds(test.labels))]
     steps = run_postprocessing(folds, options)
     summarize(steps, groups, embedding_ms(tower, sizes))    # mAP, gains, milliseconds per query
 
-A query is never a part of the gallery it searches, nor of what is prepared of that gallery.
+A query is never part of the gallery it searches.
 """
 
 from __future__ import annotations
@@ -30,154 +30,13 @@ from lib.evaluation.metrics import average_precision, compare, interval
 from lib.network.tower import embed, resized
 from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
 from lib.search.descriptors import aggregate, describe_views
-from lib.search.rerank import (
-    augment_gallery,
-    encode_reciprocal,
-    expand_queries,
-    neighbour_graph,
-    rerank_diffusion,
-    rerank_k_reciprocal,
-    rerank_superglobal,
-)
+from lib.studies.recipes import PLAIN, Options, Recipe, Reranking, View, rerankings
 
-# A view: side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
-View = tuple[int, bool, float | None]
 # Queries and the gallery they search, as rows of the photos.
 Round = tuple[np.ndarray, np.ndarray]
 
 AS_TRAINED = "as trained"
-PLAIN = "no re-ranking"
 CHOSEN = "chosen on validation"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the descriptor of a photo is made.
-
-    Attributes:
-        image_sizes: sides in pixels of the views.
-        mirrored: whether each size gives a mirrored view, too.
-        gem_p: GeM's exponent; None: the tower's own.
-        scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
-        whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
-        dimension: how many dimensions the whitening keeps; as many as there are, if there are less.
-    """
-
-    image_sizes: tuple[int, ...]
-    mirrored: bool = False
-    gem_p: float | None = None
-    scale_p: float = 1.0
-    whitening: str = ""
-    dimension: int | None = None
-
-    @property
-    def views(self) -> list[View]:
-        """The views that the descriptor is made of."""
-        sides = (False, True) if self.mirrored else (False,)
-        return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What there is to choose from.
-
-    Attributes:
-        image_size: at which the tower was trained.
-        image_sizes: sets of sizes to embed at.
-        gem_ps: exponents for GeM, besides the tower's own.
-        scale_ps: exponents for the mean over views.
-        dimensions: of whitened descriptors.
-        neighbours: how many neighbours the re-rankings look at; about as many as a landmark has
-            photos, up to several times that.
-        candidates: how many photos SuperGlobal re-ranks.
-    """
-
-    image_size: int
-    image_sizes: tuple[tuple[int, ...], ...]
-    gem_ps: tuple[float, ...] = (2.0, 4.6)
-    scale_ps: tuple[float, ...] = (2.0, 10.0, float("inf"))
-    dimensions: tuple[int, ...] = (32, 64, 128, 256)
-    neighbours: tuple[int, ...] = (1, 2, 4, 8)
-    candidates: tuple[int, ...] = (20, 100)
-
-    @property
-    def views(self) -> list[View]:
-        """All views that any recipe may ask for."""
-        sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
-        return list(product(sizes, (False, True), (None, *self.gem_ps)))
-
-    def steps(self) -> dict[str, list[dict[str, Any]]]:
-        """The steps to better descriptors: of each, by name, what it may change in the recipe."""
-        return {
-            "mirrored": [{"mirrored": True}],
-            "sizes": [{"image_sizes": sizes} for sizes in self.image_sizes],
-            "other p (GeM+)": [{"gem_p": p} for p in self.gem_ps],
-            "scale GeM": [{"scale_p": p} for p in self.scale_ps],
-            "whitening": [
-                {"whitening": kind, "dimension": dimension}
-                for kind in ("pca", "supervised")
-                for dimension in self.dimensions
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class Reranking:
-    """A way to rank that looks at neighbours.
-
-    Attributes:
-        settings: what to choose from.
-        prepare: gallery (n, d) and settings -> what is made once per gallery.
-        scores: queries (q, d), gallery, what was prepared, and settings -> float32 (q, n).
-    """
-
-    settings: list[dict[str, Any]]
-    prepare: Callable[[np.ndarray, dict], Any] = lambda gallery, settings: None
-    scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
-        lambda queries, gallery, prepared, settings: queries @ gallery.T
-    )
-
-
-def rerankings(options: Options) -> dict[str, Reranking]:
-    """The re-rankings of :mod:`lib.search.rerank` by name, with the settings to choose from."""
-    ks = options.neighbours
-    expansion = _grid(k=ks, alpha=(0.0, 3.0))
-    return {
-        PLAIN: Reranking([{}]),
-        "query expansion": Reranking(
-            expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
-        ),
-        "database augmentation": Reranking(
-            expansion,
-            prepare=lambda g, s: augment_gallery(g, **s),
-            scores=lambda q, g, augmented, s: q @ augmented.T,
-        ),
-        "augmentation and expansion": Reranking(
-            expansion,
-            prepare=lambda g, s: augment_gallery(g, **s),
-            scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
-        ),
-        "k-reciprocal": Reranking(
-            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
-            prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
-            scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
-        ),
-        "diffusion": Reranking(
-            _grid(graph_k=[2 * k for k in ks], k=ks[:3], alpha=(0.8, 0.99)),
-            prepare=lambda g, s: neighbour_graph(g, s["graph_k"]),
-            scores=lambda q, g, graph, s: rerank_diffusion(
-                q, g, graph, s["k"], alpha=s["alpha"], tolerance=1e-4
-            ),
-        ),
-        "SuperGlobal": Reranking(
-            _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
-            scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
-        ),
-    }
-
-
-def _grid(**values: Iterable) -> list[dict[str, Any]]:
-    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +62,13 @@ class Photos:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What is learned from and chosen by, and what is measured on.
+    """Photos to learn from and to choose settings by, and photos to measure on.
 
     Attributes:
         known: photos of the landmarks that are not tested.
-        validation: bool (v, n), parts of them to choose settings by, one part after the other.
-            The photos of a part are searched among all known photos; then a whitening has learned
-            from those outside the part. For the measurement it learns from all of them.
+        validation: bool (v, n), parts of them to choose settings by. The photos of a part are
+            searched among all known photos, with a whitening learned from those outside the part.
+            For the measurement the whitening learns from all known photos.
         test: photos to measure on.
         rounds: the searches among the test photos.
 
@@ -237,11 +96,11 @@ class Fold:
 
 @dataclass
 class Step:
-    """What came of one step.
+    """The results of one step.
 
     Attributes:
         ap: average precision of all test queries, fold after fold, in the order of their rounds.
-        base_ap: the same of what the step builds on: the descriptors before it, or no re-ranking.
+        base_ap: the same without the step: the descriptors before it, or no re-ranking.
         validation_map: for each fold.
         settings: chosen in each fold: what the step changed in the recipe, or of the re-ranking.
         kept: whether the steps that follow build on it, in each fold.
@@ -260,7 +119,7 @@ class Step:
     prepare_ms: list[float] = field(default_factory=list)
 
     def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
-        """Add what came of the step in one more fold."""
+        """Add the results of one more fold."""
         self.ap.extend(trial.found.ap.tolist())
         self.base_ap.extend(base.found.ap.tolist())
         self.validation_map.append(float(trial.validation.mean()))
@@ -303,8 +162,13 @@ def first_photo_rounds(labels: np.ndarray) -> list[Round]:
 
     Args:
         labels: (n,), the landmark of each photo; the first of a landmark is its query.
+
+    Raises:
+        ValueError: no landmark has two photos.
     """
     _, first, count = np.unique(labels, return_index=True, return_counts=True)
+    if not (count > 1).any():
+        raise ValueError("no landmark has two photos: there is nothing to find")
     everything = np.arange(len(labels))
     return [(np.array([q]), np.delete(everything, q)) for q in np.sort(first[count > 1])]
 
@@ -362,9 +226,9 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Ste
 
     Returns:
         the steps by name: "as trained", those of ``options.steps()``, and those of
-        :func:`rerankings`. Of these, "no re-ranking" are the best descriptors, searched as usual.
-        The last is "chosen on validation": the re-ranking that did best there, or none if the best
-        was not proven to help.
+        :func:`rerankings`. Of these, "no re-ranking" is the usual search of the best descriptors.
+        The last is "chosen on validation": the re-ranking that did best there, or none if it was
+        not proven to help.
     """
     methods = rerankings(options)
     steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
@@ -402,7 +266,7 @@ class _Trial:
 
 
 def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
-    """Of recipes, re-rankings, their settings, and what to call them: the best on validation."""
+    """The choice (recipe, re-ranking, its settings, settings to report) that validates best."""
     labels = fold.known.labels
     described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
     validation = [
@@ -429,9 +293,9 @@ def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
 
 
 class _Descriptors:
-    """Descriptors by one recipe: of the known photos for each validation part, and of the test.
+    """Descriptors of the known photos for each validation part, and of the test photos.
 
-    Each has the whitening that it may have, see :class:`Fold`.
+    Each is whitened by what it may learn from, see :class:`Fold`.
     """
 
     def __init__(self, fold: Fold, recipe: Recipe):

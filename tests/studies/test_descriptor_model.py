@@ -66,3 +66,13 @@ def test_sizes_have_a_heavy_tail(real):
 def test_without_two_photos_of_a_landmark_nothing_can_be_learned(real):
     with pytest.raises(ValueError, match="no landmark has two photos"):
         fit(real[0], np.arange(len(real[0])))
+
+
+def test_landmarks_of_equal_photos_make_equal_photos(real):
+    """Photos that do not scatter made NaN: their scatter was divided by its sum, 0."""
+    vectors, landmarks = real
+    copies = vectors[::EACH][landmarks]
+    sizes = np.full(LANDMARKS, EACH)
+    sampled = fit(copies, landmarks).sample(len(copies), seed=0, sizes=sizes)
+    np.testing.assert_allclose(np.linalg.norm(sampled, axis=1), 1, atol=1e-5)
+    assert len(np.unique(sampled.round(3), axis=0)) <= LANDMARKS

@@ -15,19 +15,16 @@ from lib.search.descriptors import describe_views
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
-    PLAIN,
     Fold,
-    Options,
     Photos,
-    Recipe,
     describe_all,
     embedding_ms,
     first_photo_rounds,
     query_rounds,
-    rerankings,
     run_postprocessing,
     summarize,
 )
+from lib.studies.recipes import PLAIN, Options, Recipe, rerankings
 from tests.conftest import unit
 
 OPTIONS = Options(
@@ -77,6 +74,8 @@ def test_holidays_searches_the_first_photo_of_each_landmark_among_all_others():
         ([0], [1, 2, 3, 4, 5]),
         ([3], [0, 1, 2, 4, 5]),
     ]
+    with pytest.raises(ValueError, match="nothing to find"):
+        first_photo_rounds(np.arange(3))
 
 
 def test_a_landmark_is_in_one_part_alone(fold):

@@ -1,0 +1,158 @@
+"""Names the descriptors and re-rankings among which the study of post-processing chooses.
+
+recipe = Recipe((128, 181), mirrored=True, whitening="pca", dimension=64)
+method = rerankings(Options(128, ((128, 181),)))["query expansion"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from lib.search.rerank import (
+    augment_gallery,
+    encode_reciprocal,
+    expand_queries,
+    neighbour_graph,
+    rerank_diffusion,
+    rerank_k_reciprocal,
+    rerank_superglobal,
+)
+
+# A view: side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
+View = tuple[int, bool, float | None]
+PLAIN = "no re-ranking"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The way to a photo's descriptor.
+
+    Attributes:
+        image_sizes: sides in pixels of the views.
+        mirrored: whether each size gives a mirrored view, too.
+        gem_p: GeM's exponent; None: the tower's own.
+        scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
+        whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
+        dimension: how many dimensions the whitening keeps; as many as there are, if there are less.
+    """
+
+    image_sizes: tuple[int, ...]
+    mirrored: bool = False
+    gem_p: float | None = None
+    scale_p: float = 1.0
+    whitening: str = ""
+    dimension: int | None = None
+
+    @property
+    def views(self) -> list[View]:
+        """The views that the descriptor is made of."""
+        sides = (False, True) if self.mirrored else (False,)
+        return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings to choose from.
+
+    Attributes:
+        image_size: at which the tower was trained.
+        image_sizes: sets of sizes to embed at.
+        gem_ps: exponents for GeM, besides the tower's own.
+        scale_ps: exponents for the mean over views.
+        dimensions: of whitened descriptors.
+        neighbours: how many neighbours the re-rankings look at; about as many as a landmark has
+            photos, up to several times that.
+        candidates: how many photos SuperGlobal re-ranks.
+    """
+
+    image_size: int
+    image_sizes: tuple[tuple[int, ...], ...]
+    gem_ps: tuple[float, ...] = (2.0, 4.6)
+    scale_ps: tuple[float, ...] = (2.0, 10.0, float("inf"))
+    dimensions: tuple[int, ...] = (32, 64, 128, 256)
+    neighbours: tuple[int, ...] = (1, 2, 4, 8)
+    candidates: tuple[int, ...] = (20, 100)
+
+    @property
+    def views(self) -> list[View]:
+        """All views that any recipe may ask for."""
+        sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
+        return list(product(sizes, (False, True), (None, *self.gem_ps)))
+
+    def steps(self) -> dict[str, list[dict[str, Any]]]:
+        """The steps to better descriptors: of each, by name, what it may change in the recipe."""
+        return {
+            "mirrored": [{"mirrored": True}],
+            "sizes": [{"image_sizes": sizes} for sizes in self.image_sizes],
+            "other p (GeM+)": [{"gem_p": p} for p in self.gem_ps],
+            "scale GeM": [{"scale_p": p} for p in self.scale_ps],
+            "whitening": [
+                {"whitening": kind, "dimension": dimension}
+                for kind in ("pca", "supervised")
+                for dimension in self.dimensions
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """A way to rank that looks at neighbours.
+
+    Attributes:
+        settings: what to choose from.
+        prepare: gallery (n, d) and settings -> what is made once per gallery.
+        scores: queries (q, d), gallery, what was prepared, and settings -> float32 (q, n).
+    """
+
+    settings: list[dict[str, Any]]
+    prepare: Callable[[np.ndarray, dict], Any] = lambda gallery, settings: None
+    scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
+        lambda queries, gallery, prepared, settings: queries @ gallery.T
+    )
+
+
+def rerankings(options: Options) -> dict[str, Reranking]:
+    """The re-rankings of :mod:`lib.search.rerank` by name, with the settings to choose from."""
+    ks = options.neighbours
+    expansion = _grid(k=ks, alpha=(0.0, 3.0))
+    return {
+        PLAIN: Reranking([{}]),
+        "query expansion": Reranking(
+            expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
+        ),
+        "database augmentation": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: q @ augmented.T,
+        ),
+        "augmentation and expansion": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
+        ),
+        "k-reciprocal": Reranking(
+            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
+            prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
+            scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
+        ),
+        "diffusion": Reranking(
+            _grid(graph_k=[2 * k for k in ks], k=ks[:3], alpha=(0.8, 0.99)),
+            prepare=lambda g, s: neighbour_graph(g, s["graph_k"]),
+            scores=lambda q, g, graph, s: rerank_diffusion(
+                q, g, graph, s["k"], alpha=s["alpha"], tolerance=1e-4
+            ),
+        ),
+        "SuperGlobal": Reranking(
+            _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
+            scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
+        ),
+    }
+
+
+def _grid(**values: Iterable) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
