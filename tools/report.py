@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import contextlib
 import hashlib
 import re
@@ -23,6 +22,7 @@ import jinja2
 import nbformat
 import yaml
 
+from lib.app.web import data_uri
 from lib.files import project_root, read_json, replacing, show_path
 from tools.environment import ENVIRONMENT, environment
 from tools.tables import Table, cell_text, heading, is_leaf, is_nested, metric_tables
@@ -105,7 +105,7 @@ def read_figures(run: Path) -> dict[str, list[Figure]]:
             caption += " Interactive."
             source = path.read_text(encoding="utf-8", errors="replace")
         else:
-            source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            source = data_uri(path.read_bytes(), "png")
         groups[group].append(Figure(caption, alt, source, interactive))
     return {title: figures for title, figures in groups.items() if figures}
 

@@ -1,10 +1,10 @@
-"""A photo that somebody hands in: checked before it is decoded, refused in words for everybody.
+"""Reads an uploaded photo: checked before it is decoded, refused in plain words.
 
     upload = read_upload(content, engine.image_size)
     upload.square, upload.picture
 
-Whatever the bytes are, the answer is a photo or a :class:`UploadError` whose message may be shown:
-it names no path and quotes no decoder.
+Any bytes give a photo or an :class:`UploadError`, whose message may be shown to anybody: it names
+no path and quotes no decoder.
 """
 
 from __future__ import annotations
@@ -16,30 +16,27 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lib.data.photos import picture_of, square_of
+from lib.data.photos import open_picture, picture_of, square_of
 
 MOST_BYTES = 20 * 2**20
-MOST_PIXELS = 100_000_000  # a PNG of them takes 0.4 GB in memory, however small the file is
+MOST_PIXELS = 100_000_000  # decoding that many takes 0.4 GB, however small the file is
 SHOWN = 480  # pixels of the longer side of the picture that is shown
 
-# Pillow opens far more, some of it with the help of other programs (Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-_SHRUNK = ("JPEG", "MPO")  # decoded only as large as asked for: once for each of the two sizes
+_SHRUNK = ("JPEG", "MPO")  # decoded only as large as needed, so once for each of the two sizes
 
 log = logging.getLogger(__name__)
 
 
 class UploadError(ValueError):
-    """What was handed in can't be used; the message may be shown to anybody."""
+    """The upload can't be used; the message may be shown to anybody."""
 
 
 class Upload(NamedTuple):
-    """A photo twice.
+    """An uploaded photo, in the two sizes that the app needs.
 
     Attributes:
-        square: uint8 (s, s, 3) RGB, as the network wants it.
-        picture: uint8 (h, w, 3) RGB, upright and in its shape, for people.
+        square: uint8 (s, s, 3) RGB, the network's input.
+        picture: uint8 (h, w, 3) RGB, upright, aspect ratio kept, to be shown.
     """
 
     square: np.ndarray
@@ -50,16 +47,16 @@ def read_upload(content: bytes, image_size: int) -> Upload:
     """Read the bytes of a picture file.
 
     Args:
-        content: of a file, from whomever.
-        image_size: s, the side that the network wants.
+        content: bytes of a picture file; not trusted.
+        image_size: s, the side of the network's input in pixels.
 
     Raises:
-        UploadError: too many bytes or pixels, no picture, or a damaged one.
+        UploadError: too many bytes or pixels, not a picture, or a damaged one.
     """
     if len(content) > MOST_BYTES:
         raise UploadError(too_large(len(content)))
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_picture(io.BytesIO(content)) as image:
             pixels = image.width * image.height
             if pixels > MOST_PIXELS:
                 raise UploadError(
@@ -69,13 +66,13 @@ def read_upload(content: bytes, image_size: int) -> Upload:
             square = square_of(image, image_size)
             if image.format not in _SHRUNK:
                 return Upload(square, np.asarray(picture_of(image, SHOWN)))
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_picture(io.BytesIO(content)) as image:
             return Upload(square, np.asarray(picture_of(image, SHOWN)))
     except UploadError:
         raise
     except UnidentifiedImageError:
         raise UploadError(
-            "This is no picture that can be read. JPEG, PNG, WebP, GIF, BMP and TIFF can."
+            "This is no picture that can be read. JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF can."
         ) from None
     except Image.DecompressionBombError:  # so many that Pillow refuses to open it
         raise UploadError("This picture has far too many pixels to be searched with.") from None
@@ -85,6 +82,6 @@ def read_upload(content: bytes, image_size: int) -> Upload:
 
 
 def too_large(size: int) -> str:
-    """What to say to a file of so many bytes."""
+    """The message that refuses a file of ``size`` bytes."""
     most = MOST_BYTES / 2**20
     return f"This file has {size / 2**20:.0f} MB; up to {most:.0f} MB can be searched with."

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
-from PIL import Image
 
 from lib.app.answer import (
     KINDS,
@@ -33,9 +32,9 @@ from lib.app.answer import (
     open_gallery,
 )
 from lib.app.drop import PhotoDrop
-from lib.app.upload import FORMATS, SHOWN, UploadError, read_upload
+from lib.app.upload import SHOWN, UploadError, read_upload
 from lib.app.web import load, picture_uri
-from lib.data.photos import picture_of
+from lib.data.photos import open_picture, picture_of
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 
@@ -365,7 +364,7 @@ def _jpeg(picture: np.ndarray) -> str:
 def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
     """A photo of the gallery for people, uint8 (h, w, 3); a grey one if it can't be read."""
     try:
-        with Image.open(gallery.path(name), formats=FORMATS) as image:
+        with open_picture(gallery.path(name)) as image:
             return np.asarray(picture_of(image, longest))
     except Exception:  # it was readable when the gallery was embedded
         log.info("a photo of the gallery can no longer be read", exc_info=True)
