@@ -16,8 +16,6 @@ import tempfile
 import webbrowser
 from pathlib import Path
 
-import nbformat
-
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import project_root, replacing, show_path
 from lib.network.engine import ENGINE, Engine, EngineError, export_engine, load_engine
@@ -104,6 +102,8 @@ def write_page_notebook(
         parameters: values for the page, set after the cell ``parameters``.
         start_in: folder that the page computes in; None: that of ``path``.
     """
+    import nbformat  # here: its checks of formats compile a grammar, which takes seconds
+
     content = nbformat.read(notebook, as_version=4)
     cells = []
     for cell in content.cells:
