@@ -3,13 +3,12 @@
     embeddings, names, skipped = embed_folder(tower, Path("my photos"))
     index = PhotoIndex.build(embeddings, names, fingerprint(tower))
 
-Jobs embed many photos, and resume where they were interrupted:
-
     engine = load_engine(Path("runs/latest/tower.engine"))
     embeddings, names, skipped = embed_job(engine, photos_below(Path("my photos")), Path("out"))
 
-The folder of a job holds ``job.json``, which identifies it; ``embeddings.npy``, float32 (n, d); and
-``progress.jsonl``, a line for each batch: names, messages, and a checksum of these and the rows.
+A job writes to a folder, and resumes there after an interruption. The folder holds ``job.json``,
+which identifies the job; ``embeddings.npy``, float32 (n, d); and ``progress.jsonl``, with names,
+messages and a checksum for each batch.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +33,7 @@ from lib.data.records import read_picture
 from lib.files import only_writer, read_json, remove_half_written, show_path, write_json
 from lib.network.engine import Engine, keras_engine
 
-if TYPE_CHECKING:  # a job whose engine was exported does without them
+if TYPE_CHECKING:  # not needed with an exported engine
     import keras
 
     from lib.data.catalogue import Catalogue
@@ -47,7 +46,7 @@ _THREADS = os.cpu_count() or 1
 
 
 class EmbeddingJobError(RuntimeError):
-    """A job can't be done in this folder; the message says what to change."""
+    """The folder holds another job; the message says what to change."""
 
 
 class JobBusyError(EmbeddingJobError):
@@ -58,8 +57,8 @@ class Embedded(NamedTuple):
     """The embeddings of some pictures.
 
     Attributes:
-        embeddings: float32 (n, d) of unit norm; of a job, a file that is read as memory.
-        names: of the n pictures, in the order of the source.
+        embeddings: float32 (n, d) of unit norm; memory-mapped if a job made them.
+        names: n names, in the order of the source.
         skipped: a message for each picture that could not be read.
     """
 
@@ -68,42 +67,39 @@ class Embedded(NamedTuple):
     skipped: list[str]
 
 
-# --------------------------------------------------------------------------------------------------
-# Sources
-# --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PhotoSource:
     """Pictures in a fixed order.
 
     Attributes:
         names: one for each picture.
-        read: from a picture's number and a side in pixels to uint8 (side, side, 3) RGB; several
-            threads call it. Raises PhotoError if the picture can't be read.
+        read: takes a picture's number and a side in pixels, and returns uint8 (side, side, 3) RGB.
+            Several threads call it. Raises PhotoError if the picture can't be read.
         digest: identifies the pictures; a job is resumed only if it is equal.
+        left_out: how many files and folders were left out, by reason.
     """
 
     names: list[str]
     read: Callable[[int, int], np.ndarray]
     digest: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def photos_below(folder: Path) -> PhotoSource:
-    """The photos of a folder, then those of its subfolders, by their paths within the folder.
+    """The photos of a folder and of all folders below, by their paths within it.
 
-    :func:`lib.data.photos.find_photos` tells which files count.
+    :func:`lib.data.photos.find_photos` says which files count, and in what order.
 
     Raises:
         NoPhotosError: there is no photo.
     """
-    paths = find_photos(folder).paths
+    paths, left_out = find_photos(folder)
     if not paths:
         raise NoPhotosError(f"{show_path(folder)} holds no photos, nor do the folders in it")
-    return _of_files(paths, [path.relative_to(folder).as_posix() for path in paths])
+    return _of_files(paths, [path.relative_to(folder).as_posix() for path in paths], left_out)
 
 
 def photos_at(paths: Iterable[Path]) -> PhotoSource:
@@ -113,7 +109,7 @@ def photos_at(paths: Iterable[Path]) -> PhotoSource:
 
 
 def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -> PhotoSource:
-    """Pictures of TFRecord shards, by the hash of their bytes as the catalogue has it.
+    """Pictures of TFRecord shards, named by the hash of their bytes in the catalogue.
 
     Args:
         catalogue: from :func:`lib.data.catalogue.open_catalogue`.
@@ -133,28 +129,29 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
     return PhotoSource(names, read, hashlib.sha256(b"".join(hashes)).hexdigest())
 
 
-def _of_files(paths: list[Path], names: list[str]) -> PhotoSource:
+def _of_files(
+    paths: list[Path], names: list[str], left_out: dict[str, int] | None = None
+) -> PhotoSource:
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
         try:
             stat = path.stat()
             state = [name, stat.st_size, stat.st_mtime_ns]
-        except OSError:  # reading it will tell
+        except OSError:  # the message comes when it is read
             state = [name]
         digest.update(json.dumps(state).encode())
-    return PhotoSource(names, lambda i, size: read_photo(paths[i], size), digest.hexdigest())
 
+    def read(number: int, image_size: int) -> np.ndarray:
+        return read_photo(paths[number], image_size)
 
-# --------------------------------------------------------------------------------------------------
-# Embedding them
-# --------------------------------------------------------------------------------------------------
+    return PhotoSource(names, read, digest.hexdigest(), left_out or {})
 
 
 def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Embedded:
-    """Embed the photos of a folder and of all folders in it, as the tower itself does.
+    """Embed the photos of a folder and of all folders below with a Keras tower.
 
-    No more than two batches of pixels are in memory at a time. A photo that can't be read does not
-    stop the others.
+    Two batches of pixels are in memory at a time. A photo that can't be read does not stop the
+    others.
 
     Args:
         tower: from :func:`lib.network.tower.load_tower`.
@@ -162,16 +159,18 @@ def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Emb
         batch_size: photos that are read together.
 
     Returns:
-        embeddings, names (paths within the folder), and messages: see :class:`Embedded`.
+        The embeddings; ``skipped`` ends with a line for each reason for which files were left out.
 
     Raises:
         NoPhotosError: there is no photo, or none that can be read.
     """
-    batches = list(_embed(keras_engine(tower), photos_below(folder), 0, 0, batch_size))
+    source = photos_below(folder)
+    batches = list(_embed(keras_engine(tower), source, range(len(source)), batch_size))
     skipped = [message for batch in batches for message in batch.skipped]
     names = [name for batch in batches for name in batch.names]
     if not names:
         raise NoPhotosError(f"none of the photos in {show_path(folder)} can be read: {skipped[0]}")
+    skipped += [f"left out: {count} {reason}" for reason, count in source.left_out.items()]
     return Embedded(np.concatenate([batch.embeddings for batch in batches]), names, skipped)
 
 
@@ -182,22 +181,21 @@ def embed_job(
     batch_size: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Embedded:
-    """Embed pictures to a file; pictures that the file already has are not embedded again.
+    """Embed pictures to a folder; a job that was interrupted resumes where it stopped.
 
-    An interrupted or killed job resumes where it stopped when it is called again; damaged rows are
-    computed anew. A picture that can't be read does not stop the others.
+    Damaged rows are computed anew. A picture that can't be read does not stop the others.
 
     Args:
         engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
         source: from :func:`photos_below`, :func:`photos_at` or :func:`photos_in_shards`.
         out_folder: used by this job only; made if absent.
         batch_size: pictures that are read together, and saved together.
-        on_progress: called after each batch with the number of pictures that are done, and of all;
-            None shows a progress bar.
+        on_progress: called after each batch with the number of pictures done, and of all; None
+            shows a progress bar.
 
     Raises:
-        EmbeddingJobError: the folder holds another job (another engine, other pictures), or another
-            process works on this one.
+        EmbeddingJobError: the folder holds another job (another engine, other pictures).
+        JobBusyError: another process works on this one.
     """
     folder = Path(out_folder)
     job = describe_job(engine, source, batch_size)
@@ -207,9 +205,9 @@ def embed_job(
 
 
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
-    """What identifies a job; a job is resumed only if all of it is equal.
+    """The content of ``job.json``; a job is resumed only if all of it is equal.
 
-    The engine's name holds the precision that it computes in, so that all rows of a job have one.
+    The engine's name includes its precision, so all rows of a job have the same.
     """
     return {
         "format": _FORMAT,
@@ -232,39 +230,31 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         job: from :func:`describe_job`.
 
     Raises:
-        EmbeddingJobError: it is that of another job, or another process works in it.
+        EmbeddingJobError: the folder holds another job.
+        JobBusyError: another process works in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process works in {show_path(folder)}: wait until it has finished"
-    with only_writer(folder, JobBusyError(busy)):
-        _claim(folder, job)
+    where, remedy = show_path(folder), "choose another folder, or delete this one"
+    busy = JobBusyError(f"another process works in {where}: wait until it has finished")
+    with only_writer(folder, busy):
+        remove_half_written(folder)
+        if (folder / JOB).exists():
+            try:
+                found = read_json(folder / JOB)
+            except (ValueError, RecursionError) as error:
+                raise EmbeddingJobError(f"{error}, or its folder") from None
+            found = found if isinstance(found, dict) else {}
+            if differ := [key for key in job | found if found.get(key) != job.get(key)]:
+                hint = "made by another network or an earlier version of this project; "
+                raise EmbeddingJobError(
+                    f"{where} holds another job (it differs in {', '.join(differ)}): "
+                    f"{hint if 'tower' in differ else ''}{remedy}"
+                )
+        elif (folder / EMBEDDINGS).exists() or (folder / PROGRESS).exists():
+            raise EmbeddingJobError(f"{where} holds embeddings without a {JOB}: {remedy}")
+        else:
+            write_json(folder / JOB, job)
         yield
-
-
-def _claim(folder: Path, job: dict) -> None:
-    """Check that the folder is empty or holds this job."""
-    remove_half_written(folder)  # of a process that was killed
-    if (folder / JOB).exists():
-        try:
-            found = read_json(folder / JOB)
-        except (ValueError, RecursionError) as error:
-            raise EmbeddingJobError(f"{error}, or its folder") from None
-        if found != job:
-            differ = [
-                key for key in job if not isinstance(found, dict) or found.get(key) != job[key]
-            ]
-            hint = "made by another network or an earlier version of this project; "
-            raise EmbeddingJobError(
-                f"{show_path(folder)} holds another job (it differs in {', '.join(differ)}): "
-                f"{hint if 'tower' in differ else ''}choose another folder, or delete this one"
-            )
-    elif (folder / EMBEDDINGS).exists() or (folder / PROGRESS).exists():
-        raise EmbeddingJobError(
-            f"{show_path(folder)} holds embeddings without a {JOB}: choose another folder, or "
-            "delete this one"
-        )
-    else:
-        write_json(folder / JOB, job)
 
 
 def _go_on(
@@ -279,22 +269,21 @@ def _go_on(
         (folder / name).touch()
     with (folder / EMBEDDINGS).open("rb+") as rows, (folder / PROGRESS).open("rb+") as progress:
         names, skipped = _whole_batches(rows, progress, engine.dimension)
-        done = len(names) + len(skipped)
-        if not done:
+        if not names and not skipped:
             _write_header(rows, (0, engine.dimension))
-        if done < len(source):
-            silent = on_progress is not None
-            for batch in _embed(engine, source, done, len(skipped), batch_size, silent):
-                # Written, not mapped: a full disk is an error then, not a crash. The line comes
-                # last; rows without a line do not count.
-                rows.write(batch.embeddings)
-                rows.flush()
-                progress.write(_line(batch))
-                progress.flush()
-                names += batch.names
-                skipped += batch.skipped
-                if on_progress is not None:
-                    on_progress(len(names) + len(skipped), len(source))
+        left = range(len(names) + len(skipped), len(source))
+        silent = on_progress is not None or not left
+        for batch in _embed(engine, source, left, batch_size, len(skipped), silent):
+            # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
+            # not written yet do not count.
+            rows.write(batch.embeddings)
+            rows.flush()
+            progress.write(_line(batch))
+            progress.flush()
+            names += batch.names
+            skipped += batch.skipped
+            if on_progress is not None:
+                on_progress(len(names) + len(skipped), len(source))
         os.fsync(progress.fileno())
         os.fsync(rows.fileno())
         _write_header(rows, (len(names), engine.dimension))
@@ -304,7 +293,7 @@ def _go_on(
 
 
 def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]]:
-    """Names and messages of the batches from the first on that are whole; cuts off the rest."""
+    """Names and messages of all batches before the first damaged one; the rest is cut off."""
     names, skipped, end = [], [], 0
     rows.seek(_HEADER)
     for line in progress:
@@ -343,81 +332,54 @@ def _write_header(rows, shape: tuple[int, int]) -> None:
     assert rows.tell() == _HEADER
 
 
-def _embed(
-    engine: Engine,
-    source: PhotoSource,
-    done: int,
-    failed: int,
-    batch_size: int,
-    silent: bool = False,
-) -> Iterator[Embedded]:
-    """Embed the pictures of a source, batch by batch, and show progress.
-
-    Args:
-        done: how many of the first pictures are done already.
-        failed: how many of these could not be read.
-        silent: without a progress bar.
-    """
-    with (
-        ThreadPoolExecutor(_THREADS) as threads,
-        tqdm(
-            total=len(source), initial=done, desc="embedding", unit=" photos", disable=silent
-        ) as bar,
-    ):
-
-        def read_ahead(start: int) -> list[Future]:
-            numbers = range(len(source))[start : start + batch_size]
-            return _reading(threads, source, numbers, engine.image_size)
-
-        ahead = read_ahead(done)
-        for start in range(done, len(source), batch_size):
-            pictures = [task.result() for task in ahead]
-            ahead = read_ahead(start + batch_size)
-            numbers = range(start, start + len(pictures))
-            batch = _embed_read(engine, source, numbers, pictures)
-            failed += len(batch.skipped)
-            if failed:
-                bar.set_postfix(skipped=failed, refresh=False)
-            yield batch
-            bar.update(len(pictures))
-
-
 def embed_pictures(engine: Engine, source: PhotoSource, numbers: Sequence[int]) -> Embedded:
-    """Embed some pictures of a source, as :func:`embed_job` does a batch of them.
+    """Embed some pictures of a source as one batch of :func:`embed_job`.
 
     Args:
         engine, source: see :func:`embed_job`.
         numbers: which of the source's pictures.
     """
-    with ThreadPoolExecutor(_THREADS) as threads:
-        tasks = _reading(threads, source, numbers, engine.image_size)
-        return _embed_read(engine, source, numbers, [task.result() for task in tasks])
+    none = Embedded(np.empty((0, engine.dimension), np.float32), [], [])
+    return next(_embed(engine, source, numbers, max(1, len(numbers)), silent=True), none)
 
 
-def _reading(
-    threads: ThreadPoolExecutor, source: PhotoSource, numbers: Sequence[int], image_size: int
-) -> list[Future]:
-    """Begin to read pictures; each comes to uint8 (s, s, 3), or to the error that says why not."""
-
-    def read(number: int) -> np.ndarray | PhotoError:
-        try:
-            return source.read(number, image_size)
-        except PhotoError as error:
-            return error
-
-    return [threads.submit(read, number) for number in numbers]
-
-
-def _embed_read(
+def _embed(
     engine: Engine,
     source: PhotoSource,
     numbers: Sequence[int],
-    pictures: list[np.ndarray | PhotoError],
-) -> Embedded:
-    """Embed those of the pictures that could be read."""
-    good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
-    photos = np.empty((len(good), *[engine.image_size] * 2, 3), np.uint8)
-    for place, i in enumerate(good):
-        photos[place] = pictures[i]
-    skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
-    return Embedded(engine.embed(photos), [source.names[numbers[i]] for i in good], skipped)
+    batch_size: int,
+    failed: int = 0,
+    silent: bool = False,
+) -> Iterator[Embedded]:
+    """Embed pictures of a source batch by batch, while the next batch is read.
+
+    Args:
+        numbers: which pictures; the progress bar counts all others as done.
+        failed: how many of the others could not be read.
+        silent: without a progress bar.
+    """
+
+    def read(number: int) -> np.ndarray | PhotoError:
+        try:
+            return source.read(number, engine.image_size)
+        except PhotoError as error:
+            return error
+
+    done, shape = len(source) - len(numbers), (engine.image_size, engine.image_size, 3)
+    bar = tqdm(total=len(source), initial=done, desc="embedding", unit=" photos", disable=silent)
+    with ThreadPoolExecutor(_THREADS) as threads, bar:
+        ahead = threads.map(read, numbers[:batch_size])
+        for start in range(0, len(numbers), batch_size):
+            some, pictures = numbers[start : start + batch_size], list(ahead)
+            next_start = start + batch_size
+            ahead = threads.map(read, numbers[next_start : next_start + batch_size])
+            good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
+            photos = np.array([pictures[i] for i in good], np.uint8).reshape(-1, *shape)
+            names = [source.names[some[i]] for i in good]
+            skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
+            batch = Embedded(engine.embed(photos), names, skipped)
+            failed += len(skipped)
+            if failed:
+                bar.set_postfix(skipped=failed, refresh=False)
+            yield batch
+            bar.update(len(pictures))

@@ -51,9 +51,13 @@ def test_all_photos_below_a_folder_are_embedded_by_name(tmp_path, tower):
     save(tmp_path / ".hidden" / "c.jpg", (0, 0, 0))
     (tmp_path / "notes.txt").write_text("no photo")
     (tmp_path / "rome" / "broken.jpg").write_text("no photo either")
+    (tmp_path / "loop").symlink_to(tmp_path)
     embeddings, names, skipped = embed_folder(tower, tmp_path, batch_size=3)
     assert names == sorted(colours)
-    assert len(skipped) == 1 and "rome/broken.jpg is not a readable picture" in skipped[0]
+    # What was left out had not been told.
+    broken, left_out = skipped
+    assert "rome/broken.jpg is not a readable picture" in broken
+    assert left_out == "left out: 1 links to folders"
     for name, embedding in zip(names, embeddings, strict=True):
         mean = read_photo(tmp_path / name, 8).reshape(-1, 3).mean(axis=0)
         np.testing.assert_allclose(embedding, mean / np.linalg.norm(mean), atol=1e-5)
