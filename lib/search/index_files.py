@@ -4,8 +4,8 @@
         parts, manifest = write_parts(folder, parts, {"model": model, "dimension": 128})
     manifest, settings, parts = read_index(folder, model)
 
-A folder has files that never change, and ``manifest.json``, which lists them with their sizes and
-checksums. A change writes new files beside the old ones and then replaces the manifest. Checksums
+A folder holds files that never change, and ``manifest.json``, which lists them with their sizes and
+checksums. A change writes new files beside the old ones, and then replaces the manifest. Checksums
 find damage, not forgery: don't open an index from somebody you don't trust.
 """
 
@@ -38,10 +38,10 @@ from lib.search.kinds import IndexSettings, reason, set_search
 MANIFEST = "manifest.json"
 
 _FORMAT = 2  # format 1 was a single file
-_BLOCK = 65_536  # rows that are handled together
+_BLOCK = 65_536  # rows that are read together
 _FILES = re.compile(r"(vectors|names|live|index)-(\d+)-\d+\.(f32|json|bits|faiss)")
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_DAMAGE += (MemoryError, RecursionError)
+_DAMAGE += (MemoryError, RuntimeError)  # RuntimeError: Faiss, and JSON that is nested too deep
 
 
 class UnusableIndexError(ValueError):
@@ -60,8 +60,8 @@ class Part:
         names: n names.
         vectors: float32 (n, d), in memory or memory-mapped.
         live: bool (n,), False where the photo has been removed.
-        index: of all n vectors; None where they are compared one by one.
-        files: the manifest's entry of each kind of file that is on the disk.
+        index: of all n vectors; None if every vector is compared.
+        files: the manifest's entries of the files on the disk, by kind.
     """
 
     names: list[str]
@@ -83,11 +83,11 @@ class Part:
         return faiss.IDSelectorBitmap(np.packbits(self.live, bitorder="little"))
 
     def rows_of(self, names: set[str]) -> list[int]:
-        """Rows of those of the names that have not been removed."""
+        """Rows of the photos with these names that have not been removed."""
         return [i for i, name in enumerate(self.names) if name in names and self.live[i]]
 
     def live_blocks(self) -> Iterator[np.ndarray]:
-        """The vectors of photos that have not been removed, float32 (up to ``_BLOCK``, d) each."""
+        """Vectors of photos that have not been removed, float32 (m, d) each."""
         for start in range(0, len(self.names), _BLOCK):
             block, live = self.vectors[start : start + _BLOCK], self.live[start : start + _BLOCK]
             yield block if live.all() else block[live]
@@ -97,14 +97,9 @@ class Part:
         return [name for name, alive in zip(self.names, self.live.tolist(), strict=True) if alive]
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Keep other writers out, and leave no file that the manifest does not list.
+    """Keep other writers out, and delete files that the manifest does not list before and after.
 
     Raises:
         IndexBusyError: another process writes to the folder.
@@ -126,16 +121,17 @@ def _delete_unlisted(folder: Path) -> None:
             parts = read_manifest(folder)["parts"]
             listed = {entry["name"] for part in parts for entry in part["files"].values()}
     except UnusableIndexError:
-        return  # these files may be all that is left of the index; saving anew replaces them
+        return  # the files may be all that is left of the index; a save replaces them
     for path in folder.iterdir():
         if _FILES.fullmatch(path.name) and path.name not in listed:
-            # Readers that have mapped it keep it. Windows refuses: then a later writer deletes it.
+            # Processes that have mapped the file keep it. Windows refuses to delete it then: a
+            # later writer will.
             with contextlib.suppress(PermissionError):
                 path.unlink()
 
 
 def _next_number(folder: Path) -> int:
-    """For the names of new files: above the number of each file there."""
+    """A number for the names of new files, above that of every file in the folder."""
     found = (_FILES.fullmatch(path.name) for path in folder.iterdir())
     numbers = [int(match[2]) for match in found if match]
     with contextlib.suppress(UnusableIndexError):
@@ -146,11 +142,11 @@ def _next_number(folder: Path) -> int:
 def write_parts(
     folder: Path, parts: list[Part], content: dict[str, Any]
 ) -> tuple[list[Part], dict[str, Any]]:
-    """Write what is not on the disk yet, and then the manifest: from there on the change is kept.
+    """Write what is not on the disk yet, and last the manifest, which completes the change.
 
     Args:
         folder: locked by :func:`writing`.
-        parts: of the index.
+        parts: all parts of the index.
         content: model, dimension, metric and settings for the manifest.
 
     Returns:
@@ -182,17 +178,17 @@ def _write_part(folder: Path, number: int, i: int, part: Part) -> Part:
     starts = range(0, len(vectors), _BLOCK)
     blocks = (vectors[start : start + _BLOCK] for start in starts)
     write("vectors", "f32", lambda file: file.writelines(blocks))
-    # ASCII: names of files that are not valid Unicode come back too.
+    # JSON in ASCII also keeps file names that are not valid Unicode.
     write("names", "json", lambda file: file.write(json.dumps(part.names).encode()))
     if part.selector:
         write("live", "bits", lambda file: file.write(np.packbits(part.live)))
     if part.index is not None:
-        # Through Python: Faiss's own writer overlooks a disk that is full at the very end.
-        write(
-            "index",
-            "faiss",
-            lambda file: faiss.write_index(part.index, faiss.PyCallbackIOWriter(file.write, 2**20)),
-        )
+
+        def fill(file: BinaryIO) -> None:
+            # Through Python: Faiss's own writer overlooks a disk that is full at the very end.
+            faiss.write_index(part.index, faiss.PyCallbackIOWriter(file.write, 2**20))
+
+        write("index", "faiss", fill)
     vectors = _mapped(folder / files["vectors"]["name"], vectors.shape[1])
     return replace(part, vectors=vectors, files=files)
 
@@ -200,7 +196,7 @@ def _write_part(folder: Path, number: int, i: int, part: Part) -> Part:
 def write_vectors(
     folder: Path, blocks: Iterable[np.ndarray], dimension: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Write vectors that may not fit into memory, for a part that :func:`write_parts` completes.
+    """Write vectors of a new part that may not fit into memory.
 
     Args:
         folder: locked by :func:`writing`.
@@ -208,7 +204,7 @@ def write_vectors(
         dimension: d.
 
     Returns:
-        float32 (n, d), mapped from the file, and its entry of the manifest.
+        float32 (n, d), mapped from the file; and the file's entry of the manifest.
     """
     path = folder / f"vectors-{_next_number(folder):06d}-0.f32"
     entry = _write(path, lambda file: file.writelines(blocks))
@@ -216,38 +212,35 @@ def write_vectors(
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    """Write one file; returns its entry of the manifest."""
+    """Write a file, and return its entry of the manifest."""
     with replacing(path) as new, new.open("wb") as file:
         fill(file)
     return {"name": path.name, "bytes": path.stat().st_size, "xxh3": checksum(path)}
 
 
 def _mapped(path: Path, dimension: int) -> np.ndarray:
-    """The vectors of a file, float32 (n, d), read when they are needed."""
+    """The vectors of a file, float32 (n, d), memory-mapped."""
     return np.asarray(np.memmap(path, "<f4", "r")).reshape(-1, dimension)
 
 
 def checksum_of_manifest(manifest: dict[str, Any]) -> str:
-    """XXH3 of all entries but the checksum itself."""
+    """XXH3 of all entries except ``xxh3``."""
     content = {key: value for key, value in manifest.items() if key != "xxh3"}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Whatever a damaged file raises when it is read is one error."""
+    """Turn any error that a damaged file causes into one of a single type."""
     try:
         yield
     except UnusableIndexError:
         raise
     except _DAMAGE as error:
+        path.stat()  # FileNotFoundError if another process has deleted the file
         raise UnusableIndexError(
-            f"{show_path(path)} is damaged ({error or type(error).__name__}): build the index anew"
+            f"{show_path(path)} is damaged ({reason(error) or type(error).__name__}): "
+            "build the index anew"
         ) from None
 
 
@@ -260,7 +253,7 @@ def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UnusableIndexError: it is damaged, of another format or made by another model.
+        UnusableIndexError: damaged, of another format, or made by another model.
     """
     path = folder / MANIFEST
     if folder.is_file():
@@ -294,13 +287,11 @@ def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
 
 
 def read_index(folder: Path, model: str) -> tuple[dict[str, Any], IndexSettings, list[Part]]:
-    """Read an index: its manifest, settings and parts, vectors and Faiss index memory-mapped.
+    """Read an index: its manifest, settings and parts; vectors and Faiss index are memory-mapped.
 
-    Sizes and checksums of all files are compared with the manifest first.
+    All files are compared with their sizes and checksums first.
 
-    Raises:
-        FileNotFoundError: there is nothing at ``folder``.
-        UnusableIndexError: damaged, of another format, or made by another model.
+    Raises: as :func:`read_manifest`.
     """
     manifest = read_manifest(folder, model)
     try:
@@ -312,7 +303,7 @@ def read_index(folder: Path, model: str) -> tuple[dict[str, Any], IndexSettings,
         return manifest, settings, parts
     except FileNotFoundError as error:
         if read_manifest(folder, model) != manifest:
-            # A writer replaced the manifest, and then deleted the files that it had listed.
+            # Another process replaced the manifest, and then deleted the files it had listed.
             return read_index(folder, model)
         raise UnusableIndexError(
             f"{show_path(Path(error.filename))} is missing: build the index anew"
@@ -327,46 +318,31 @@ def _read_part(
         raise ValueError("a file with an unknown name")
     paths = {kind: folder / of["name"] for kind, of in files.items()}
     for kind, path in paths.items():
-        size = path.stat().st_size
-        if size != files[kind]["bytes"]:
-            raise UnusableIndexError(
-                f"{show_path(path)} has {size} bytes and should have {files[kind]['bytes']}: "
-                "build the index anew"
-            )
-        if checksum(path) != files[kind]["xxh3"]:
-            raise UnusableIndexError(
-                f"{show_path(path)} is damaged (its checksum differs): build the index anew"
-            )
-    # Nothing is allocated by a number of the manifest before it agrees with the size of a file.
-    if rows < 1 or files["vectors"]["bytes"] != 4 * rows * dimension:
-        raise UnusableIndexError(
-            f"{show_path(paths['vectors'])} does not hold {rows} x {dimension} numbers: build the "
-            "index anew"
-        )
+        with _whole(path):
+            if (size := path.stat().st_size) != files[kind]["bytes"]:
+                raise ValueError(f"it has {size} bytes and should have {files[kind]['bytes']}")
+            if checksum(path) != files[kind]["xxh3"]:
+                raise ValueError("its checksum differs")
+    with _whole(paths["vectors"]):
+        # Nothing is allocated by a number of the manifest before it agrees with a file's size.
+        if rows < 1 or files["vectors"]["bytes"] != 4 * rows * dimension:
+            raise ValueError(f"it does not hold {rows} x {dimension} numbers")
+        vectors = _mapped(paths["vectors"], dimension)
     with _whole(paths["names"]):
         names = json.loads(paths["names"].read_bytes())
         if len(names) != rows:
             raise ValueError(f"{len(names)} names and not {rows}")
-    live = np.ones(rows, bool)
+    live, index = np.ones(rows, bool), None
     if "live" in paths:
         with _whole(paths["live"]):
             bits = np.unpackbits(np.fromfile(paths["live"], np.uint8))
             live, rest = bits[:rows].astype(bool), bits[rows:]
             if len(live) != rows or len(rest) > 7:
                 raise ValueError(f"{len(bits)} marks and not {rows}")
-    index = None
     if "index" in paths:
         with _whole(paths["index"]):
-            index = _read_index(paths["index"])
+            index = faiss.read_index(str(paths["index"]), faiss.IO_FLAG_MMAP_IFC)
             if (index.ntotal, index.d) != (rows, dimension):
                 raise ValueError(f"{index.ntotal} x {index.d} numbers and not {rows} x {dimension}")
             set_search(index, settings.search)
-    return Part(names, _mapped(paths["vectors"], dimension), live, index, files)
-
-
-def _read_index(path: Path) -> faiss.Index:
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        path.stat()  # FileNotFoundError if a writer has deleted the file
-        raise ValueError(reason(error)) from None
+    return Part(names, vectors, live, index, files)

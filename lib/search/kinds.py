@@ -134,6 +134,6 @@ def filtered(index: faiss.Index, selector: faiss.IDSelector) -> faiss.SearchPara
     return None
 
 
-def reason(error: RuntimeError) -> str:
-    """The end of Faiss's message, which begins with a place in its source."""
+def reason(error: Exception) -> str:
+    """An error's message, for Faiss's errors without the place in its source."""
     return str(error).rpartition("Error: ")[2].strip()
