@@ -3,10 +3,9 @@
     settings, table = tune(embeddings, target_recall=0.99, most_bytes=400_000_000)
     index = PhotoIndex.build(embeddings, names, fingerprint(tower), settings)
 
-Recall here is that of approximate search: of the k photos truly nearest to a query, the share among
-the k that were found. It is measured with queries that are not in the index. The parameters to try
-come from Faiss's ``ParameterSpace``, the frontier from its ``OperatingPoints``.
-:func:`compression_losses` shows what compressed kinds lose.
+Recall here is that of approximate search: the share of the k truly nearest photos that are found.
+It is measured with queries that are not in the index. The parameters to try come from Faiss's
+``ParameterSpace``, the frontier from its ``OperatingPoints``.
 """
 
 from __future__ import annotations
@@ -26,31 +25,30 @@ from lib.search.exact import checked, knn, nearest_of, similarities_of
 from lib.search.kinds import IndexSettings, train_and_add
 
 RERANK = (0, 2, 5, 10, 14, 20, 28, 40, 80)  # factors that are tried
-SHORTLIST = 2  # kinds that must reach the target with all vectors, when a sample chose them
-_BLOCK = 16_384  # rows that are handled together
+SHORTLIST = 2  # after a trial with a sample, kinds that must reach the target with all vectors
+_BLOCK = 16_384  # rows that are searched together
 _LITTLE = 0.001  # a gain of recall that is not worth more time
-_FAR_SLOWER = 3  # times slower than what has reached the target: not tried any further
+_FAR_SLOWER = 3  # settings this many times slower than one that reaches the target are left out
 
 
 class TargetUnreachableError(ValueError):
-    """No kind of index finds enough in so little memory; the message says what is possible."""
+    """No kind of index reaches the recall in this memory; the message says what is possible."""
 
 
 class Tuned(NamedTuple):
-    """What :func:`tune` has found.
+    """The result of :func:`tune`.
 
     Attributes:
-        settings: of the choice.
+        settings: the fastest that fit and reach the target.
         frontier: a row for each setting that was measured, by kind and recall. ``factory``,
-            ``search``, ``rerank``: as in :class:`lib.search.photo_index.IndexSettings`;
-            ``vectors``: how many were in the index, fewer than all in a first round; ``recall``:
-            mean over the queries, and ``recall_low``, see :func:`lower_limit`; ``qps_1``,
-            ``qps_2``: queries per second, all of them given at once, with 1 and 2 threads;
-            ``bytes``: of the index in memory; ``mapped_bytes``: of the vectors that re-ranking
-            reads here and there from a mapped file, 0 without; ``build_seconds``; ``fits``: within
-            the memory allowed; ``frontier``: True where no other setting of the full index that
-            fits is better in one of recall and ``qps_2`` and as good in the other; ``chosen``: True
-            in one row.
+            ``search``, ``rerank``: as in :class:`lib.search.kinds.IndexSettings`; ``vectors``: how
+            many were in the index, fewer than all in the trial with a sample; ``recall``: mean over
+            the queries; ``recall_low``: its :func:`lower_limit`; ``qps_1``, ``qps_2``: queries per
+            second, in one batch, with 1 and 2 threads; ``bytes``: of the index in memory;
+            ``mapped_bytes``: of the memory-mapped vectors that re-ranking reads, 0 without it;
+            ``build_seconds``; ``fits``: within the memory allowed; ``frontier``: no other setting
+            of the full index that fits is better in recall or ``qps_2`` and as good in the other;
+            ``chosen``: True in one row.
     """
 
     settings: IndexSettings
@@ -62,7 +60,7 @@ class _Trial(NamedTuple):
 
     Attributes:
         vectors: float32 (n, d), maybe memory-mapped.
-        rows: int64 (m,), those of them that are in the index.
+        rows: int64 (m,), the vectors that are indexed.
         queries: float32 (q, d).
         exact: int64 (q, k), places in ``rows`` of the nearest.
         flat: the row of the table for a flat index.
@@ -76,7 +74,7 @@ class _Trial(NamedTuple):
 
     @classmethod
     def of(cls, vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int) -> _Trial:
-        """Find the true neighbours, and time it."""
+        """Find the true neighbours, and time the search."""
         seconds = {}
         for number in (1, 2):
             with threads(number):
@@ -97,7 +95,7 @@ class _Trial(NamedTuple):
         return cls(vectors, rows, queries, exact, flat)
 
     def row(self, index: faiss.Index, rerank: int) -> dict[str, Any]:
-        """Search an index, and measure how good and how fast it is."""
+        """Measure the recall and the speed of an index."""
         seconds, (q, k) = {}, self.exact.shape
         for number in (1, 2):
             with threads(number):
@@ -119,12 +117,12 @@ class _Trial(NamedTuple):
 def lower_limit(recall: float, queries: int) -> float:
     """The recall that is exceeded with 95 % certainty: Clopper and Pearson's limit.
 
-    Each query is one trial, as its neighbours are found or missed together. The limit is below 1
-    even if all were found: 10 of 10 give 0.74.
+    Each query is one trial, as its neighbours are not independent. The limit is below 1 even if all
+    were found: 10 of 10 give 0.74.
 
     Args:
         recall: mean over the queries, from 0 to 1.
-        queries: how many.
+        queries: number of queries.
     """
     hits = recall * queries
     return float(special.betaincinv(hits, queries - hits + 1, 0.05)) if hits > 0 else 0.0
@@ -143,17 +141,17 @@ def tune(
 ) -> Tuned:
     """Find the fastest settings that reach a recall within some memory.
 
-    With many vectors, all kinds are tried on a sample of them first, and the best are built with
-    all: what is chosen is measured on the full index.
+    With many vectors all kinds are tried on a sample first, and only the best are built and
+    measured with all vectors.
 
     Args:
         vectors: float32 (n, d) of unit norm; may be memory-mapped.
-        target_recall: recall@k that must be reached, above 0 and up to 1, with 95 % certainty given
-            the number of queries. Only a flat index reaches 1.
-        most_bytes: memory that the index may take; any if None. A flat index takes all vectors, as
-            each search reads them all.
+        target_recall: recall@k to reach with 95 % certainty (:func:`lower_limit`), above 0 and up
+            to 1. Only a flat index reaches 1.
+        most_bytes: memory that the index may take; any if None. A flat index takes that of all
+            vectors, as each search reads them all.
         queries: float32 (q, d) of unit norm; None: up to 1,000 of the vectors, a tenth at most, are
-            held out. 300 queries can show a recall of 0.99, if all neighbours are found.
+            held out. At least 300 queries are needed to show a recall of 0.99.
         k: neighbours.
         kinds: of index to try beside Flat, for Faiss's ``index_factory``; those that suit n and d
             if None.
@@ -161,8 +159,8 @@ def tune(
         seed: of the sample and the held-out queries.
 
     Raises:
-        ValueError: a target outside its range, fewer than 100 vectors, or vectors or queries that
-            are not (n, d), finite and of unit norm.
+        ValueError: a target out of range, fewer than 100 vectors, or vectors or queries that are
+            not (n, d), finite and of unit norm.
         TargetUnreachableError: no setting that was tried fits and reaches the target.
     """
     if not 0 < target_recall <= 1:
@@ -197,7 +195,7 @@ def _by_speed(
 ) -> list[str]:
     """Kinds that reach the target with a sample, the fastest first; if none does, the nearest.
 
-    A kind that misses it with a sample will miss it with more vectors to confuse.
+    A kind that misses the target with a sample misses it with more vectors, too.
     """
     fastest = [_fastest([of], target_recall) for of in tables]
     able = [kinds[i] for i in np.argsort(-np.array(fastest)) if fastest[i] > 0]
@@ -228,7 +226,7 @@ def _choice(
     enough = of_choice[of_choice["recall_low"] >= target_recall]
     if enough.empty:
         demand = f"recall@{k} of {target_recall:g} in {most_bytes:,} bytes"
-        possible = _best_possible(table[table["vectors"] == n])
+        possible = _best_possible(table[table["vectors"] == n], target_recall)
         raise TargetUnreachableError(f"{demand} is out of reach: {possible}")
     choice = enough["qps_2"].idxmax()
     table["chosen"] = table.index == choice
@@ -242,8 +240,8 @@ def search_exactly(
     """Compare queries with every vector.
 
     Args:
-        vectors: float32 (n, d), maybe mapped.
-        rows: int64 (m,), which of them to search.
+        vectors: float32 (n, d), maybe memory-mapped.
+        rows: int64 (m,), the vectors to search.
         queries: float32 (q, d).
         k: neighbours, at most m.
 
@@ -273,15 +271,15 @@ def search_reranked(
     k: int,
     rerank: int,
 ) -> np.ndarray:
-    """Search a Faiss index, and rank the best of its results exactly.
+    """Search a Faiss index, and rank its best results again by exact similarity.
 
     Args:
         index: of ``vectors[rows]``.
-        vectors: float32 (n, d), C-contiguous, maybe mapped.
+        vectors: float32 (n, d), C-contiguous, maybe memory-mapped.
         rows: int64 (m,).
         queries: float32 (q, d), C-contiguous.
         k: neighbours.
-        rerank: k * rerank results are ranked anew; 0 keeps the index's own ranking.
+        rerank: k * rerank results are ranked again; 0 keeps the index's own ranking.
 
     Returns:
         int64 (q, k), places in ``rows``, the nearest first; -1 where the index found no more.
@@ -295,7 +293,7 @@ def search_reranked(
 
 
 def memory_of(index: faiss.Index) -> int:
-    """Bytes of an index as it is written to a file, which is what it takes once it is loaded."""
+    """Bytes of an index in a file, which are also those in memory."""
     written = 0
 
     def count(part: bytes) -> int:
@@ -309,7 +307,7 @@ def memory_of(index: faiss.Index) -> int:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Limit the threads of Faiss inside the block; a lower limit that is set already stays."""
+    """Limit the threads of Faiss inside the block; a lower limit that was set before stays."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(min(number, before))
     try:
@@ -320,18 +318,18 @@ def threads(number: int) -> Iterator[None]:
 
 def list_count(n: int) -> int:
     """Number of lists for an inverted file of n vectors, a power of two."""
-    # About 4 sqrt(n) balance finding lists and reading them; k-means wants 39 vectors each.
+    # 4 sqrt(n) balance finding lists and reading them; k-means wants 39 vectors for each list.
     return 2 ** int(np.log2(max(1, min(4 * np.sqrt(n), n / 39))))
 
 
 def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
-    """Kinds of index but Flat that suit n vectors of dimension d, the same ones for each n.
+    """Kinds of index, without Flat, for n vectors of dimension d.
 
-    Left out are those that would not fit when ``n_full`` vectors are in them.
+    Kinds in which ``n_full`` vectors would not fit are left out, the same ones whatever n is.
     """
     lists = list_count(n)
     halves = 2 * (d // 4) or 1  # sub-quantizers, of 4 bits: an even number fills its bytes
-    kinds = {  # bytes for each vector: its code, and its number or its neighbours
+    kinds = {  # bytes of each vector: its code, and its number or its neighbours
         f"IVF{lists},Flat": 4 * d + 8,
         f"IVF{lists},SQ8": d + 8,
         f"IVF{lists},SQ4": d / 2 + 8,
@@ -342,7 +340,7 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
     if d % halves == 0:
         kinds[f"IVF{lists},PQ{halves}x4fs"] = halves / 2 + 8
     if d >= 128 and n_full >= 1000:
-        # The very small one. OPQ's rotation would take minutes to learn in many dimensions.
+        # The smallest. PCA, since OPQ's rotation would take minutes to learn.
         kinds[f"PCAR128,IVF{lists},PQ64x4fs"] = 32 + 8
     return [kind for kind, each in kinds.items() if not most_bytes or n_full * each <= most_bytes]
 
@@ -358,8 +356,8 @@ def _measure(
 ) -> pd.DataFrame:
     """Build a kind of index, and search with its parameters from the fastest to the best.
 
-    Settings far slower than ``enough``, the queries per second with which the target has been
-    reached, are left out.
+    Settings far slower than ``enough`` are left out: queries per second of a setting that reaches
+    the target.
     """
     start = time.perf_counter()
     index = train_and_add(trial.vectors, IndexSettings(factory), trial.rows)
@@ -373,13 +371,12 @@ def _measure(
             row = trial.row(index, rerank)
             rows.append(row | {"search": space.combination_name(number)})
             gained, recall = row["recall"] - recall, row["recall"]
-            # More candidates than are needed only cost time.
             if row["recall_low"] >= target_recall:
                 enough = max(enough, row["qps_2"])
                 break
             if gained < _LITTLE or row["qps_2"] < enough / _FAR_SLOWER:
                 break
-        # So do more lists, or a wider walk through the graph; those to come are slower still.
+        # The settings to come, more lists or a wider walk through the graph, are slower still.
         if recall - before < _LITTLE or rows[first]["qps_2"] < enough / _FAR_SLOWER:
             break
         before = recall
@@ -388,7 +385,7 @@ def _measure(
 
 
 def _search_space(index: faiss.Index) -> faiss.ParameterSpace:
-    """The parameters of a search, and the values to try: Faiss's own, and one between each two."""
+    """Search parameters and the values to try: Faiss's own, and one between each two."""
     space = faiss.ParameterSpace()
     space.initialize(index)
     for i in range(space.parameter_ranges.size()):
@@ -400,7 +397,7 @@ def _search_space(index: faiss.Index) -> faiss.ParameterSpace:
 
 
 def _undominated(table: pd.DataFrame) -> list[int]:
-    """Labels of the rows that no other one beats in both recall and speed."""
+    """Labels of the rows on the frontier of recall and speed."""
     points = faiss.OperatingPoints()
     for label, recall, qps in table[["recall", "qps_2"]].itertuples():
         points.add(recall, 1 / qps, "", label)
@@ -408,27 +405,28 @@ def _undominated(table: pd.DataFrame) -> list[int]:
     return [point.cno for point in optimal if point.perf > 0]  # the first one stands for nothing
 
 
-def _best_possible(table: pd.DataFrame) -> str:
+def _best_possible(table: pd.DataFrame, target_recall: float) -> str:
     fits = table[table["fits"]]
     flat = table.loc[table["factory"] == "Flat", "bytes"].iloc[0]
     if fits.empty:
         return f"no kind of index is that small, and a flat one takes {flat:,} bytes"
     best = fits.loc[fits["recall_low"].idxmax()]
+    more = "; more queries would narrow the bound" if best["recall"] >= target_recall else ""
     return (
         f"the best that fits is {best['recall']:.3f} (at least {best['recall_low']:.3f}, by "
         f"{best['factory']!r} with {best['search']!r} and rerank={best['rerank']}, in "
-        f"{best['bytes']:,} bytes); a flat index finds all in {flat:,} bytes"
+        f"{best['bytes']:,} bytes){more}; a flat index finds all in {flat:,} bytes"
     )
 
 
 class Loss(NamedTuple):
-    """One kind of index without an inverted file, which compares all photos.
+    """How far the searches of a compressed kind of index are from the exact ones.
 
     Attributes:
         factory: for Faiss's ``index_factory``.
-        bytes_each: of a photo in memory; what all photos share is not in it.
-        recall: share of the truly nearest k that its own ranking finds, from 0 to 1.
-        reranked: the same when the first k * rerank are ranked anew by the exact vectors.
+        bytes_each: of a photo in memory, without what all photos share.
+        recall: share of the truly nearest k that the index finds, from 0 to 1.
+        reranked: the same when the first k * rerank are ranked again by exact similarity.
         found: float32 (q, k), cosines of queries and photos found, as the index has them.
         exact: float32 (q, k), the true ones.
     """
@@ -448,7 +446,7 @@ def compression_losses(
     k: int = 10,
     rerank: int = 10,
 ) -> list[Loss]:
-    """Search kinds of compressed index, and measure how far each is from the truth.
+    """Measure what kinds of compressed index lose.
 
     A product quantizer cuts a vector into pieces and keeps for each the number of the nearest of a
     few standard pieces (Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search",
@@ -457,10 +455,10 @@ def compression_losses(
     Args:
         vectors: float32 (n, d) of unit norm, n at least k.
         queries: float32 (q, d) of unit norm.
-        factories: kinds such as "SQ8" or "PQ16np"; without "np" a product quantizer is trained for
-            another kind of search as well, which takes minutes.
+        factories: kinds without lists, such as "SQ8" or "PQ16np"; without "np" a product quantizer
+            is also trained for another kind of search, which takes minutes.
         k: neighbours.
-        rerank: k * rerank candidates are ranked anew.
+        rerank: k * rerank candidates are ranked again.
 
     Raises:
         ValueError: a kind that Faiss does not know or that can't be trained with so few vectors.

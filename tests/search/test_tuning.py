@@ -105,6 +105,14 @@ def test_impossible_demands_tell_what_is_possible(world):
         tune(noise, 1.0, 2000 * 26)
 
 
+def test_a_target_that_only_the_bound_misses_needs_more_queries(world):
+    # The message had not said so. 20 queries, all of whose neighbours are found, show 0.86.
+    with pytest.raises(
+        TargetUnreachableError, match=r"1\.000 .*more queries would narrow the bound"
+    ):
+        tune(world[0][:200], 0.95, 20_000, kinds=["SQ8"])
+
+
 @pytest.mark.parametrize("target", [0, 1.01, float("nan")])
 def test_targets_that_make_no_sense_are_refused(world, target):
     with pytest.raises(ValueError, match="target_recall must be above 0"):
