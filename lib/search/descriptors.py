@@ -1,14 +1,11 @@
 """Descriptors from several views of a photo: sizes, mirror images, pooling exponents.
 
-Nothing is trained here. A trained network embeds several views of each photo, and their descriptors
-are averaged to one:
-
     views = describe_views(tower, lambda size: read_gallery(folder, size)[0], (24, 32, 48))
     descriptors = aggregate(views)                     # float32 (n, d) of unit norm
 
-Each view costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored too, take
-2 x (0.5 + 1 + 2) = 7 times as long as one view. Several exponents share a pass. A search costs the
-same as before.
+A trained network embeds several views of each photo, and their descriptors are averaged. Each view
+costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored too, take 2 x (0.5 +
+1 + 2) = 7 times as long as one view. Several exponents share a pass. A search costs the same.
 """
 
 from __future__ import annotations
@@ -33,17 +30,16 @@ def describe_views(
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`, trained at any size.
-        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. Read them anew at
-            each size: enlarging small ones brings nothing.
+        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. It should read them at
+            that size, as enlarged ones show no more.
         image_sizes: sides in pixels.
         mirrored: whether each size gives a second view, left and right exchanged.
-        gem_ps: exponents to pool with; None is the tower's own. To raise it after training, from 3
-            to 4.6 say, is SuperGlobal's GeM+ (Shao et al., "Global Features are All You Need for
+        gem_ps: exponents to pool with; None is the tower's own. A larger one than in training, such
+            as 4.6 for 3, is SuperGlobal's GeM+ (Shao et al., "Global Features are All You Need for
             Image Retrieval and Reranking", ICCV 2023, section 3.1).
 
     Returns:
-        float32 (v, n, d), each of unit norm: for each size in the order given, for each exponent,
-        the view as it is, followed by the mirrored one.
+        float32 (v, n, d), of unit norm, by size, then exponent, then plain and mirrored.
 
     Raises:
         ValueError: no size, or an exponent for a tower without GeM pooling.
@@ -62,7 +58,7 @@ def describe_views(
 
 
 def _with_exponents(tower: keras.Model, gem_ps: Sequence[float | None]) -> keras.Model:
-    """A tower that pools its maps with each of the exponents: uint8 photos -> float32 (n, p, d)."""
+    """A tower that pools with each of the exponents: uint8 photos -> float32 (n, p, d)."""
     trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
     maps = trunk(tower.input)
     descriptors = []
@@ -79,13 +75,13 @@ def _with_exponents(tower: keras.Model, gem_ps: Sequence[float | None]) -> keras
 
 
 def aggregate(views: np.ndarray, p: float = 1.0) -> np.ndarray:
-    """Make one descriptor of several views of each photo: their generalized mean.
+    """Average several views of each photo to one descriptor, by their generalized mean.
 
-    With p = 1 it is the mean direction, as is usual (Radenović, Tolias, Chum, "Fine-tuning CNN
-    Image Retrieval with No Human Annotation", TPAMI 2018, "Multi-scale representation"). A larger p
-    is SuperGlobal's scale GeM (see above, section 3.1), infinity the maximum. Powers need values of
-    at least 0, but descriptors may be negative: the smallest value of each dimension in the whole
-    set is subtracted before and added again afterwards, which does not change p = 1.
+    p = 1 is the usual mean direction (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval
+    with No Human Annotation", TPAMI 2018, "Multi-scale representation"). A larger p is
+    SuperGlobal's scale GeM (see :func:`describe_views`, section 3.1), infinity the maximum. Powers
+    need values of at least 0, so the smallest value of each dimension in the whole set is
+    subtracted before and added again afterwards.
 
     Args:
         views: float (v, n, d) of unit norm.

@@ -3,7 +3,7 @@
     rows, similarities = nearest(queries, gallery, k=10)
 
 Descriptors are float32 (n, d) of unit norm, compared by their inner product, which is the cosine.
-Faiss computes it, on all cores.
+Faiss computes it on all cores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 
 if sys.platform == "darwin":
-    # Faiss and TensorFlow each bring an OpenMP runtime; on macOS two of them crash each other.
+    # Faiss and TensorFlow each bring an OpenMP runtime, and two of them crash on macOS.
     faiss.omp_set_num_threads(1)
 
 _BLOCK = 2**23  # neighbours that are sorted at a time
@@ -28,7 +28,7 @@ def checked(
 
     Args:
         descriptors: float (n, d) of unit norm, maybe memory-mapped.
-        name: what to call them in a message.
+        name: for the message.
         dimension: d; any if None.
 
     Raises:
@@ -55,7 +55,7 @@ def nearest(
     """Find the k most similar photos of each query, in descending order of similarity.
 
     Args:
-        queries: float (q, d) of unit norm; None: each photo of the gallery, among all the others.
+        queries: float (q, d) of unit norm; None: each photo of the gallery among all others.
         gallery: float (n, d) of unit norm.
         k: capped at the number of photos (of other photos, if queries is None).
 
@@ -90,7 +90,7 @@ def knn(
         queries: float32 (q, d), C-contiguous.
         vectors: float32 (n, d), C-contiguous, maybe memory-mapped.
         k: capped at n.
-        selector: of at least k vectors, which alone are searched.
+        selector: searches only the vectors it selects, at least k.
 
     Returns:
         similarities, float32 (q, k), in descending order, and rows, int64 (q, k).
@@ -118,7 +118,7 @@ def knn(
         order = np.lexsort((at, -found))[:, :k]
         last = found[:, k:].max(axis=1, initial=-np.inf)
         found, at = np.take_along_axis(found, order, 1), np.take_along_axis(at, order, 1)
-        # Faiss may have left out an earlier row that equals the last one it found.
+        # Faiss may have left out an earlier row that ties with the last one it found.
         if (tied := (found[:, -1] == last) & (at[:, -1] >= 0)).any():
             more, rows_of_more = knn(some[tied], vectors, 2 * k, selector)
             found[tied], at[tied] = more[:, :k], rows_of_more[:, :k]
@@ -127,7 +127,7 @@ def knn(
 
 
 def similarities_of(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Exact similarities of each query to some vectors, by all threads and without a copy of them.
+    """Exact similarities of each query to some vectors, which are not copied.
 
     Args:
         queries: float32 (q, d), C-contiguous.
@@ -135,7 +135,7 @@ def similarities_of(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) 
         rows: int64 (q, m), which vectors; -1 stands for none.
 
     Returns:
-        float32 (q, m), inner products; for a row -1 the value has no meaning.
+        float32 (q, m), inner products, undefined for a row of -1.
     """
     similarities = np.zeros(rows.shape, np.float32)
     rows = np.ascontiguousarray(rows, np.int64)

@@ -24,9 +24,9 @@ class IndexSettings:
         factory: what to build, for Faiss's ``index_factory``, such as "IVF1024,SQ8" or "HNSW32".
             "Flat" compares every photo.
         search: parameters of the search for Faiss's ``ParameterSpace``, such as "nprobe=16" or
-            "efSearch=64"; parameters that are not named have Faiss's default.
-        rerank: fetch k * ``rerank`` photos from the Faiss index, and rank these exactly; 0 takes
-            its ranking and its similarities, which are approximate for compressed kinds.
+            "efSearch=64"; others have Faiss's defaults.
+        rerank: k * ``rerank`` photos from the Faiss index are ranked again by exact similarity; 0
+            keeps its own ranking and similarities, which are approximate for compressed kinds.
 
     Raises:
         ValueError: ``rerank`` below 0, or search parameters for "Flat", which has none.
@@ -59,7 +59,7 @@ def train_and_add(
     Raises:
         ValueError: settings that Faiss does not know, or too few vectors to train such an index.
     """
-    from tqdm import tqdm  # here: it would be a sixth of the time that importing the index takes
+    from tqdm import tqdm  # here: a sixth of the time that importing the index takes
 
     n = len(vectors) if rows is None else len(rows)
 
@@ -69,7 +69,7 @@ def train_and_add(
     with _refusing(f"make an index {settings.factory!r} of {n} x {vectors.shape[1]}"):
         index = empty_index(vectors.shape[1], settings)
         lists = faiss.try_extract_index_ivf(index)
-        # k-means needs some 40 to 256 vectors for each centroid; codebooks have up to 256 of them.
+        # k-means needs 40 to 256 vectors for each centroid; codebooks have up to 256 centroids.
         sample = max(65_536, 64 * lists.nlist if lists else 0)
         index.train(take(np.sort(np.random.default_rng(0).permutation(n)[:sample])))
         starts = range(0, n, _BLOCK)
@@ -116,15 +116,12 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def filtered(index: faiss.Index, selector: faiss.IDSelector) -> faiss.SearchParameters | None:
-    """Parameters that search as the index is set to, but among the selected vectors only.
-
-    None if this kind of index can't.
-    """
+    """The index's search parameters with a selector; None if this kind of index takes none."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         inner = filtered(index.index, selector)
         return inner and faiss.SearchParametersPreTransform(index_params=inner)
-    # Parameters given with a search replace all those that the index is set to.
+    # Parameters given with a search replace all parameters of the index.
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
     if isinstance(index, faiss.IndexHNSW):

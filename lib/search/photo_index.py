@@ -4,13 +4,13 @@
     index.save(run / "gallery.index")
     index = PhotoIndex.load(run / "gallery.index", fingerprint(tower))
     names, similarities = index.search(query_embeddings, k=5)
-    index.add(more_names, more_embeddings)       # on the disk when this returns
+    index.add(more_names, more_embeddings)
     index.remove(names[0])
 
-Photos lie in *parts*. The first part has a Faiss index of the settings' kind. Photos added later
-are few and compared one by one, until :meth:`PhotoIndex.compact` makes one part of all. Removing a
-photo only marks it. Every add that returned is kept; an unfinished one leaves no trace
-(:mod:`lib.search.index_files`).
+An index consists of *parts*. The first part has a Faiss index of the settings' kind. Photos added
+later are few and compared one by one, until :meth:`PhotoIndex.compact` makes one part of all.
+Removing a photo only marks it. Changes of a saved index are on the disk when the method returns; an
+unfinished one leaves no trace.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ from lib.search.kinds import (
 class PhotoIndex:
     """Photos by name, found by embeddings of unit norm.
 
+    Methods that change a saved index raise IndexBusyError if another process writes to it,
+    UnusableIndexError if the files are damaged or another model's by now, and OSError if the disk
+    is full. Then, as after a ValueError, nothing has been changed.
+
     Attributes:
         names: n unique names, in the order they were added in.
         model: fingerprint of the model that made the embeddings.
@@ -60,7 +64,7 @@ class PhotoIndex:
         """Use :meth:`build` or :meth:`load`."""
         self.model, self.settings, self.dimension = model, settings, dimension
         self.path: Path | None = None
-        self._manifest = ""  # checksum of the manifest that the parts are from
+        self._manifest = ""  # checksum of the manifest that lists the parts
         self._set_parts(parts)
 
     def _set_parts(self, parts: list[Part]) -> None:
@@ -85,9 +89,8 @@ class PhotoIndex:
             settings: the kind of index.
 
         Raises:
-            ValueError: embeddings that are not (n, d), finite and of unit norm; n != names; a name
-                that comes twice; settings that Faiss does not know, or too few photos to train such
-                an index.
+            ValueError: embeddings that are not (n, d), finite and of unit norm; n != names; a
+                repeated name; settings that Faiss does not know, or too few photos to train on.
         """
         vectors, names = checked_vectors(embeddings, names)
         index = cls([], model, settings, vectors.shape[1])
@@ -100,9 +103,9 @@ class PhotoIndex:
     def load(cls, path: Path, model: str) -> PhotoIndex:
         """Open an index that :meth:`save` wrote.
 
-        All files are compared with their checksums. Then embeddings and Faiss index are mapped:
-        they are read when a search needs them, and may be larger than the memory. What is loaded
-        stays as it is while others write to the folder.
+        Embeddings and Faiss index are memory-mapped once their checksums have been compared, and
+        may be larger than the memory. The loaded index does not change while others write to the
+        folder.
 
         Args:
             path: the folder.
@@ -110,8 +113,7 @@ class PhotoIndex:
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
-            UnusableIndexError: damaged, no index at all, of another format, or made by another
-                model.
+            UnusableIndexError: damaged, no index, of another format, or made by another model.
         """
         path = Path(path)
         manifest, settings, parts = read_index(path, model)
@@ -125,8 +127,8 @@ class PhotoIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], np.ndarray]:
         """Find the k photos nearest to each query, the nearest first.
 
-        Removed photos are skipped. If the Faiss index finds fewer than k photos for a query (its
-        lists or its graph end before), that query is compared with every photo.
+        If the Faiss index finds fewer than k photos for a query (its lists or its graph end
+        before), that query is compared with every photo.
 
         Args:
             queries: float32 (q, d) of unit norm.
@@ -134,7 +136,7 @@ class PhotoIndex:
 
         Returns:
             names, q lists of min(k, n); and their cosine similarities, float32 (q, min(k, n)),
-            from -1 to 1; see ``rerank`` in :class:`IndexSettings` for how exact they are.
+            which are approximate for some ``settings``: see :class:`IndexSettings`.
 
         Raises:
             ValueError: k below 1, or queries that are not (q, d), finite and of unit norm.
@@ -153,15 +155,10 @@ class PhotoIndex:
         similarities, numbers = nearest_of(similarities, numbers, k)
         return [[names[i] for i in row] for row in numbers.tolist()], similarities
 
-    # ----------------------------------------------------------------------------------------------
-    # Changes
-    # ----------------------------------------------------------------------------------------------
-
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
-        """Add photos; on the disk, if the index is saved, when this returns.
+        """Add photos, which are compared one by one in a search.
 
-        They are compared one by one in a search. Added parts of up to twice as many photos are
-        merged with them, so there are never more than a few parts.
+        Added parts of up to twice as many photos are merged with them, so an index has few parts.
 
         Args:
             names: n names that the index does not have.
@@ -169,9 +166,6 @@ class PhotoIndex:
 
         Raises:
             ValueError: as :meth:`build` does; another dimension; or a name that the index has.
-            IndexBusyError: another process writes to it.
-            UnusableIndexError: what is on the disk by now is damaged or another model's.
-            OSError: the disk is full; nothing has been added.
         """
         vectors, names = checked_vectors(embeddings, names)
         with self._changing() as folder:
@@ -191,16 +185,10 @@ class PhotoIndex:
             self._commit(folder, parts, self.settings)
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove photos; on the disk, if the index is saved, when this returns.
-
-        Their embeddings take up room until :meth:`compact`.
-
-        Args:
-            names: photos of the index.
+        """Remove photos; their embeddings take up room until :meth:`compact`.
 
         Raises:
-            ValueError: a name that the index does not have; nothing has been removed.
-            IndexBusyError, UnusableIndexError, OSError: as :meth:`add` does.
+            ValueError: a name that the index does not have.
         """
         gone = set(names)
         with self._changing() as folder:
@@ -219,7 +207,7 @@ class PhotoIndex:
             self._commit(folder, parts, self.settings)
 
     def tune(self, search: str, rerank: int) -> None:
-        """Change how the index is searched; on the disk, if it is saved, when this returns.
+        """Change how the index is searched.
 
         Args:
             search: as in :class:`IndexSettings`; parameters that are not named stay as they are.
@@ -227,10 +215,9 @@ class PhotoIndex:
 
         Raises:
             ValueError: parameters that this kind of index does not have.
-            IndexBusyError, UnusableIndexError, OSError: as :meth:`add` does.
         """
         with self._changing() as folder:
-            # On an empty index first: what it refuses must not be half set on the real one.
+            # On an empty index first, so that refused parameters are not half set on the real one.
             set_search(empty_index(self.dimension, self.settings), search)
             search = merged(self.settings.search, search)
             settings = replace(self.settings, search=search, rerank=rerank)
@@ -240,14 +227,13 @@ class PhotoIndex:
                     set_search(part.index, search)
 
     def compact(self) -> None:
-        """Make one part of all: train and fill the Faiss index anew, without removed photos.
+        """Train and fill the Faiss index anew with all photos that have not been removed.
 
         Call it when many photos have been added or removed. It takes as long as :meth:`build`, and
         twice the room on the disk while it runs.
 
         Raises:
-            ValueError: too few photos are left to train such an index, which stays as it is.
-            IndexBusyError, UnusableIndexError, OSError: as :meth:`add` does.
+            ValueError: too few photos are left to train such an index.
         """
         with self._changing() as folder:
             parts, files = [], {}
@@ -263,7 +249,7 @@ class PhotoIndex:
             self._commit(folder, parts, self.settings)
 
     def save(self, path: Path) -> None:
-        """Write the index to a folder, atomically, in place of an index that may be there.
+        """Write the index to a folder, in place of an index that may be there.
 
         From then on changes go to that folder, and the embeddings are read from it.
 
@@ -272,8 +258,6 @@ class PhotoIndex:
 
         Raises:
             UnusableIndexError: there is a file at ``path``.
-            IndexBusyError: another process writes to that folder.
-            OSError: the disk is full; the index that was there stays.
         """
         path = Path(path)
         if path.is_file():
@@ -286,7 +270,7 @@ class PhotoIndex:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Path | None]:
-        """Keep other writers out, and start from what the last one left. Yields the folder."""
+        """Lock the folder, load what another process has changed, and yield the folder."""
         if self.path is None:
             yield None
             return
@@ -299,7 +283,7 @@ class PhotoIndex:
             yield self.path
 
     def _commit(self, folder: Path | None, parts: list[Part], settings: IndexSettings) -> None:
-        """Make parts and settings the content of the index, and of its folder."""
+        """Replace the content of the index and of its folder."""
         if folder is not None:
             content = {
                 "model": self.model,
@@ -314,16 +298,14 @@ class PhotoIndex:
 
 
 def checked_vectors(embeddings: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Embeddings and names, if they are fit for an index.
-
-    Args:
-        embeddings, names: see :meth:`PhotoIndex.build`.
+    """Check embeddings and names of photos.
 
     Returns:
-        float32 (n, d), without a copy if it was that before; and the names as a list.
+        float32 (n, d), not copied if they are that already; and the names as a list.
 
     Raises:
-        ValueError: as :meth:`PhotoIndex.build` does.
+        ValueError: embeddings that are not (n, d), finite and of unit norm; n != names; or a
+            repeated name.
     """
     vectors, names = checked(embeddings), list(names)
     if len(vectors) != len(names):
@@ -348,12 +330,12 @@ def _search_part(
     if part.index is None:
         return knn(queries, part.vectors, k, part.selector)
     fetched = min(k * max(rerank, 1), part.count)
-    # Made for each search: they hold the index's parameters, which can change.
+    # Made for each search, as it copies the index's parameters, which can change.
     only_live = filtered(part.index, part.selector) if part.selector else None
     if only_live is None:
         fetched += min(len(part.names) - part.count, fetched)
     similarities, rows = part.index.search(queries, fetched, params=only_live)
-    # Faiss fills up missing results with number -1, which would be the last name.
+    # Faiss fills up missing results with the number -1.
     useless = (rows < 0) | ~part.live[rows]
     if rerank:
         similarities = similarities_of(queries, part.vectors, rows)

@@ -1,22 +1,17 @@
 """Better rankings from the same descriptors: query expansion and re-ranking.
 
-Descriptors are float32 (n, d) of unit norm and are compared by their inner product. Queries are not
-part of the gallery, and no query changes the result of another one. Every method ends in
-scores, float32 (q, n), the larger the better, which the caller ranks once:
+Queries are not part of the gallery, and no query changes the result of another one. Every method
+ends in scores, float32 (q, n), the larger the better, which the caller ranks once:
 
-    queries = expand_queries(queries, gallery)             # new descriptors, searched as before
-    gallery = augment_gallery(gallery)                     # likewise
-    scores = queries @ gallery.T
-
+    scores = expand_queries(queries, gallery) @ gallery.T
+    scores = queries @ augment_gallery(gallery).T
     scores = rerank_k_reciprocal(queries, gallery, encode_reciprocal(gallery))
     scores = rerank_diffusion(queries, gallery, neighbour_graph(gallery))
     scores = rerank_superglobal(queries, gallery)
-
     ranked = np.argsort(-scores, axis=1, kind="stable")
 
-Photos that a method does not re-rank (not a candidate, or beyond the reach of the diffusion) get
-their similarity minus 2, or less if there are negative scores: they follow all others, in their old
-order.
+Photos that a method does not re-rank follow all others, in their old order: they score their
+similarity minus 2, or less if there are negative scores.
 
     method                once per gallery           per query                  memory (numbers)
     expand_queries        nothing                    a search                   q (k + d)
@@ -25,8 +20,8 @@ order.
     rerank_diffusion      n searches, sparse graph   a search, 10s of products  n k
     rerank_superglobal    nothing                    a search, M^2 d products   M (M + d)
 
-A search (:func:`lib.search.exact.nearest`) compares with all n photos. Numbers of neighbours are
-capped at the number of photos.
+A search compares with all n photos. Numbers of neighbours are capped at the number of photos.
+Descriptors must be (n, d), finite and of unit norm, and the gallery not empty; a ValueError else.
 """
 
 from __future__ import annotations
@@ -38,7 +33,7 @@ from scipy import sparse
 
 from lib.search.exact import checked, nearest
 
-_BLOCK = 2**23  # how many numbers are in the works at a time
+_BLOCK = 2**23  # numbers that are computed at a time
 
 
 def expand_queries(
@@ -46,42 +41,39 @@ def expand_queries(
 ) -> np.ndarray:
     """Alpha-weighted query expansion: move each query towards its k nearest photos.
 
-    Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018,
-    whose settings are the defaults. The new query is q + Σ s^alpha x over the k nearest photos x of
-    similarity s. Negative s count as 0. With alpha 0 all k photos count as much as the query
-    (0^0 = 1): that is the average query expansion of Chum et al., "Total Recall", ICCV 2007.
+    The new query is q + Σ s^alpha x over the k nearest photos x of similarity s, negative s as 0
+    (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI
+    2018, whose settings are the defaults). With alpha 0 it is the average query expansion of Chum
+    et al., "Total Recall", ICCV 2007: all k photos weigh as much as the query.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        k: how many photos; capped at n.
-        alpha: 0 or more; the larger it is, the less dissimilar photos count.
+        k: how many photos.
+        alpha: 0 or more; the larger, the less weight dissimilar photos have.
 
     Returns:
-        float32 (q, d) of unit norm. If the sum vanishes (opposite photos with alpha 0), the query
-        stays as it is.
+        float32 (q, d) of unit norm. A query whose sum vanishes (opposite photos with alpha 0) is
+        unchanged.
 
     Raises:
-        ValueError: k below 1, alpha negative or not finite, or descriptors as for :func:`nearest`.
+        ValueError: k below 1, or alpha negative or not finite.
     """
-    _check_not_negative(alpha=alpha)
-    rows, similarities = nearest(queries, gallery, k)
-    queries, gallery = _checked(queries, gallery)
-    return _moved(queries, gallery, rows, similarities, alpha)
+    return _moved(queries, gallery, k, alpha)
 
 
 def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.ndarray:
     """Database-side augmentation: move each photo of the gallery towards its k nearest others.
 
-    Turcot, Lowe, "Better Matching with Fewer Features", ICCV workshops 2009, and Arandjelović,
-    Zisserman, "Three Things Everyone Should Know to Improve Object Retrieval", CVPR 2012, add the
-    neighbours up (alpha = 0). Gordo, Almazán, Revaud, Larlus, "End-to-end Learning of Deep Visual
-    Representations for Image Retrieval", IJCV 2017, weigh them by their rank. Here they are weighed
-    by similarity^alpha, as in :func:`expand_queries`.
+    Neighbours are weighted by similarity^alpha, as in :func:`expand_queries`. Turcot, Lowe, "Better
+    Matching with Fewer Features", ICCV workshops 2009, and Arandjelović, Zisserman, "Three Things
+    Everyone Should Know to Improve Object Retrieval", CVPR 2012, add them up (alpha 0); Gordo,
+    Almazán, Revaud, Larlus, "End-to-end Learning of Deep Visual Representations for Image
+    Retrieval", IJCV 2017, weight them by rank.
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many other photos; capped at n - 1.
+        k: how many other photos.
         alpha: 0 or more.
 
     Returns:
@@ -90,19 +82,15 @@ def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.
     Raises:
         ValueError: as for :func:`expand_queries`.
     """
-    _check_not_negative(alpha=alpha)
-    rows, similarities = nearest(None, gallery, k)
+    return _moved(None, gallery, k, alpha)
+
+
+def _moved(queries: np.ndarray | None, gallery: np.ndarray, k: int, alpha: float) -> np.ndarray:
+    """Queries, or if None the gallery, moved towards their k nearest photos."""
+    _check_not_negative("alpha", alpha)
+    rows, similarities = nearest(queries, gallery, k)
     gallery = checked(gallery, "gallery")
-    return _moved(gallery, gallery, rows, similarities, alpha)
-
-
-def _moved(
-    descriptors: np.ndarray,
-    gallery: np.ndarray,
-    rows: np.ndarray,
-    similarities: np.ndarray,
-    alpha: float,
-) -> np.ndarray:
+    descriptors = gallery if queries is None else checked(queries, "queries")
     weights = _sparse_rows(rows, np.maximum(similarities, 0) ** np.float32(alpha), len(gallery))
     moved = descriptors + weights @ gallery
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
@@ -111,16 +99,15 @@ def _moved(
 
 @dataclass(frozen=True, eq=False)
 class ReciprocalEncoding:
-    """A gallery as :func:`rerank_k_reciprocal` needs it; :func:`encode_reciprocal` makes it.
+    """A gallery encoded by :func:`encode_reciprocal`.
 
     Attributes:
         k1: how many nearest photos count as neighbours.
-        k2: over how many photos, itself included, an encoding is averaged.
-        reach: float32 (n,), the similarity that makes a query one of a photo's k1 nearest.
+        k2: how many encodings are averaged.
+        reach: float32 (n,), the similarity from which a query is one of a photo's k1 nearest.
         close: sparse int32 (n, n), 1 for k-reciprocal neighbours with k = k1 // 2.
-        single: sparse float32 (n, n), row i the encoding of photo i over the photos of the gallery.
-        averaged: the same after the local query expansion, by columns (which photos share this
-            neighbour?).
+        single: sparse float32 (n, n), row i is the encoding of photo i.
+        averaged: the same after averaging, stored by columns.
     """
 
     k1: int
@@ -135,23 +122,22 @@ def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> Recipro
     """Encode each photo of a gallery by its k-reciprocal neighbours, once for all queries.
 
     Zhong, Zheng, Cao, Li, "Re-ranking Person Re-identification with k-reciprocal Encoding",
-    CVPR 2017, whose settings are the defaults. R(i, k) holds the photos j with i among the k
-    nearest of j and j among the k nearest of i. It becomes R* by adding every R(j, k1 / 2), j in
-    R(i, k1), of which at least two thirds are in R(i, k1). The encoding has exp(-d(i, j)) for the j
-    in R* and 0 for others (all section 3), and is averaged over the photo and its k2 - 1 nearest.
+    CVPR 2017, section 3, whose settings are the defaults. R(i, k) holds the photos j with i among
+    the k nearest of j and j among the k nearest of i. It becomes R* by adding every R(j, k1 / 2), j
+    in R(i, k1), of which at least two thirds are in R(i, k1). The encoding is exp(-d(i, j)) for the
+    j in R*, else 0, and is averaged over the photo and its k2 - 1 nearest.
 
-    As in the authors' code a photo of the gallery is in its own R. Unlike that code, the
-    distance d is 1 - similarity, not the squared distance divided by the row's largest, and
-    encodings are not scaled to a sum of 1, which is in none of the equations.
+    As in the authors' code a photo is in its own R. Unlike there, the distance d is 1 - similarity,
+    not the squared distance divided by the row's largest, and encodings are not scaled to a sum of
+    1, which is in none of the equations.
 
     Args:
         gallery: float (n, d) of unit norm.
         k1: how many nearest other photos count; half of it is rounded down.
-        k2: how many encodings are averaged; 1: only the photo's own. Both are capped at the
-            number of photos.
+        k2: how many encodings are averaged; 1 takes the photo's own.
 
     Raises:
-        ValueError: k1 or k2 below 1, or a gallery as for :func:`nearest`.
+        ValueError: k1 or k2 below 1.
     """
     _check_counts(k1=k1, k2=k2)
     rows, similarities = nearest(None, gallery, max(k1, k2 - 1))
@@ -174,28 +160,25 @@ def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> Recipro
 def rerank_k_reciprocal(
     queries: np.ndarray, gallery: np.ndarray, encoding: ReciprocalEncoding, lam: float = 0.3
 ) -> np.ndarray:
-    """K-reciprocal re-ranking: photos are alike if they have the same neighbours.
+    """K-reciprocal re-ranking: photos are similar if they have the same neighbours.
 
-    The paper and its steps are those of :func:`encode_reciprocal`. A query is encoded the same way,
-    over the photos of the gallery. The distance of two encodings is Jaccard's,
-    d_J = 1 - Σ min / Σ max, the final one is (1 - lam) d_J + lam d.
+    Queries are encoded as in :func:`encode_reciprocal`, which names the paper. The distance of two
+    encodings is Jaccard's, d_J = 1 - Σ min / Σ max, the final one (1 - lam) d_J + lam d.
 
-    A query is compared with the encodings that the gallery has without it. In the paper's authors'
-    code all queries are part of the set that is searched: they displace neighbours, are neighbours
-    of each other, and everything has to be encoded anew when one more comes.
+    In the authors' code all queries are part of the gallery: they are neighbours of each other, and
+    a new query changes every encoding. Here the gallery is encoded without queries.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
         encoding: of this gallery.
-        lam: share of the plain distance, from 0 (encodings only) to 1 (the plain ranking).
+        lam: weight of the plain distance, from 0 to 1, which is the plain ranking.
 
     Returns:
         float32 (q, n), 1 - the final distance, from -lam to 1.
 
     Raises:
-        ValueError: lam out of range, an encoding of another gallery size, or descriptors as for
-            :func:`nearest`.
+        ValueError: lam out of range, or an encoding of another gallery size.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be from 0 to 1, got {lam}")
@@ -219,7 +202,6 @@ def rerank_k_reciprocal(
     scores = queries @ gallery.T
     for i in range(len(queries)):
         own = encodings[[i]]
-        # Only photos that share a neighbour with the query overlap with it.
         sharing = encoding.averaged[:, own.indices]
         smaller = np.minimum(sharing.data, np.repeat(own.data, np.diff(sharing.indptr)))
         overlap = np.bincount(sharing.indices, weights=smaller, minlength=n)
@@ -257,24 +239,24 @@ def _encoded(
 
 
 def neighbour_graph(gallery: np.ndarray, k: int = 50, gamma: float = 3.0) -> sparse.csr_array:
-    """The graph along which :func:`rerank_diffusion` spreads, made once per gallery.
+    """The graph of a gallery for :func:`rerank_diffusion`, made once for all queries.
 
-    Two photos are joined if each is among the k nearest others of the other one, with the affinity
+    Two photos are joined if each is among the k nearest others of the other one. Their affinity is
     s^gamma; similarities s of 0 or below join nothing. The affinities A are normalized by the
     degrees D = diag(A 1) to S = D^(-1/2) A D^(-1/2). From Iscen, Tolias, Avrithis, Furon, Chum,
     "Efficient Diffusion on Region Manifolds", CVPR 2017, section 3.
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many nearest others; capped at n - 1.
-        gamma: above 0; the larger it is, the less dissimilar photos count.
+        k: how many nearest others.
+        gamma: above 0; the larger, the less weight dissimilar photos have.
 
     Returns:
-        S, sparse float64 (n, n), symmetric, its eigenvalues from -1 to 1. A photo that is joined to
-        none has an empty row.
+        S, sparse float64 (n, n), symmetric, with eigenvalues from -1 to 1. A photo that is joined
+        to none has an empty row.
 
     Raises:
-        ValueError: k below 1, gamma not above 0 or not finite, or a gallery as for :func:`nearest`.
+        ValueError: k below 1, or gamma not above 0 or not finite.
     """
     _check_gamma(gamma)
     rows, similarities = nearest(None, gallery, k)
@@ -300,28 +282,25 @@ def rerank_diffusion(
 ) -> np.ndarray:
     """Diffusion: similarity spreads from the query's neighbours along the graph of the gallery.
 
-    The paper is that of :func:`neighbour_graph`. The scores f solve (I - alpha S) f = y, where y is
-    s^gamma for the k photos nearest to the query, and 0 for others: the query itself needs no place
-    in the graph. The solver is the method of conjugate gradients. Regions, and what the
-    paper does to combine them, are left out: a photo has one descriptor.
+    The scores f solve (I - alpha S) f = y by conjugate gradients, where y is s^gamma for the k
+    photos nearest to the query and 0 for others, so the query itself is not in the graph. See the
+    paper of :func:`neighbour_graph`; its image regions are left out, as a photo has one descriptor.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
         graph: :func:`neighbour_graph` of this gallery.
-        k: from how many photos it spreads; capped at n.
+        k: from how many photos it spreads.
         gamma: above 0, that of the graph.
         alpha: from 0 (y itself) to below 1; the larger, the farther it spreads and the longer it
             takes.
         tolerance: from 1e-12 to below 1; the solver stops when the residual is that share of y.
 
     Returns:
-        float32 (q, n): above 0 for photos that the diffusion reaches, others below 0 in the plain
-        order.
+        float32 (q, n): above 0 for photos that the diffusion reaches, below 0 for others.
 
     Raises:
-        ValueError: a setting out of range, a graph of another gallery size, or descriptors as for
-            :func:`nearest`.
+        ValueError: a setting out of range, or a graph of another gallery size.
     """
     _check_gamma(gamma)
     if not 0 <= alpha < 1:
@@ -345,15 +324,12 @@ def rerank_diffusion(
 
 
 def _solved(system: sparse.csr_array, y: np.ndarray, tolerance: float) -> np.ndarray:
-    """Conjugate gradients for several right sides: (n, n), (n, q) -> (n, q).
-
-    One product with a block of vectors takes far less time than a product with each.
-    """
+    """Conjugate gradients for q right sides together: (n, n), (n, q) -> (n, q)."""
     f = np.zeros_like(y)
     residual, direction = y.copy(), y.copy()
     squares = np.einsum("nq,nq->q", residual, residual)
     enough = tolerance**2 * squares
-    # A solved column stays as it is: its result does not depend on the others.
+    # A solved column is not changed any more, so its result does not depend on the others.
     while (unsolved := squares > enough).any():
         product = system @ direction
         curvature = np.einsum("nq,nq->q", direction, product)
@@ -376,32 +352,31 @@ def rerank_superglobal(
     """SuperGlobal's re-ranking: candidates refine each other, the best expand the query.
 
     Shao, Chen, Karpur, Cui, Araujo, Cao, "Global Features are All You Need for Image Retrieval and
-    Reranking", ICCV 2023, section on re-ranking; defaults and details are those of the authors'
-    code. Of the ``top`` photos nearest to the query, each is replaced by the mean of itself, of
-    weight 1, and its k nearest among them, of weight beta times their similarity. These refined
-    descriptors are compared with the query and with an expanded query, the largest value in each
-    dimension of the k + 1 refined descriptors most similar to the query. The score is the mean of
-    both inner products; neither the refined descriptors nor the expanded query are normalized.
+    Reranking", ICCV 2023; defaults and details are those of the authors' code. Each of the ``top``
+    photos nearest to the query is replaced by the mean of itself, of weight 1, and its k nearest
+    among them, of weight beta times their similarity. The expanded query is the maximum, in each
+    dimension, of the k + 1 refined descriptors most similar to the query. The score is the mean of
+    a refined descriptor's inner products with the query and the expanded query. Neither refined
+    descriptors nor the expanded query are normalized.
 
-    Unlike the authors' code, negative similarities have the weight 0. The maximum depends
-    on the axes: the same descriptors, rotated, give other scores.
+    Unlike in the authors' code, negative similarities have the weight 0. The maximum depends on the
+    axes: rotated descriptors give other scores.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        top: how many candidates are re-ranked (the paper's M); capped at n.
+        top: how many candidates are re-ranked (the paper's M).
         k: how many neighbours refine a candidate; capped at top - 1.
         beta: 0 or more, the weight of neighbours.
 
     Returns:
-        float32 (q, n), the candidates before all others, which follow in the plain order.
+        float32 (q, n), the candidates before all others.
 
     Raises:
-        ValueError: top or k below 1, beta negative or not finite, or descriptors as for
-            :func:`nearest`.
+        ValueError: top or k below 1, or beta negative or not finite.
     """
     _check_counts(top=top, k=k)
-    _check_not_negative(beta=beta)
+    _check_not_negative("beta", beta)
     queries, gallery = _checked(queries, gallery)
     similarities = queries @ gallery.T
     candidates, _ = nearest(queries, gallery, top)
@@ -421,7 +396,7 @@ def rerank_superglobal(
 
 
 def _others_below(scores: np.ndarray, similarities: np.ndarray, reranked: np.ndarray) -> np.ndarray:
-    """Score what is not re-ranked below the rest: its similarity less 2, or lower if need be."""
+    """Give photos that are not re-ranked scores below all others, in the order of similarity."""
     lowest = np.min(scores, axis=1, keepdims=True, where=reranked, initial=0)
     return np.where(reranked, scores, lowest - 2 + similarities)
 
@@ -430,7 +405,7 @@ def _sparse_rows(columns: np.ndarray, values: np.ndarray, n: int) -> sparse.csr_
     """A matrix (m, n) with the values (m, k) in the columns (m, k) of its rows, else 0."""
     m, k = columns.shape
     bounds = np.arange(0, m * k + 1, k) if k else np.zeros(m + 1, dtype=np.int64)
-    # Copies: scipy sorts the columns of a matrix in place, whoever else holds them.
+    # Copies: scipy sorts the columns of a matrix in place.
     return sparse.csr_array((values.flatten(), columns.flatten(), bounds), shape=(m, n))
 
 
@@ -447,10 +422,9 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-def _check_not_negative(**settings: float) -> None:
-    for name, setting in settings.items():
-        if not 0 <= setting < np.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, got {setting}")
+def _check_not_negative(name: str, setting: float) -> None:
+    if not 0 <= setting < np.inf:
+        raise ValueError(f"{name} must be 0 or more and finite, got {setting}")
 
 
 def _check_gamma(gamma: float) -> None:
