@@ -12,9 +12,9 @@ import pytest
 from keras import ops
 
 from benchmarks.ladder import make_result
-from lib import plots
 from lib.evaluation.metrics import average_precision, interval, leave_one_out
 from lib.network.tower import TowerSettings, build_head
+from lib.studies.figures import plot_ladder
 from lib.studies.fixes import (
     AS_SEARCHED,
     AS_TRAINED,
@@ -364,7 +364,7 @@ def test_nothing_to_average_is_an_error(rng):
 def test_figure_shows_the_summary(table, tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda *figures: None)
     summary = summarize(table, resamples=50)
-    plots.plot_ladder({"toy": summary}, save=tmp_path / "ladder.png")
+    plot_ladder({"toy": summary}, save=tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size > 0
     left, right = plt.gcf().axes
     assert [label.get_text() for label in left.get_yticklabels()] == [ORIGINAL] + [
@@ -395,4 +395,4 @@ def test_result_of_the_benchmark_can_be_read_back_and_names_no_place(data, table
     assert summary.columns.tolist() == expected.columns.tolist()
     np.testing.assert_allclose(summary["map"], expected["map"])
     np.testing.assert_allclose(summary["gain_low"].astype(float), expected["gain_low"])
-    assert not plots.plot_ladder({"read back": summary})
+    assert not plot_ladder({"read back": summary})

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import plots
 from lib.evaluation.metrics import average_precision
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
 from lib.search.descriptors import describe_views
+from lib.studies.figures import plot_postprocessing
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
@@ -233,7 +233,7 @@ def test_the_figure_shows_every_step(fold, tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda *figures: None)
     steps = run_postprocessing([fold], OPTIONS)
     groups = np.concatenate([fold.test.labels[q] for q, _ in fold.rounds])
-    plots.plot_postprocessing({"made up": summarize(steps, groups, MS)}, save=tmp_path / "x.png")
+    plot_postprocessing({"made up": summarize(steps, groups, MS)}, save=tmp_path / "x.png")
     figure = plt.gcf()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(steps)
     assert (tmp_path / "x.png").is_file()

@@ -1,0 +1,114 @@
+"""The figures of the studies: the ladder of fixes, and post-processing.
+
+    plot_ladder({"demo world": summary}, save=run / "ladder.png")
+
+``save`` is a file to write the figure to, as in :mod:`lib.plots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from lib.plots import finish
+
+
+def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
+    """Draw the mAP rung by rung, and the gain of each fix.
+
+    Left: each rung with its interval; the vertical lines are references without a trained head.
+    Right: the gain of a fix in its turn, and the loss of the whole recipe without it. An interval
+    that contains 0 proves nothing. One fix is worth far more than the others, so the axis is
+    logarithmic beyond 0.1.
+
+    Args:
+        summaries: title -> from :func:`lib.studies.fixes.summarize`; a row of panels each.
+    """
+    added, missed = sns.color_palette()[:2]
+    _, axes = plt.subplots(
+        len(summaries), 2, figsize=(13, 4.4 * len(summaries)), squeeze=False, sharey="row"
+    )
+    for (left, right), (title, summary) in zip(axes, summaries.items(), strict=True):
+        one = summary[summary["kind"] == "rung"]
+        rows = np.arange(len(one))
+        left.barh(rows, one["map"], color=added, alpha=0.35, height=0.7)
+        _draw_intervals(left, rows, one[["map", "low", "high"]], added, None)
+        references = summary.loc[summary["kind"] == "reference", "map"]
+        for (name, value), style in zip(references.items(), ("--", ":"), strict=True):
+            left.axvline(value, color="black", linestyle=style, label=name)
+        left.set(title=title, xlabel="mAP", xlim=(0, 1), yticks=rows, yticklabels=one.index)
+        left.legend(fontsize=9, loc="lower left")
+        gains = one.loc[one["fix"] != "", ["gain", "gain_low", "gain_high"]]
+        _draw_intervals(right, rows[1:] - 0.14, gains, added, "added in its turn")
+        # The loss is the negative gain of the arm without the fix, so low and high change places.
+        without = summary[summary["kind"] == "without"].set_index("fix")
+        losses = -without[["gain", "gain_high", "gain_low"]]
+        at = [one["fix"].tolist().index(fix) + 0.14 for fix in losses.index]
+        _draw_intervals(right, at, losses, missed, "missing from the whole recipe")
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_xscale("symlog", linthresh=0.1, linscale=2)
+        ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1]
+        right.set(
+            title="what the fix is worth",
+            xlabel="difference in mAP (logarithmic beyond 0.1)",
+            xlim=(min(-0.1, *gains["gain_low"], *losses["gain_high"]), 1),
+            xticks=ticks,
+            xticklabels=[f"{tick:g}" for tick in ticks],
+        )
+        right.legend(fontsize=9)
+        left.invert_yaxis()
+    finish(save)
+
+
+def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
+    """Draw the worth of each post-processing step, and its cost per query.
+
+    Left: the mAP with its interval. Middle: the gain over the step that it builds on. Right: the
+    milliseconds for one query, embedding and search together.
+
+    Args:
+        summaries: title -> from :func:`lib.studies.postprocessing.summarize`; a row of panels each.
+    """
+    colours = dict(zip(("descriptor", "re-ranking"), sns.color_palette(), strict=False))
+    _, axes = plt.subplots(
+        len(summaries), 3, figsize=(14, 4.6 * len(summaries)), squeeze=False, sharey="row"
+    )
+    for (left, middle, right), (title, summary) in zip(axes, summaries.items(), strict=True):
+        for kind, colour in colours.items():
+            rows = np.flatnonzero(summary["kind"] == kind)
+            one = summary.iloc[rows]
+            left.barh(rows, one["map"], color=colour, alpha=0.35, height=0.7, label=kind)
+            _draw_intervals(left, rows, one[["map", "low", "high"]], colour, None)
+            gains = one[["gain", "gain_low", "gain_high"]]
+            _draw_intervals(middle, rows, gains, colour, None)
+            both = one["embedding_ms"] + one["search_ms"]
+            right.barh(rows, both, color=colour, alpha=0.35, height=0.7)
+            for row, value in zip(rows, both, strict=True):
+                right.text(value, row, f" {value:.3g}", va="center", fontsize=9)
+        lowest = 0.1 * np.floor(10 * summary["low"].min())
+        left.set(
+            title=title,
+            xlabel="mAP (95 % interval)",
+            xlim=(lowest, min(1, summary["high"].max() + 0.02)),
+            yticks=np.arange(len(summary)),
+            yticklabels=summary.index,
+        )
+        left.legend(fontsize=9, loc="lower left")
+        middle.axvline(0, color="black", linewidth=0.8)
+        middle.set(title="gain against what it builds on", xlabel="difference in mAP")
+        right.set(title="milliseconds per query", xlabel="embedding and search")
+        right.margins(x=0.15)
+        left.invert_yaxis()
+    finish(save)
+
+
+def _draw_intervals(axis, rows, values: pd.DataFrame, color, label: str | None) -> None:
+    """Draw points with error bars; ``values`` has the columns mean, low, high."""
+    mean, low, high = values.to_numpy(float).T
+    errors = np.clip([mean - low, high - mean], 0, None)
+    axis.errorbar(mean, rows, xerr=errors, fmt="o", color=color, capsize=4, label=label)
