@@ -179,9 +179,11 @@ class Search:
     """Searches a gallery. Each index is built at its first use."""
 
     def __init__(self, engine: Engine, gallery: Gallery):
-        """Args:
-        engine: that embedded the gallery.
-        gallery: from :func:`open_gallery`.
+        """Prepare the search; no index is built yet.
+
+        Args:
+            engine: that embedded the gallery.
+            gallery: from :func:`open_gallery`.
         """
         self.engine, self.gallery = engine, gallery
         self._indexes: dict[str, PhotoIndex] = {}

@@ -93,12 +93,14 @@ class SearchApp(widgets.VBox):
         title: str = "the gallery",
         folders_root: Path | None = None,
     ):
-        """Args:
-        engine: from :func:`lib.network.engine.load_engine`.
-        gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
-        jobs: folder that keeps the embeddings of folders.
-        title: of the gallery.
-        folders_root: only folders below it can be searched in; None: the user's home folder.
+        """Lay out the app and show the first samples.
+
+        Args:
+            engine: from :func:`lib.network.engine.load_engine`.
+            gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
+            jobs: folder that keeps the embeddings of folders.
+            title: of the gallery.
+            folders_root: only folders below it can be searched in; None: the user's home folder.
         """
         self._jobs = Path(jobs)
         self._folders_root = Path.home() if folders_root is None else Path(folders_root)
