@@ -1,4 +1,4 @@
-"""Own photos to embeddings: all of them, in a known order, whatever is wrong with some."""
+"""Embedding photos: all in a known order, and unreadable ones do not stop the others."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_all_photos_below_a_folder_are_embedded_by_name(tmp_path, tower):
     (tmp_path / "loop").symlink_to(tmp_path)
     embeddings, names, skipped = embed_folder(tower, tmp_path, batch_size=3)
     assert names == sorted(colours)
-    # What was left out had not been told.
+    # Files that were left out were not reported.
     broken, left_out = skipped
     assert "rome/broken.jpg is not a readable picture" in broken
     assert left_out == "left out: 1 links to folders"
@@ -194,7 +194,7 @@ def engine(tower) -> Engine:
 
 
 def numbered(n: int = 50, calls=None, digest: str = "some") -> PhotoSource:
-    """Pictures that tell their number; each seventh can't be read."""
+    """Pictures whose colour is their number; each seventh can't be read."""
 
     def read(number: int, size: int) -> np.ndarray:
         if calls is not None:
@@ -427,7 +427,7 @@ def test_twenty_kills_lose_and_double_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    # All are in the midst of it, unless the machine has become much faster since it was timed.
+    # The kills come during the job, unless the machine is much faster than when this was timed.
     assert result["kills"] >= 10 and result["stages"] > 3
     found = np.load(tmp_path / "killed" / EMBEDDINGS)
     assert found.shape == (sum(i % 7 != 3 for i in range(3000)), 3)

@@ -1,4 +1,4 @@
-"""The index against plain numpy and against a dictionary, and what it refuses.
+"""The index compared with plain NumPy and with a dictionary, and what it refuses.
 
 That a kill at any moment does no harm is in ``tests/search/test_photo_index_kills.py``.
 """
@@ -75,7 +75,7 @@ def index(embeddings) -> PhotoIndex:
 
 @pytest.fixture
 def no_sync(monkeypatch):
-    """Do not wait for the disk."""
+    """Skip flushing to the disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda handle: None)
 
 
@@ -136,7 +136,7 @@ def test_kinds_of_index_against_numpy(kind, rng, tmp_path, no_sync):
             np.testing.assert_allclose(
                 similarities, np.take_along_axis(cosine, numbers, 1), atol=1e-5
             )
-        # All there are, each once, though lists and graphs end before.
+        # All photos, each once, although lists and graphs end before.
         everything = index.search(queries[:3], 5000)[0]
         assert all(sorted(row) == sorted(index.names) for row in everything)
         live[rng.random(2000) < 0.3] = False
@@ -216,13 +216,13 @@ def test_a_saved_index_answers_alike(kind, embeddings, tmp_path):
     assert [name[:6] for name in sorted(files_of(tmp_path / "gallery.index"))] == [
         *kinds, "manife", "names-", "vector",
     ]  # fmt: skip
-    # Another one in its place.
+    # Another index replaces it.
     PhotoIndex.build(embeddings[:3], ["a", "b", "c"], OTHER_MODEL).save(tmp_path / "gallery.index")
     assert PhotoIndex.load(tmp_path / "gallery.index", OTHER_MODEL).names == ["a", "b", "c"]
     assert len(files_of(tmp_path / "gallery.index")) == 3
     with pytest.raises(UnusableIndexError, match="made by another model"):
         index.add(["d"], embeddings[:1])
-    assert loaded.search(embeddings, 5)[0] == before[0]  # what is open stays
+    assert loaded.search(embeddings, 5)[0] == before[0]  # an open index does not change
 
 
 def test_small_changes_do_not_write_the_large_files_anew(embeddings, tmp_path, rng, no_sync):
@@ -285,10 +285,10 @@ def test_search_parameters_hold_after_every_way_to_change_them(rng, tmp_path, mo
     left = np.flatnonzero(np.arange(2000) % 10)
     truth = left[np.argsort(-(vectors[:50] @ vectors[left].T), axis=1)[:, :10]].tolist()
     assert index.search(vectors[:50], 10)[0] != truth
-    # A search before it had kept the old nprobe for all later ones: recall 0.16.
+    # After a search all later ones kept the old nprobe: recall 0.16.
     index.tune("nprobe=64", 0)
     assert index.search(vectors[:50], 10)[0] == truth
-    # Without a name a parameter stays as it is; it had been lost when the index was opened again.
+    # A parameter that is not named keeps its value, which was lost when the index was reopened.
     index.save(tmp_path)
     index.tune("", 0)
     assert index.settings.search == "nprobe=64"

@@ -1,4 +1,4 @@
-"""An index that is killed at any moment holds what has been acknowledged, and nothing else.
+"""After a kill at any moment an index holds every change that returned, and nothing else.
 
 This file is also the program that the test starts: it imports Faiss once and forks a child for each
 attempt. A child opens the index, compares it to the journal of the children before it, and then
@@ -67,7 +67,7 @@ def after(names: list[str], change: str, some: list[str]) -> list[str]:
 
 
 def replayed(journal: Path) -> tuple[list[str], list[str], str]:
-    """What is acknowledged; what there is if the change in flight was kept; and its kind."""
+    """Photos of all changes that returned; photos if the unfinished one was kept; and its kind."""
     names: list[str] = []
     change, some = "", []
     for line in journal.read_text().splitlines():

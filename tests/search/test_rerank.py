@@ -1,4 +1,4 @@
-"""Re-ranking against hand-worked examples and against the papers, written out photo by photo."""
+"""Re-ranking compared with examples by hand and with the papers, photo by photo."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests of choosing an index: it finds enough, fits, and the truth is told about it."""
+"""Tuning: the chosen index reaches the recall and fits, and what is reported is true."""
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ def clustered(rng: np.random.Generator, n: int, centres: np.ndarray) -> np.ndarr
 
 @pytest.fixture(scope="module")
 def world():
-    """Vectors, and fresh queries of the same kind."""
+    """Vectors, and queries from the same distribution."""
     rng = np.random.default_rng(5)
     centres = unit(rng.normal(size=(200, D)))
     return clustered(rng, N, centres), clustered(rng, 300, centres)
@@ -89,7 +89,8 @@ def test_mapped_vectors_give_the_same_recall(world, tmp_path):
         table = tune(vectors, 0.95, N * (D + 8)).frontier
         return table.set_index(["factory", "search", "rerank"])["recall"]
 
-    both = pd.concat([of(mapped), of(world[0])], axis=1, join="inner")  # where to end, time tells
+    # Inner: timings decide which settings are tried.
+    both = pd.concat([of(mapped), of(world[0])], axis=1, join="inner")
     assert len(both) >= 10
     np.testing.assert_array_equal(both.iloc[:, 0], both.iloc[:, 1])
 
@@ -98,7 +99,7 @@ def test_impossible_demands_tell_what_is_possible(world):
     vectors = world[0]
     with pytest.raises(TargetUnreachableError, match=r"recall@10 of 0.99 in 20,000 bytes.*460,800"):
         tune(vectors, 0.99, 20_000)
-    # Half a byte for each dimension, and no room for more: the best of it is told.
+    # Half a byte for each dimension, and no room for more: the message names the best.
     rng = np.random.default_rng(1)
     noise = unit(rng.normal(size=(2000, D))).astype(np.float32)
     with pytest.raises(TargetUnreachableError, match=r"the best that fits is 0\.\d+ .*nprobe=.*by"):
@@ -106,7 +107,7 @@ def test_impossible_demands_tell_what_is_possible(world):
 
 
 def test_a_target_that_only_the_bound_misses_needs_more_queries(world):
-    # The message had not said so. 20 queries, all of whose neighbours are found, show 0.86.
+    # The message did not say so. 20 queries whose neighbours are all found show a recall of 0.86.
     with pytest.raises(
         TargetUnreachableError, match=r"1\.000 .*more queries would narrow the bound"
     ):
