@@ -1,32 +1,32 @@
-"""The catalogue: where each picture is in the shards, and which show the same landmark.
+"""Indexes the shards: where each picture lies, which landmark it shows, and the splits.
 
-The Kaggle records have no labels. But they repeat their pictures byte for byte, and all pictures
-that share a record with the same anchor or positive show the same landmark:
+The Kaggle records have no labels. But pictures recur byte for byte, and anchor and positive of a
+record show the same landmark, so records that share one of them show the same landmark, too:
 
     catalogue = open_catalogue(Path("Dataset"))    # one pass over the shards, kept as a file
     catalogue.pictures                             # a row for each different picture
-    catalogue.triplets                             # a row for each record, as numbers of pictures
+    catalogue.triplets                             # a row for each record, as rows of pictures
     parts = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
 
-``python -m lib.data.catalogue Dataset`` makes it, and prints what was found.
+``python -m lib.data.catalogue Dataset`` builds it and prints a summary.
 
-The file, ``landmarks.parquet`` beside the shards, has a row for every picture of every record, in
+The file ``landmarks.parquet`` beside the shards has a row for every picture of every record, in
 file order, with the columns ``shard``, ``record``, ``offset`` (of the record), ``role``, ``image``
 (hash of the bytes), ``position`` and ``length`` (of the JPEG file within the shard), ``width``,
 ``height``, ``perceptual_hash``, ``landmark`` and ``group`` (see :class:`Catalogue`), ``image_id``
-and ``landmark_id`` (where the shard states them); and a row for each record that can't be used,
-with its ``problem`` and ``detail``. Offsets and positions count bytes from the file's beginning.
+and ``landmark_id`` (where the shard states them); and a row for each unusable record, with its
+``problem`` and ``detail``. Offsets and positions are in bytes from the beginning of the shard.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import imagehash
@@ -36,6 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import simplejpeg
+import xxhash
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -57,38 +58,38 @@ from lib.data.records import (
     scan_frames,
     shard_number,
 )
-from lib.files import replacing, show_path
+from lib.files import replacing, show_error, show_path
 from lib.workers import process_pool
 
 CATALOGUE = "landmarks.parquet"
 ROLES = tuple(name.removesuffix("_img") for name in FEATURES)
 
-MAX_PIXELS = 50_000_000  # a header that claims more is damaged or meant to harm
+MAX_PIXELS = 50_000_000  # a header that claims more is damaged or malicious
 UNKNOWN = -1  # landmark of a picture that occurs as a negative only
 
 _FORMAT = 1
-_CHUNK = 256  # records that a process takes at once
-_FEW = 2_000  # records that one process reads faster than others are started
+_CHUNK = 256  # records in one task of a worker process
+_FEW = 2_000  # up to so many records, starting processes takes longer than reading them
 
 
 class CatalogueError(ValueError):
-    """A catalogue can't be read, or does not fit the shards."""
+    """A catalogue can't be read or made, or does not fit the shards."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the shards hold.
+    """The pictures of the shards and their landmarks.
+
+    Pictures with the same ``landmark`` (a number) certainly show the same landmark, unless it is
+    UNKNOWN. Pictures with different ``group`` certainly show different landmarks. So positives are
+    drawn from the same landmark and negatives from other groups.
 
     Attributes:
-        shards: the files.
-        rows: a row for every picture of every usable record, three to a record (anchor, positive,
-            negative), with the columns of the file.
-        problems: a row for each record that can't be used: ``shard`` (its number in ``shards``),
-            ``record``, ``offset``, ``problem``, ``detail``.
-
-    Pictures of one ``landmark`` (a number) show the same one for sure; UNKNOWN means that nothing
-    is known. Pictures of different ``group`` show different landmarks; within a group they may. So
-    positives are sought in a landmark, negatives in other groups.
+        shards: their paths.
+        rows: three rows for each usable record (anchor, positive, negative), with the columns of
+            the file; ``shard`` is an index of ``shards`` and ``role`` one of ROLES.
+        problems: a row for each unusable record: ``shard``, ``record``, ``offset``, ``problem``,
+            ``detail``.
     """
 
     shards: list[Path]
@@ -97,14 +98,14 @@ class Catalogue:
 
     @cached_property
     def pictures(self) -> pd.DataFrame:
-        """A row for each different picture (by its bytes), where it occurs first."""
+        """A row for each different picture (by its bytes), as of its first occurrence."""
         first = self.rows.loc[~self.rows["image"].duplicated()]
         return first.drop(columns=["record", "offset", "role"]).reset_index(drop=True)
 
     @cached_property
     def triplets(self) -> pd.DataFrame:
         """A row for each usable record: ``shard``, ``record`` (its number within the shard),
-        ``offset``, and ``anchor``, ``positive``, ``negative`` (rows of ``pictures``)."""
+        ``offset``; ``anchor``, ``positive`` and ``negative`` are rows of ``pictures``."""
         table = self.rows.loc[::3, ["shard", "record", "offset"]].reset_index(drop=True)
         table[list(ROLES)] = pd.factorize(self.rows["image"])[0].reshape(-1, 3)
         return table
@@ -118,17 +119,17 @@ class Catalogue:
 
     @cached_property
     def degenerate(self) -> np.ndarray:
-        """bool, for each triplet: whether the positive is the anchor itself."""
+        """bool (triplets,): whether the positive is the anchor itself."""
         return (self.triplets["anchor"] == self.triplets["positive"]).to_numpy()
 
     @cached_property
     def false_negative(self) -> np.ndarray:
-        """bool, for each triplet: whether the negative shows the anchor's own landmark."""
+        """bool (triplets,): whether the negative shows the anchor's landmark."""
         landmark = self.pictures["landmark"].to_numpy()
         return landmark[self.triplets["anchor"]] == landmark[self.triplets["negative"]]
 
     def damage(self) -> pd.DataFrame:
-        """The records that can't be used by kind: how many, and where the first of them is."""
+        """The unusable records by kind of problem: their number, and where the first one is."""
         by_kind = self.problems.groupby("problem", sort=False)
         table = by_kind.first().assign(records=by_kind.size())
         table["shard"] = [self.shards[number].name for number in table["shard"]]
@@ -136,7 +137,7 @@ class Catalogue:
         return table[["records", "first in", "as record", "detail"]]
 
     def report(self) -> pd.Series:
-        """The catalogue in numbers; terms as in the attributes and in lib.data.duplicates."""
+        """Counts of records, pictures, landmarks and unusable or doubtful triplets."""
         sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
         return pd.Series(
             {
@@ -158,13 +159,11 @@ class Catalogue:
         )
 
 
-# --------------------------------------------------------------------------------------------------
-# The pass over the shards
-# --------------------------------------------------------------------------------------------------
+# ---- the pass over the shards
 
 
 def open_catalogue(dataset_dir: Path) -> Catalogue:
-    """The catalogue of a folder of shards: read if there is one that fits them, else made.
+    """Read the catalogue of a folder of shards, or build it if it is absent or does not fit them.
 
     Raises:
         DatasetNotFoundError: the folder has no shards.
@@ -180,19 +179,19 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
     catalogue = build_catalogue(shards)
     try:
         save_catalogue(catalogue, path)
-    except OSError as error:  # a folder that can only be read
+    except OSError as error:  # such as a read-only folder
         print(f"{show_path(path)} can't be kept ({error}): it will be made again each time")
     return catalogue
 
 
 def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Catalogue:
-    """Read the shards once, on all processor cores, and join their pictures to landmarks.
+    """Read the shards once, on all processor cores, and find their landmarks.
 
-    It verifies every record's checksums and decodes every picture once, so that training meets no
-    damage: a record that can't be used is left out and listed in ``problems``.
+    It verifies every record's checksums and decodes every picture, so that training meets no
+    damage. Unusable records are left out and listed in ``problems``.
 
     Args:
-        shards: files, in the order of their numbers.
+        shards: paths, in the order of their numbers.
         merge_neighbours: see :func:`identify`.
 
     Raises:
@@ -201,16 +200,19 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
     shards = [Path(shard) for shard in shards]
     frames = [list(scan_frames(shard)) for shard in shards]
     total = sum(map(len, frames))
+    where = f"the {len(shards)} shards of {show_path(shards[0].parent)}"
     if not total:
-        raise CatalogueError(
-            f"the {len(shards)} shards of {show_path(shards[0].parent)} are empty: fetch them again"
-        )
+        raise CatalogueError(f"{where} are empty: fetch them again")
     rows, problems = [], []
     with (
         process_pool() as pool,
         tqdm(total=total, desc="cataloguing", unit=" records", leave=False) as bar,
     ):
-        chunks = _chunks(shards, frames)
+        chunks = (
+            (number, shards[number], of_shard[start : start + _CHUNK])
+            for number, of_shard in enumerate(frames)
+            for start in range(0, len(of_shard), _CHUNK)
+        )
         for found, failed in (map if total <= _FEW else pool.map)(_read_chunk, chunks):
             rows.append(found)
             problems.append(failed)
@@ -218,15 +220,12 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
     rows, problems = _stack(rows), _stack(problems)
     if rows.empty:
         reasons = "; ".join((problems["problem"] + ": " + problems["detail"]).head(3))
-        raise CatalogueError(
-            f"no usable record in the {len(shards)} shards of {show_path(shards[0].parent)} "
-            f"({reasons}): fetch them again"
-        )
+        raise CatalogueError(f"no usable record in {where} ({reasons}): fetch them again")
     return identify(Catalogue(shards, rows, problems), merge_neighbours)
 
 
 def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate tables without the empty ones, whose untyped columns would change the types."""
+    """Concatenate all but empty tables, whose untyped columns would change the types."""
     return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
 
 
@@ -237,15 +236,8 @@ _COLUMNS = [
 _PROBLEMS = ["shard", "record", "offset", "problem", "detail"]
 
 
-def _chunks(shards: list[Path], frames: list[list[Frame]]) -> Iterator:
-    """Runs of at most _CHUNK records of one shard: (shard's number, its path, frames)."""
-    for number, (shard, of_shard) in enumerate(zip(shards, frames, strict=True)):
-        for start in range(0, len(of_shard), _CHUNK):
-            yield number, shard, of_shard[start : start + _CHUNK]
-
-
 def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read some records; returns three rows for each, and a row for each that can't be used."""
+    """Inspect records of one shard; returns their rows and problems, see :class:`Catalogue`."""
     number, shard, frames = chunk
     rows, problems, inspected = [], [], {}
     with shard.open("rb") as file:
@@ -259,7 +251,7 @@ def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.
                     image = image_hash(picture)
                     if image not in inspected:
                         inspected[image] = inspect_picture(picture)
-                    # Wherever in the record these bytes are found first, they are this picture.
+                    # Equal bytes are the same picture, so the first occurrence will do.
                     place = (start + message.find(picture), len(picture))
                     names = [ids[role] if ids else None for ids in triplet[3:]]
                     where = (number, frame.number, frame.offset)
@@ -271,14 +263,14 @@ def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.
 
 
 def inspect_picture(picture: bytes) -> tuple[int, int, int]:
-    """Decode a JPEG picture, small and grey, to know that it is one.
+    """Check a JPEG picture by decoding it, small and grey.
 
     Returns:
-        width and height in pixels, and its perceptual hash (pHash, by the library ImageHash): 64
-        bits, few of which differ between two files that look alike.
+        width and height in pixels, and the perceptual hash (pHash of the library ImageHash): 64
+        bits, of which few differ between pictures that look alike.
 
     Raises:
-        RecordError: it does not decode, or is too large.
+        RecordError: it is not an RGB or grey JPEG picture, or has more than MAX_PIXELS.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
@@ -296,23 +288,20 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
     return width, height, int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-# --------------------------------------------------------------------------------------------------
-# Identities
-# --------------------------------------------------------------------------------------------------
+# ---- landmarks and splits
 
 
 def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
-    """Join pictures to landmarks.
+    """Fill in the columns ``landmark`` and ``group``.
 
-    Anchor and positive of a record show the same landmark, and a picture shows the same landmark
-    wherever its bytes occur: the landmarks are the connected components. Neighbouring records are
-    then joined where :func:`lib.data.neighbours.pair_neighbours` is certain. If the shards state
-    the landmarks of all pictures, these are used instead.
+    Landmarks are the connected components of the graph that links each record's anchor and
+    positive. Neighbouring records are merged where :func:`lib.data.neighbours.pair_neighbours` is
+    certain, and put into one group where it finds them possible. If the shards state the landmarks
+    of all pictures, these are used instead.
 
     Args:
-        catalogue: its columns ``landmark`` and ``group`` are made anew.
-        merge_neighbours: whether neighbouring records are joined at all. Without, the groups are
-            no larger than the landmarks, and photos of one landmark may be in two of them.
+        catalogue: of any shards; its own ``landmark`` and ``group`` are ignored.
+        merge_neighbours: False uses no neighbours; then two groups may show the same landmark.
     """
     triplets, pictures = catalogue.triplets, catalogue.pictures
     anchor, positive, negative = (triplets[role].to_numpy() for role in ROLES)
@@ -331,7 +320,7 @@ def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
         sure, perhaps = np.flatnonzero(pairs.certain), np.flatnonzero(pairs.possible)
         landmark = _components(n, [*joined, (anchor[sure], anchor[sure + 1])])
         group = _components(n, [*joined, (anchor[perhaps], anchor[perhaps + 1])])
-    # Numbered in the order of the pictures.
+    # Renumbered in the order of the pictures.
     landmark = pd.factorize(np.where(known, landmark, np.nan))[0]
     group = pd.factorize(group)[0]
     picture_of_row = triplets[list(ROLES)].to_numpy().ravel()
@@ -340,9 +329,9 @@ def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
 
 
 def _follows_previous(catalogue: Catalogue) -> np.ndarray:
-    """bool, for each triplet: whether it comes right after the one before, in the set as made.
+    """bool (triplets,): whether no record is missing between a triplet and the one before.
 
-    Not where a damaged record lies between, nor where a shard is missing.
+    A record may be missing because it is unusable, or because its shard is.
     """
     triplets, shards = catalogue.triplets, catalogue.shards
     record, shard = triplets["record"].to_numpy(), triplets["shard"].to_numpy()
@@ -356,20 +345,19 @@ def _follows_previous(catalogue: Catalogue) -> np.ndarray:
 
 
 def _components(n: int, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """For each of n nodes the number of the connected component it is in."""
+    """The number of the connected component of each of n nodes."""
     a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     return connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)))[1]
 
 
 def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Compare two ways to put n pictures together, by the pairs of pictures each puts together.
+    """Precision and recall of a clustering of n pictures, over pairs in the same cluster.
 
     Args:
-        found, truth: int (n,); UNKNOWN in ``found`` stands for a landmark of its own.
+        found, truth: int (n,), labels; UNKNOWN in ``found`` stands for a cluster of its own.
 
     Returns:
-        precision, the share of the pairs found that are right (1.0 if none is found), and recall,
-        the share of the right pairs that are found.
+        precision and recall; each is 1.0 where it would divide by 0.
     """
     found = np.where(found == UNKNOWN, -1 - np.arange(len(found)), found)
 
@@ -382,18 +370,18 @@ def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 def split_landmarks(catalogue: Catalogue, shares: Mapping[str, float], seed: int) -> np.ndarray:
-    """Split the pictures so that no landmark is in two splits.
+    """Split the pictures by group, so that no landmark is in two splits.
 
     Args:
-        catalogue: all groups are dealt out; photos that may show one landmark are in one group.
-        shares: the parts' names and their shares of the groups, which sum to 1.
-        seed: of the dealing.
+        catalogue: with n pictures.
+        shares: the share of the groups for each split's name; they sum to 1.
+        seed: of the random assignment.
 
     Returns:
-        the name of the part of each picture, (n,).
+        str (n,), the split of each picture.
 
     Raises:
-        ValueError: the shares do not sum to 1.
+        ValueError: a share is negative, or they do not sum to 1.
     """
     if not np.isclose(sum(shares.values()), 1.0) or min(shares.values()) < 0:
         raise ValueError(f"shares must be at least 0 and sum to 1, not {dict(shares)}")
@@ -401,15 +389,21 @@ def split_landmarks(catalogue: Catalogue, shares: Mapping[str, float], seed: int
     n = group.max() + 1
     order = np.random.default_rng(seed).permutation(n)
     bounds = np.round(np.cumsum([0.0, *shares.values()]) * n).astype(int)
-    part_of_group = np.empty(n, dtype=np.int64)
-    for part, (low, high) in enumerate(pairwise(bounds)):
-        part_of_group[order[low:high]] = part
-    return np.array(list(shares))[part_of_group[group]]
+    bounds[-1] = n
+    split_of_group = np.empty(n, dtype=np.int64)
+    split_of_group[order] = np.repeat(np.arange(len(shares)), np.diff(bounds))
+    return np.array(list(shares))[split_of_group[group]]
 
 
-# --------------------------------------------------------------------------------------------------
-# The file
-# --------------------------------------------------------------------------------------------------
+# ---- the file
+
+
+_MADE_FROM = b"made_from"
+_CHECKSUM = b"xxh3_128="  # 32 hexadecimal digits follow it in the file
+# Nullable, since the rows of unusable records have no picture.
+_TYPES = dict.fromkeys(
+    ["record", "offset", "position", "length", "width", "height", "landmark", "group"], "Int64"
+) | {"perceptual_hash": "UInt64"}
 
 
 def save_catalogue(catalogue: Catalogue, path: Path) -> None:
@@ -421,9 +415,23 @@ def save_catalogue(catalogue: Catalogue, path: Path) -> None:
     rows["role"] = rows["role"].map(dict(enumerate(ROLES))).astype("category")
     table = pa.Table.from_pandas(rows, preserve_index=False)
     made_from = json.dumps({"format": _FORMAT, "shards": _state(catalogue.shards)})
-    table = table.replace_schema_metadata({_MADE_FROM: made_from})
+    table = table.replace_schema_metadata(
+        {_MADE_FROM: made_from, b"checksum": _CHECKSUM + b"0" * 32}
+    )
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
     with replacing(path) as part:
-        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
+        part.write_bytes(_with_checksum(file.getvalue()))
+
+
+def _with_checksum(content: bytes) -> bytes:
+    """Put the right digits behind _CHECKSUM in a Parquet file: XXH3 of all other bytes.
+
+    Parquet's own checksums do not cover the footer, where columns are named and located.
+    """
+    before, _, after = content.rpartition(_CHECKSUM)
+    digits = xxhash.xxh3_128_hexdigest(before + after[32:]).encode()
+    return before + _CHECKSUM + digits + after[32:]
 
 
 def load_catalogue(path: Path) -> Catalogue:
@@ -435,25 +443,26 @@ def load_catalogue(path: Path) -> Catalogue:
     """
     path = Path(path)
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        content = path.read_bytes()
+        if content != _with_checksum(content):
+            raise ValueError("its checksum is wrong or missing")
+        table = pq.read_table(io.BytesIO(content))
         made_from = json.loads(table.schema.metadata[_MADE_FROM])
         usable = pc.is_null(table["problem"])
-        # Apart before pandas sees them: a column without gaps keeps its integers exact.
+        # Separated before they become pandas: there, gaps would turn integers into floats.
         rows = table.filter(usable).drop_columns(["problem", "detail"]).to_pandas()
         problems = table.filter(pc.invert(usable)).select(_PROBLEMS).to_pandas()
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, KeyError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
+        reason = show_error(error)
         raise CatalogueError(f"{show_path(path)} is damaged, or no catalogue ({reason})") from None
     shards = [path.parent / shard["name"] for shard in made_from["shards"]]
     try:
-        fits = made_from["format"] == _FORMAT and made_from["shards"] == _state(
-            find_shards(path.parent)
-        )
+        state = _state(find_shards(path.parent))
     except FileNotFoundError as error:
         raise CatalogueError(str(error)) from None
-    if not fits:
+    if made_from != {"format": _FORMAT, "shards": state}:
         raise CatalogueError(
             f"{show_path(path)} was made from other shards than those that are there now"
         )
@@ -463,15 +472,8 @@ def load_catalogue(path: Path) -> Catalogue:
     return Catalogue(shards, rows, problems)
 
 
-_MADE_FROM = b"made_from"
-# Nullable, since the rows of unusable records have no picture.
-_TYPES = dict.fromkeys(
-    ["record", "offset", "position", "length", "width", "height", "landmark", "group"], "Int64"
-) | {"perceptual_hash": "UInt64"}
-
-
 def _state(shards: list[Path]) -> list[dict]:
-    """Identifies the shards that a catalogue was made from."""
+    """What tells shards from changed ones: names, sizes and times of modification."""
     stats = [(shard.name, shard.stat()) for shard in shards]
     return [{"name": n, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for n, s in stats]
 

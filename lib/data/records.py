@@ -1,18 +1,17 @@
 """Reads and writes triplets in TFRecord shards, in the format of the Kaggle set.
 
-A shard is a TFRecord file of ``tf.train.Example`` messages with three bytes features, each a JPEG
-picture (https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords):
+A record is a ``tf.train.Example`` with three bytes features, each a JPEG picture
+(https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords):
 
     shards = find_shards(Path("Dataset"))         # train00.tfrec ... train15.tfrec
     for triplet in read_triplets(shards[0]):      # raw bytes, in file order
         triplet.anchor, triplet.positive, triplet.negative
 
-Shards written here may say more (:class:`Triplet`): ``image/id`` and ``landmark_id``, three values
-each, for anchor, positive and negative.
+Optional features are ``image/id`` and ``landmark_id`` with three values each (:class:`Triplet`).
 
-Nothing here needs TensorFlow, so that every process and every Keras backend can read the shards.
-The frame of a record is that of https://www.tensorflow.org/tutorials/load_data/tfrecord: its length
-in 8 bytes, their checksum in 4, the message, its checksum in 4 bytes.
+This module does without TensorFlow, so that it starts fast and serves every Keras backend. The
+frame of a record (https://www.tensorflow.org/tutorials/load_data/tfrecord) is the message's length
+in 8 bytes, their checksum in 4 bytes, the message, and its checksum in 4 bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 import google_crc32c
 import xxhash
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
 from lib.files import replacing, show_path
@@ -43,20 +42,20 @@ HOW_TO_GET_THE_DATA = (
 
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes
 _FOOTER = struct.Struct("<I")  # checksum of the message
-_FRAME = _HEADER.size + _FOOTER.size  # bytes of a record that are not its message
-_HOLE = 32  # zero bytes in a row that are taken for a hole in the file
+_FRAME = _HEADER.size + _FOOTER.size  # bytes that a record has besides its message
+_HOLE = 32  # so many zero bytes in a row are taken for a hole in the file
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """There are no shards where they were looked for."""
+    """The folder lacks shards."""
 
 
 class RecordError(ValueError):
     """A record can't be used.
 
     Attributes:
-        kind: what is wrong, in a few words that many records may share.
-        detail: what is wrong with this one.
+        kind: the kind of problem, in a few words.
+        detail: particulars of this record.
     """
 
     def __init__(self, kind: str, detail: str, where: str = ""):
@@ -65,12 +64,12 @@ class RecordError(ValueError):
 
 
 class Triplet(NamedTuple):
-    """One training example: three JPEG files, and what is known of them.
+    """One training example.
 
     Attributes:
         anchor, positive, negative: JPEG files.
-        image_ids: names of the three photos; () where the shard has none, as Kaggle's.
-        landmark_ids: names of their landmarks; likewise.
+        image_ids: names of the three photos; () if the shard has none, like Kaggle's.
+        landmark_ids: names of their landmarks, or ().
     """
 
     anchor: bytes
@@ -90,8 +89,8 @@ class Frame(NamedTuple):
 
     Attributes:
         number: of the record, from 0.
-        offset: of the frame's first byte, in bytes.
-        length: of the message, in bytes; None if it is not known, since the frame is damaged.
+        offset: of the frame, in bytes.
+        length: of the message, in bytes; None if the frame is damaged.
     """
 
     number: int
@@ -104,10 +103,10 @@ def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list
 
     Args:
         dataset_dir: the folder; its subfolders are not searched.
-        numbers: which shards; all if None.
+        numbers: of the shards to list; None lists all.
 
     Raises:
-        DatasetNotFoundError: the folder, any shard, or one of the asked for numbers is missing.
+        DatasetNotFoundError: there are no shards, or one of ``numbers`` is missing.
     """
     dataset_dir = Path(dataset_dir)
     found = {
@@ -131,68 +130,62 @@ def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list
 
 
 def shard_name(number: int) -> str:
-    """The file name of the shard with a number."""
+    """File name of a shard."""
     return f"train{number:02d}.tfrec"
 
 
 def shard_number(shard: Path) -> int | None:
-    """The number in the name of a shard; None if it is not named like one."""
+    """Number of a shard by its file name; None if the file is not named like a shard."""
     match = re.fullmatch(r"train(\d+)\.tfrec", Path(shard).name)
     return int(match[1]) if match else None
 
 
-# --------------------------------------------------------------------------------------------------
-# The message: tf.train.Example
-# --------------------------------------------------------------------------------------------------
+# ---- messages
+
+
+_EXAMPLE = """
+name: "example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE
+    type_name: ".tensorflow.BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE
+    type_name: ".tensorflow.FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_MESSAGE
+    type_name: ".tensorflow.Int64List" oneof_index: 0 } }
+message_type { name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE
+    type_name: ".tensorflow.Features.FeatureEntry" }
+  nested_type { name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+    field { name: "value" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE
+      type_name: ".tensorflow.Feature" } } }
+message_type { name: "Example"
+  field { name: "features" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE
+    type_name: ".tensorflow.Features" } }
+"""
 
 
 @cache
 def _example_class():
-    """The message class tf.train.Example, described here instead of importing TensorFlow."""
-    kind = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="example.proto", package="tensorflow", syntax="proto3"
-    )
-    for name, number_type in (
-        ("BytesList", kind.TYPE_BYTES),
-        ("FloatList", kind.TYPE_FLOAT),
-        ("Int64List", kind.TYPE_INT64),
-    ):
-        message = file.message_type.add(name=name)
-        message.field.add(name="value", number=1, type=number_type, label=kind.LABEL_REPEATED)
-
-    def add_message_field(message, name, number, type_name, **options):
-        message.field.add(
-            name=name,
-            number=number,
-            type=kind.TYPE_MESSAGE,
-            type_name=f".tensorflow.{type_name}",
-            **({"label": kind.LABEL_OPTIONAL} | options),
-        )
-
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("BytesList", "FloatList", "Int64List"), start=1):
-        snake = f"{name[:-4].lower()}_list"
-        add_message_field(feature, snake, number, name, oneof_index=0)
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
-    add_message_field(entry, "value", 2, "Feature")
-    add_message_field(features, "feature", 1, "Features.FeatureEntry", label=kind.LABEL_REPEATED)
-    add_message_field(file.message_type.add(name="Example"), "features", 1, "Features")
-    # A pool of its own: in the common one TensorFlow may have put its class of the same name.
+    """The message class tf.train.Example, from a description instead of TensorFlow."""
+    file = text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto())
+    # Not the default pool: TensorFlow may have put its own class of this name there.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
 
 
 def parse_triplet(message: bytes) -> Triplet:
-    """Read the three pictures, and the names if there are any, out of a record's message.
+    """Parse the message of a record.
 
     Raises:
-        RecordError: no Example, or one without the three pictures.
+        RecordError: it is not an Example with three pictures, or a name is not UTF-8.
     """
     try:
         features = _example_class().FromString(message).features.feature
@@ -225,38 +218,35 @@ def parse_triplet(message: bytes) -> Triplet:
 
 
 def serialize_triplet(triplet: Triplet) -> bytes:
-    """The message of a record: the reverse of :func:`parse_triplet`."""
+    """Make the message of a record: the inverse of :func:`parse_triplet`."""
     example = _example_class()()
     for name, picture in zip(FEATURES, triplet.pictures, strict=True):
         example.features.feature[name].bytes_list.value.append(picture)
     for name, values in ((IMAGE_ID, triplet.image_ids), (LANDMARK_ID, triplet.landmark_ids)):
         if values:
             example.features.feature[name].bytes_list.value.extend(v.encode() for v in values)
-    # The same triplet gives the same bytes everywhere, in whatever order maps are kept.
+    # deterministic: protobuf maps have no order of their own.
     return example.SerializeToString(deterministic=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# The frames
-# --------------------------------------------------------------------------------------------------
+# ---- frames
 
 
 def _checksum(data: bytes) -> int:
-    """CRC-32C, masked as TFRecord has it."""
+    """TFRecord's masked CRC-32C."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def write_shard(path: Path, triplets: Iterable[Triplet]) -> int:
-    """Write triplets to a shard, atomically; returns how many."""
+    """Write triplets to a shard, atomically; returns their number."""
     count = 0
     with replacing(path) as part, part.open("wb") as file:
         for triplet in triplets:
             message = serialize_triplet(triplet)
             length = struct.pack("<Q", len(message))
-            file.write(_HEADER.pack(len(message), _checksum(length)))
-            file.write(message)
-            file.write(_FOOTER.pack(_checksum(message)))
+            header = _HEADER.pack(len(message), _checksum(length))
+            file.write(header + message + _FOOTER.pack(_checksum(message)))
             count += 1
     return count
 
@@ -264,8 +254,8 @@ def write_shard(path: Path, triplets: Iterable[Triplet]) -> int:
 def scan_frames(shard: Path) -> Iterator[Frame]:
     """List the records of a shard, jumping from frame to frame without reading the messages.
 
-    Past a frame whose length can't be trusted, the next place is searched where a record with right
-    checksums begins, so that damage costs no more records than it touches.
+    After a frame with a damaged length, the scan goes on at the next record with valid checksums.
+    So only the damaged records are lost.
     """
     size = shard.stat().st_size
     if size == 0:
@@ -283,7 +273,7 @@ def scan_frames(shard: Path) -> Iterator[Frame]:
 
 
 def _length_at(data: mmap.mmap, offset: int) -> int | None:
-    """Length of the message of the frame at ``offset``; None if there is no whole frame."""
+    """Length of the message of the frame at ``offset``; None if the frame is damaged or cut off."""
     if offset + _FRAME > len(data):
         return None
     length, checksum = _HEADER.unpack_from(data, offset)
@@ -295,35 +285,32 @@ def _length_at(data: mmap.mmap, offset: int) -> int | None:
 def _next_frame(data: mmap.mmap, start: int) -> int:
     """Offset of the first undamaged record at or after ``start``; the end if there is none."""
     while True:
-        # No message reaches 4 GB, so the upper half of a length is zero: that is quick to find.
+        # Messages are below 4 GB, so the upper half of a length is zero, which is fast to find.
         offset = data.find(b"\0\0\0\0", start + 4) - 4
         if offset < 0:
             return len(data)
-        # No record begins with 12 zero bytes, since the checksum of a length of 0 is not 0. So
-        # the earliest one behind a hole has its 8 bytes of length at the end of the hole.
+        # No record begins with 12 zero bytes, since the checksum of the length 0 is not 0. So a
+        # record after a hole begins at the earliest with the last 8 bytes of the hole.
         if data[offset : offset + _HOLE] == bytes(_HOLE):
             start = _end_of_zeros(data, offset + _HOLE) - 8
             continue
         length = _length_at(data, offset)
-        if length is not None and _has_right_checksum(data, offset, length):
-            return offset
+        if length is not None:
+            begin = offset + _HEADER.size
+            (checksum,) = _FOOTER.unpack_from(data, begin + length)
+            if checksum == _checksum(data[begin : begin + length]):
+                return offset
         start = offset + 1
 
 
 def _end_of_zeros(data: mmap.mmap, start: int) -> int:
-    """Offset of the first byte at or after ``start`` that is not zero; the end if there is none."""
+    """Offset of the first nonzero byte at or after ``start``; the end if there is none."""
     step = 2**20
     for begin in range(start, len(data), step):
         block = data[begin : begin + step]
         if len(rest := block.lstrip(b"\0")):
             return begin + len(block) - len(rest)
     return len(data)
-
-
-def _has_right_checksum(data, offset: int, length: int) -> bool:
-    begin = offset + _HEADER.size
-    (checksum,) = _FOOTER.unpack_from(data, begin + length)
-    return checksum == _checksum(data[begin : begin + length])
 
 
 def message_offset(frame: Frame) -> int:
@@ -339,20 +326,18 @@ def read_message(file, frame: Frame) -> bytes:
         frame: from :func:`scan_frames`.
 
     Raises:
-        RecordError: the frame is damaged, or the message does not fit its checksum.
+        RecordError: the frame is damaged, or the message does not match its checksum.
     """
     if frame.length is None:
         remaining = file.seek(0, 2) - frame.offset
         file.seek(frame.offset)
-        header = file.read(_HEADER.size)
+        header, whole = file.read(_HEADER.size), ""
         if len(header) == _HEADER.size:
             length, checksum = _HEADER.unpack(header)
             if checksum != _checksum(header[:8]):
                 raise RecordError("damaged length", "the record's length has a wrong checksum")
-            raise RecordError(
-                "cut off", f"{remaining} bytes left of a record of {length + _FRAME} bytes"
-            )
-        raise RecordError("cut off", f"{remaining} bytes left of a record")
+            whole = f" of {length + _FRAME} bytes"
+        raise RecordError("cut off", f"{remaining} bytes left of a record{whole}")
     file.seek(message_offset(frame))
     content = file.read(frame.length + _FOOTER.size)
     message = content[: frame.length]
@@ -381,9 +366,9 @@ class Place(NamedTuple):
 
     Attributes:
         shard: path of the shard.
-        modified_ns: when the shard was last written to, as it is known.
+        modified_ns: time of the shard's last modification, so that a changed file is reopened.
         position, length: of the JPEG file within the shard, in bytes.
-        image: its hash.
+        image: its :func:`image_hash`.
     """
 
     shard: str
@@ -394,36 +379,33 @@ class Place(NamedTuple):
 
 
 def read_picture(place: Place) -> memoryview:
-    """Read one picture, without reading what comes before it; safe for threads.
-
-    It costs some microseconds and copies nothing: the bytes are those the system keeps of the file
-    in memory that it has to spare.
+    """Read one picture from the memory-mapped shard, without a copy; thread-safe.
 
     Raises:
-        RecordError: other bytes lie there now.
+        RecordError: the shard has changed there.
     """
     shard = _map_shard(place.shard, place.modified_ns)
     content = shard[place.position : place.position + place.length]
     if image_hash(content) != place.image:
         raise RecordError(
             "changed",
-            "other bytes lie where its catalogue says a picture is: delete the catalogue beside "
-            "it, and it is made anew",
+            "other bytes lie where the catalogue says a picture is: delete the catalogue beside "
+            "the shard, and it is made anew",
             show_path(place.shard),
         )
     return content
 
 
-@lru_cache(maxsize=256)  # as a process may not have many more files open
+@lru_cache(maxsize=256)  # systems limit the number of open files
 def _map_shard(path: str, modified_ns: int) -> memoryview:
-    """A shard as memory, opened once; another file of the same name is another one."""
+    """Memory-map a shard; ``modified_ns`` is a part of the cache's key only."""
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def image_hash(picture: bytes | memoryview) -> bytes:
-    """16 bytes that stand for a picture's bytes (XXH3, 128 bits): equal for equal files alone.
+    """XXH3 of a picture's bytes, 16 bytes.
 
-    Among a million different pictures the chance that any two have the same hash is below 1e-26.
+    The chance that any two of a million different pictures share a hash is below 1e-26.
     """
     return xxhash.xxh3_128_digest(picture)
