@@ -1,4 +1,4 @@
-"""Photos in folders: found, read upright in RGB, a test set with its ground truth.
+"""Finds photos in folders and reads them upright in RGB; reads test sets and galleries.
 
 paths, left_out = find_photos(Path("my photos"))
 photo = read_photo(paths[0], image_size=128)     # uint8 (128, 128, 3)
@@ -27,15 +27,14 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
     *(".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
 )
-# Pillow opens far more, some of it with the help of other programs (Ghostscript for PostScript).
+# Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-_UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos, too, which Pillow does not read
+_UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos that Pillow can't read
 
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
-# Threads that read photos hold few large ones in memory at a time: one.
-_LARGE = 2**24  # pixels
+_LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 
 _TO_UPRIGHT = {  # by EXIF orientation
@@ -60,37 +59,30 @@ class NoPhotosError(ValueError):
 class TestSetError(ValueError):
     """A test set or its ground truth can't be used; the message says what to change."""
 
-    __test__ = False  # its name begins with Test, but it is no test case
+    __test__ = False  # pytest takes it for a test case otherwise
 
 
-# --------------------------------------------------------------------------------------------------
-# Finding
-# --------------------------------------------------------------------------------------------------
+# ---- finding
 
 
 class FoundPhotos(NamedTuple):
-    """The photos of a folder.
-
-    Attributes:
-        paths: their paths.
-        left_out: how many files and folders were left out, by reason.
-    """
+    """Paths of photos, and how many files and folders were left out, by reason."""
 
     paths: list[Path]
     left_out: dict[str, int]
 
 
 def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
-    """Find picture files by their names: those of the folder, then those of each subfolder.
+    """Find photos by their suffixes: first those in the folder itself, then each subfolder's.
 
-    Both are in the order of their names. Names that begin with a dot are ignored, like files that
-    are not photos. Left out and counted are: links to folders, since what they lead to is either
-    found without them or lies outside of ``folder``; links to files outside; folders that can't be
-    read; files that vanish meanwhile; and photos in formats that are not supported.
+    Files and folders are sorted by name. Hidden names (with a leading dot) and files that are not
+    photos are ignored. Left out and counted are links to folders (which could form loops), links
+    to files outside of ``folder``, unreadable folders and files, and photos in formats that are not
+    supported.
 
     Args:
-        folder: may be absent: then there are no photos.
-        subfolders: whether to look into all folders below.
+        folder: may be absent; then there are no photos.
+        subfolders: whether to search subfolders at any depth.
     """
     root = os.path.realpath(folder)
     paths, left_out, folders = [], Counter(), [Path(folder)]
@@ -118,7 +110,11 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
                     left_out[f"{kind} files"] += 1
                 elif kind in SUFFIXES and not entry.is_file():
                     left_out["files that are absent"] += 1
-                elif kind in SUFFIXES and entry.is_symlink() and not _is_inside(path, root):
+                elif (
+                    kind in SUFFIXES
+                    and entry.is_symlink()
+                    and not Path(os.path.realpath(path)).is_relative_to(root)
+                ):
                     left_out["links to files outside of the folder"] += 1
                 elif kind in SUFFIXES:
                     paths.append(path)
@@ -128,14 +124,10 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
     return FoundPhotos(paths, dict(left_out))
 
 
-def _is_inside(path: Path, root: str) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(root)
-
-
 def landmark_photos(folder: Path) -> FoundPhotos:
-    """Find the photos of a folder with a subfolder for each landmark, in sorted order.
+    """Find the photos of a folder with a subfolder for each landmark, sorted by name.
 
-    Photos beside the subfolders and in folders further down are left out, and counted.
+    Photos beside these subfolders or deeper than them are left out and counted.
     """
     paths, left_out = find_photos(folder)
     depth = len(Path(folder).parts) + 2
@@ -146,20 +138,18 @@ def landmark_photos(folder: Path) -> FoundPhotos:
 
 
 def list_photos(folder: Path) -> list[Path]:
-    """The photos of a folder itself, without its subfolders, see :func:`find_photos`."""
+    """The photos of a folder without its subfolders, see :func:`find_photos`."""
     return find_photos(folder, subfolders=False).paths
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------
+# ---- reading
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """Open a picture file if it has one of FORMATS, without decoding it; to be closed after use.
+    """Open a picture file without decoding it; the caller closes it.
 
     Raises:
-        OSError: it can't be read, or is not such a picture.
+        OSError: it can't be read, or is not a picture in one of FORMATS.
         PIL.Image.DecompressionBombError: it has more than 178 megapixels.
     """
     return Image.open(file, formats=FORMATS)
@@ -168,11 +158,10 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 def read_photo(path: Path, image_size: int) -> np.ndarray:
     """Read a picture file as uint8 (image_size, image_size, 3) RGB.
 
-    It is turned upright (:func:`upright_rgb`) and squashed to a square like the photos of the
-    training set: a network should see at evaluation what it saw in training.
+    It is turned upright (:func:`upright_rgb`) and squashed to a square, as in training.
 
     Raises:
-        PhotoError: not a picture of FORMATS, a damaged one, or one of more than 178 megapixels.
+        PhotoError: it is damaged, in none of FORMATS, or has more than 178 megapixels.
     """
     try:
         with open_picture(path) as image:
@@ -184,33 +173,33 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
 
 
 def square_of(image: Image.Image, image_size: int) -> np.ndarray:
-    """An opened picture as the network takes it, see :func:`read_photo`.
+    """Decode an opened picture for the network, see :func:`read_photo`.
 
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    # A JPEG file is made smaller as the training photos are, see lib.data.decoding.
+    # The JPEG decoder shrinks it by the same factor as the training photos, see lib.data.decoding.
     factor = reduction(*image.size, image_size)
     image.draft(None, tuple(side // factor for side in image.size))
     with _in_turn(image):
         image = upright_rgb(image)
         factor = min(image.size) // (2 * image_size)
         if image.width * image.height > _LARGE and factor > 1:
-            image = image.reduce(factor)  # an array of it would be two more copies
+            image = image.reduce(factor)  # before the array below copies it
         return resize(np.asarray(image), image_size)
 
 
 def picture_of(image: Image.Image, longest: int) -> Image.Image:
-    """An opened picture as people see it: upright, in RGB, in its own shape.
+    """Decode an opened picture for display: upright RGB with its aspect ratio.
 
     Args:
         image: from :func:`open_picture`.
-        longest: most pixels of the longer side; a smaller picture keeps its size.
+        longest: the longer side has at most so many pixels; smaller pictures keep their size.
 
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    scale = 2 * longest / max(image.size)  # twice, so that the rest is up to good filtering
+    scale = 2 * longest / max(image.size)  # to twice the size; thumbnail() filters better
     image.draft(None, tuple(max(round(side * scale), 1) for side in image.size))
     with _in_turn(image):
         image = upright_rgb(image)
@@ -224,18 +213,18 @@ def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to 8-bit RGB and turn it by its EXIF orientation.
+    """Convert a picture to 8-bit RGB and apply its EXIF orientation.
 
-    16 bits become 8, rounded; transparent parts are laid on white; of an animation it takes the
-    first frame.
+    16 bits are rounded to 8, transparency becomes white, and the first frame of an animation is
+    taken.
     """
     image.load()
     orientation = None
-    with contextlib.suppress(Exception):  # EXIF that can't be parsed spoils no picture
-        # ImageOps.exif_transpose would write all EXIF anew, and fails where any of it is odd.
+    with contextlib.suppress(Exception):  # invalid EXIF is ignored
+        # Not ImageOps.exif_transpose: it rewrites all EXIF data, and fails if any of it is odd.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if image.mode.startswith("I"):  # grey in 16 bits, or in 32 of which 16 are used
-        # Rounds v / 257; the limit keeps the sum within 16 bits.
+    if image.mode.startswith("I"):  # 16 bits of grey, maybe stored in 32
+        # Rounds v / 257; the clip prevents an overflow of 16 bits.
         grey = (np.asarray(image).clip(0, 65407) + 128) // 257
         image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
@@ -250,10 +239,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, list[Path], list[str]]:
-    """Read many pictures, going on past those that fail.
+    """Read many pictures, skipping those that can't be read.
 
     Returns:
-        photos, uint8 (n, s, s, 3); the n paths they came from; and a message for each that failed.
+        photos, uint8 (n, s, s, 3) RGB; their n paths; and a message for each skipped one.
     """
     photos, kept, skipped = [], [], []
     for path in paths:
@@ -266,52 +255,40 @@ def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, lis
     return np.asarray(photos, dtype=np.uint8).reshape(shape), kept, skipped
 
 
-# First and largest step of the quantization table that the JPEG standard suggests for brightness
-# (ITU-T T.81, table K.1). libjpeg's "quality" scales the whole table, so two steps show the scale.
-_FIRST_STEP, _LARGEST_STEP = 16, 121
-
-
 def jpeg_quality(image: Image.Image) -> int | None:
-    """The quality from 1 to 100 that a JPEG file was saved with, by libjpeg's scale.
+    """Estimate the quality from 1 to 100 that a JPEG file was saved with, on libjpeg's scale.
 
     Args:
         image: as opened by Pillow, not yet changed.
 
     Returns:
-        the quality whose quantization table comes nearest; None if it is no JPEG.
+        the quality whose quantization table is nearest; None if it is not a JPEG file.
     """
     tables = getattr(image, "quantization", None)
     if not tables:
         return None
-    first, largest = tables[0][0], max(tables[0])
-    scale = {q: 5000 // q if q < 50 else 200 - 2 * q for q in range(1, 101)}
-
-    def error(quality: int) -> float:
-        expected = [
-            min(max((step * scale[quality] + 50) // 100, 1), 255)
-            for step in (_FIRST_STEP, _LARGEST_STEP)
-        ]
-        return abs(first - expected[0]) + abs(largest - expected[1])
-
-    return min(scale, key=error)
+    # libjpeg's quality scales the standard's whole luminance table (ITU-T T.81, table K.1), so its
+    # first and largest steps suffice.
+    steps, found = np.array([16, 121]), np.array([tables[0][0], max(tables[0])])
+    quality = np.arange(1, 101)
+    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    expected = ((steps * scale[:, None] + 50) // 100).clip(1, 255)
+    return int(quality[np.abs(found - expected).sum(axis=1).argmin()])
 
 
-# --------------------------------------------------------------------------------------------------
-# Test set and gallery
-# --------------------------------------------------------------------------------------------------
+# ---- test set and gallery
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """The photos to search in and the one to search for.
+    """One query photo and a gallery.
 
     Attributes:
-        photos: uint8 (n, s, s, 3), RGB.
-        names: n file names, in sorted order.
+        photos: uint8 (n, s, s, 3) RGB, the query among them.
+        names: n file names, sorted.
         query: index of the query photo.
-        positives: bool (n,), photos of the query's landmark (not the query itself); None without
-            ground truth.
-        skipped: what could not be read, a message a file.
+        positives: bool (n,), other photos of the query's landmark; None without ground truth.
+        skipped: a message for each file that could not be read.
     """
 
     __test__ = False
@@ -324,7 +301,7 @@ class TestSet:
 
     @property
     def gallery(self) -> np.ndarray:
-        """Indices of the photos to search in: all but the query, int64 (n - 1,)."""
+        """Indices of all photos but the query, int64 (n - 1,)."""
         return np.delete(np.arange(len(self.names)), self.query)
 
 
@@ -332,11 +309,11 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
     """Read the photos of a test set and its ground truth.
 
     ``ground_truth.csv`` has the columns ``image`` (a file name) and ``role`` (query, positive or
-    distractor), with exactly one query. Photos it does not name are distractors. Without the file,
-    the first name in sorted order is the query, and what is a positive is not known.
+    distractor), with exactly one query. Photos that it does not name are distractors. Without the
+    file, the first photo by name is the query, and the positives are unknown.
 
     Raises:
-        TestSetError: no readable photo, or a ground truth that does not fit them.
+        TestSetError: no readable photo, or a ground truth that does not match the photos.
     """
     folder = Path(folder)
     photos, paths, skipped = read_photos(list_photos(folder), image_size)
@@ -365,7 +342,7 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
 
 
 def _read_roles(truth_file: Path) -> dict[str, str]:
-    import pandas as pd  # here: whoever only reads photos starts sooner without it
+    import pandas as pd  # here, so that the module imports fast
 
     where = show_path(truth_file)
     try:
@@ -395,8 +372,7 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
 
     Returns:
         photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder; and
-        messages: one for each photo that could not be read, one for each reason in ``left_out``
-        of :func:`landmark_photos`.
+        messages on unreadable photos and on what :func:`landmark_photos` left out.
 
     Raises:
         NoPhotosError: no subfolder holds a readable photo.
