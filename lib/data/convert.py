@@ -1,6 +1,4 @@
-"""Converts your own labelled photos into triplet shards, a training set.
-
-Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
+"""Converts labelled photos into triplet shards, a training set.
 
     photos = read_folder(Path("photos"))          # or read_csv(Path("train.csv"), Path("train"))
     report = convert(photos, Path("Dataset/own"), ConversionSettings(size=256))
@@ -8,10 +6,10 @@ Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``tr
 
 The same from a shell: ``python -m lib.data.convert photos Dataset/own``. The folder then holds
 
-    conversion.json      settings and a digest of the plan: which conversion this folder is for
+    conversion.json      settings and a digest of the plan, to recognise the conversion
     train00.tfrec ...    the records, with image/id and landmark_id (lib/data/records.py)
     skipped.csv          each photo and record left out, and why
-    shards.json          checksums of all that; written last, so it means "complete"
+    shards.json          the report and checksums of the files; written last
 """
 
 from __future__ import annotations
@@ -64,10 +62,10 @@ class ConversionSettings:
     """How photos become shards.
 
     Attributes:
-        size: most pixels of a picture's longer side, from 1.
+        size: the longer side of a picture has at most so many pixels.
         quality: of the JPEG files, from 1 to 100.
-        records_per_shard: from 1; 2048 records of pictures of 256 pixels have about 150 MB.
-        seed: the choice of positives and negatives follows from it.
+        records_per_shard: 2048 records with pictures of 256 pixels take about 150 MB.
+        seed: of the choice of positives and negatives.
     """
 
     size: int = 256
@@ -84,13 +82,13 @@ class ConversionSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion made.
+    """Counts of a conversion.
 
     Attributes:
-        photos: how many it started from (those absent from the start do not count).
-        landmarks, single_landmarks: how many they show; how many of these have just one photo.
-        records, shards: how many were written.
-        skipped: how many photos, and anchors that can be read, were left out: by kind of reason.
+        photos: without those that were listed but absent.
+        landmarks, single_landmarks: of these photos; landmarks with just one photo.
+        records, shards: that were written.
+        skipped: photos and records left out, by kind of reason.
         examples: the first three image ids of each kind.
     """
 
@@ -114,9 +112,7 @@ class Report:
         return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Photos
-# --------------------------------------------------------------------------------------------------
+# ---- photos
 
 _KINDS = {
     FileNotFoundError: "absent",
@@ -126,35 +122,30 @@ _KINDS = {
 
 
 class Failure(NamedTuple):
-    """Why a photo is left out: the kind of reason, and what is known of it."""
+    """Why a photo is left out: the kind of reason, and the error's message."""
 
     kind: str
     reason: str
 
 
 def encode_photo(path: Path, size: int, quality: int) -> bytes | Failure:
-    """Make a small upright RGB picture of a photo, on white where that is transparent.
+    """Encode a photo as a JPEG file without metadata, or return why it can't be read.
 
-    The aspect ratio stays, the longer side gets at most ``size`` pixels; nothing is enlarged.
-    Colour profiles and other metadata are dropped.
-
-    Returns:
-        a JPEG file; or a :class:`Failure` if the photo can't be read.
+    It becomes upright RGB on white (:func:`lib.data.photos.picture_of`), with its aspect ratio and
+    at most ``size`` pixels on the longer side.
     """
     file = io.BytesIO()
     try:
         with open_picture(path) as image:
             picture_of(image, size).save(file, "JPEG", quality=quality, comment=b"")
     except MemoryError:
-        raise  # the machine's fault, not the photo's
+        raise  # says nothing about the photo
     except Exception as error:  # decoders of damaged files raise anything
         return Failure(_KINDS.get(type(error), "unreadable"), str(error))
     return file.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------
-# Shards
-# --------------------------------------------------------------------------------------------------
+# ---- shards
 
 
 def convert(
@@ -162,13 +153,13 @@ def convert(
 ) -> Report:
     """Write the shards, on all processor cores; after an interruption the same call continues.
 
-    Equal photos and settings give equal shards, byte for byte, however often the work is stopped
-    (with one version of Pillow). At most about one shard's pictures are in memory.
+    Equal photos, settings and version of Pillow give equal shards, byte for byte, however often the
+    work is interrupted. About one shard's pictures are in memory at a time.
 
-    A photo that can't be read has no record as an anchor. As a positive or negative it is replaced
-    by the next photo (after the last comes the first) of the same landmark, or of any but the
-    anchor's. So is one with the very same picture as another of the record. A record for which
-    there is none is left out. Nothing is left out silently: ``skipped.csv`` has it all.
+    An anchor that can't be read has no record. A positive or negative that can't be read, or that
+    equals another picture of the record, is replaced by the next usable photo, cyclically: of the
+    anchor's landmark for a positive, of any other for a negative. Records without such a photo are
+    left out. ``skipped.csv`` lists everything left out.
 
     Args:
         photos: from :func:`read_folder` or :func:`read_csv`.
@@ -176,8 +167,8 @@ def convert(
         settings: the defaults if None.
 
     Raises:
-        ConversionError: no record can be made; there are shards of another conversion or origin in
-            ``target_dir``; or another process is writing there.
+        ConversionError: no record can be made; ``target_dir`` holds other shards or damaged files;
+            or another process is writing there.
     """
     settings, target_dir = settings or ConversionSettings(), Path(target_dir)
     plan = plan_triplets(photos.landmark, settings.seed)
@@ -191,20 +182,20 @@ def convert(
     message = f"another process is writing in {show_path(target_dir)}: wait for its end"
     with only_writer(target_dir, ConversionError(message)):
         _claim(target_dir, _describe(photos, plan, settings))
-        # A shard has its name when it is whole; what it lacks is known from skipped.csv alone.
+        # A shard under its name is whole. Without skipped.csv it is unknown what the shard lacks.
         names = {path.name for path in target_dir.iterdir()}
         done = names & shards.keys() if SKIPPED in names else set()
         todo = {name: rows for name, rows in shards.items() if name not in done}
         if not todo and COMPLETE in names:
-            return Report(**read_json(target_dir / COMPLETE)["report"])
-        (target_dir / COMPLETE).unlink(missing_ok=True)  # if a file was deleted since
+            return _read_complete(target_dir)[1]
+        (target_dir / COMPLETE).unlink(missing_ok=True)  # a file was deleted after completion
         _open_skipped(target_dir / SKIPPED, photos.absent, done)
         _write_shards(target_dir, todo, photos, settings)
         return _finish(target_dir, list(shards), photos)
 
 
 def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSettings) -> dict:
-    """All that the shards follow from, except the pictures themselves."""
+    """Everything that determines the shards, except for the pictures themselves."""
     digest = hashlib.sha256(plan.astype("<i8").tobytes())
     for table in (photos.table, photos.absent):
         names = table[["image_id", "landmark_id"]]
@@ -214,10 +205,13 @@ def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSett
 
 
 def _claim(target_dir: Path, description: dict) -> None:
-    """Take the folder for this conversion or check that it is; remove half-written files."""
+    """Reserve the folder for this conversion, or check that it is; remove half-written files."""
     where, path = show_path(target_dir), target_dir / PLAN
     if path.is_file():
-        found = read_json(path)
+        try:
+            found = dict(read_json(path))
+        except (ValueError, TypeError):
+            raise ConversionError(f"{show_path(path)} is damaged: delete the folder") from None
         if differing := [name for name in description if found.get(name) != description[name]]:
             raise ConversionError(
                 f"{where} holds another conversion (other {', '.join(differing)}): choose another "
@@ -231,12 +225,17 @@ def _claim(target_dir: Path, description: dict) -> None:
 
 
 def _open_skipped(path: Path, absent: pd.DataFrame, done: Iterable[str]) -> None:
-    """Begin ``skipped.csv``, or drop from it what a killed run noted for a shard not finished."""
+    """Start ``skipped.csv``, or drop its rows of shards that a killed run did not finish."""
     rows = [["shard", "image_id", "landmark_id", "kind", "reason"]]
     if path.is_file():
         known = {"", *done}
-        with path.open(encoding="utf-8", newline="") as file:
-            rows += [row for row in csv.reader(file) if row and row[0] in known]
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows += [row for row in csv.reader(file) if row and row[0] in known]
+        except (UnicodeDecodeError, csv.Error):
+            rows.append([])
+        if {len(row) for row in rows} != {len(rows[0])}:
+            raise ConversionError(f"{show_path(path)} is damaged: delete it {_AGAIN}")
     else:
         for image_id, landmark_id in zip(absent["image_id"], absent["landmark_id"], strict=True):
             rows.append(["", image_id, landmark_id, "absent", "no such file"])
@@ -263,19 +262,19 @@ def _write_shards(
     ):
         for shard, rows in todo.items():
             pictures, needed = {}, np.unique(rows).tolist()
-            # Closing cancels what waits for a thread, so that Ctrl-C is quick.
+            # Closing cancels the tasks that still wait for a thread, so that Ctrl-C is fast.
             with contextlib.closing(pool.map(encode, needed)) as encoded:
                 for photo, picture in zip(needed, encoded, strict=True):
                     pictures[photo] = picture
                     bar.update()
             chosen, failures = _choose(rows, pictures, encode, landmark)
-            # Before the shard: if it is there, so are the reasons for what it lacks.
+            # Before the shard, so that a shard that exists has its reasons here.
             csv.writer(file).writerows(
                 (shard, ids[photo], labels[photo], *failure) for photo, failure in failures.items()
             )
             file.flush()
             os.fsync(file.fileno())
-            # Pandas looks up a column's values at once far quicker than one by one.
+            # One lookup for all records: pandas is slow for single values.
             names = (x.iloc[chosen.ravel()].to_numpy().reshape(-1, 3) for x in (ids, labels))
             triplets = (
                 Triplet(
@@ -292,10 +291,10 @@ def _choose(
     encode: Callable[[int], bytes | Failure],
     landmark: np.ndarray,
 ) -> tuple[np.ndarray, dict[int, Failure]]:
-    """Replace photos of the plan as :func:`convert` says; ``pictures`` gains what was tried.
+    """Replace photos of the plan as :func:`convert` says; ``pictures`` gains the ones tried.
 
     Returns:
-        the photos of each record, int (records, 3); and all that could not be used.
+        the photos of each record, int (records, 3); and a failure for each photo left out.
     """
 
     def usable(photo: int, unlike: list[bytes]) -> bool:
@@ -325,7 +324,7 @@ def _choose(
 
 
 def _inspect(path: Path) -> dict:
-    """What ``shards.json`` says of a file; all records of a shard are read for it."""
+    """The entry of a file in ``shards.json``; reads all records of a shard."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -333,6 +332,16 @@ def _inspect(path: Path) -> dict:
     except (FileNotFoundError, RecordError) as error:
         raise ConversionError(f"{error}: delete this file, if it is there, {_AGAIN}") from None
     return {"records": records, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _read_complete(target_dir: Path) -> tuple[dict, Report]:
+    """Read ``shards.json``: the entry of each file, and the report."""
+    path = target_dir / COMPLETE
+    try:
+        content = read_json(path)
+        return dict(content["files"]), Report(**content["report"])
+    except (ValueError, KeyError, TypeError):
+        raise ConversionError(f"{show_path(path)} is damaged: delete it {_AGAIN}") from None
 
 
 def _finish(target_dir: Path, shards: list[str], photos: LabelledPhotos) -> Report:
@@ -364,17 +373,16 @@ def verify(target_dir: Path) -> Report:
     """Read every record of a finished conversion, and compare all checksums.
 
     Raises:
-        ConversionError: it is not complete, or a file is missing, damaged or of another origin.
+        ConversionError: it is not complete, or a file is missing, damaged or foreign.
     """
     target_dir = Path(target_dir)
     if not (target_dir / COMPLETE).is_file():
         raise ConversionError(f"{show_path(target_dir)} is not complete: convert again")
-    content = read_json(target_dir / COMPLETE)
-    files = content["files"]
+    files, report = _read_complete(target_dir)
     for path in sorted({*target_dir.glob("*.tfrec"), *(target_dir / name for name in files)}):
         if _inspect(path) != files.get(path.name):
             raise ConversionError(f"{show_path(path)} is not what was written: delete it {_AGAIN}")
-    return Report(**content["report"])
+    return report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -393,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
     args = vars(parser.parse_args(arguments))
     folder, target, labels = args.pop("photos"), args.pop("target"), args.pop("labels")
-    warnings.filterwarnings("ignore", module="PIL")  # on odd files; what can't be read is counted
+    warnings.filterwarnings("ignore", module="PIL")  # unreadable photos are counted
     try:
         settings = ConversionSettings(**args)
         photos = read_csv(labels, folder) if labels else read_folder(folder)

@@ -1,4 +1,4 @@
-"""Batches of pixels from TFRecord shards, shuffled and augmented, for training.
+"""Makes shuffled and augmented batches of pixels from TFRecord shards, for training.
 
     catalogue = open_catalogue(Path("Dataset"))
     part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
@@ -25,8 +25,8 @@ from lib.data.sampling import SamplingError, landmark_batches, triplet_batches, 
 from lib.data_parallel import own_rows
 
 _THREADS = os.cpu_count() or 1
-# Batches that are made ahead, each of 9 MB at 64 triplets of 128 pixels: bounded, as a queue that
-# grows with the cores took 3.7 GB on 64 of them.
+# Batches made ahead, of 9 MB each at 64 triplets of 128 pixels. It is bounded since a queue that
+# grew with the cores took 3.7 GB on 64 cores.
 _QUEUE = min(2 * _THREADS, 16)
 
 
@@ -35,11 +35,10 @@ class DataSettings:
     """How pictures become batches.
 
     Attributes:
-        image_size: side in pixels that the photos are resized to.
-        batch_size: triplets in a batch, three photos each; or landmarks.
-        pictures_per_landmark: 0 for batches of stored triplets; k >= 2 for P x K batches, of
-            ``batch_size`` landmarks with k pictures of each.
-        augmentation: how training photos are varied at random; None leaves them as they are.
+        image_size: side of the square photos in pixels.
+        batch_size: triplets in a batch, or landmarks in a P x K batch.
+        pictures_per_landmark: 0 for batches of stored triplets; K >= 2 for P x K batches.
+        augmentation: of training photos; None for none.
         seed: of order and augmentation.
     """
 
@@ -51,16 +50,16 @@ class DataSettings:
 
 
 class DatasetHandler:
-    """Serves the pictures of some landmarks.
+    """Serves the pictures of one split. Pictures are given as rows of ``catalogue.pictures``.
 
     Args:
         catalogue: of the shards.
         settings: see :class:`DataSettings`.
-        chosen: bool, for each picture whether it may be used, from
-            :func:`lib.data.catalogue.split_landmarks`; None: all.
+        chosen: bool (pictures,), whether a picture belongs to the split; None for all.
 
     Attributes:
-        triplets: int64 (n, 3), the usable stored triplets, as pictures of the catalogue.
+        triplets: int64 (n, 3), the usable stored triplets, see
+            :func:`lib.data.sampling.usable_triplets`.
     """
 
     def __init__(
@@ -74,12 +73,11 @@ class DatasetHandler:
     def training_batches(self, epoch: int, steps: int) -> Batches:
         """The batches of one epoch, shuffled and augmented.
 
-        Order and augmentation follow from (seed, epoch) alone, so an interrupted training can go on
-        with the epoch it was in.
+        They depend on (seed, epoch) alone, so an interrupted training can resume its epoch.
 
         Args:
             epoch: number of the epoch.
-            steps: how many batches; past the last triplet they go on from the first in a new order.
+            steps: number of batches; the triplets are reshuffled whenever all have been used.
 
         Raises:
             SamplingError: too few usable pictures.
@@ -94,19 +92,19 @@ class DatasetHandler:
         return Batches(self, plan, epoch)
 
     def validation_triplets(self, limit: int) -> np.ndarray:
-        """A triplet of each chosen landmark, for measuring.
+        """One triplet of each chosen landmark, for evaluation.
 
-        Anchor and positive are the first stored ones that differ. The negative is the anchor of
-        another chosen landmark: the stored one may well be a training photo.
+        Anchor and positive are the landmark's first stored pair of different pictures. The negative
+        is the anchor of another triplet, since the stored negative may be a training photo.
 
         Args:
-            limit: at most this many.
+            limit: at most so many triplets.
 
         Returns:
-            int64 (n, 3), pictures; each anchor has one positive among those of all.
+            int64 (n, 3), pictures; each anchor's positive is its only one among all.
 
         Raises:
-            SamplingError: there are not two landmarks with two pictures.
+            SamplingError: fewer than two landmarks with two pictures.
         """
         stored = self.catalogue.triplets[["anchor", "positive"]].to_numpy()
         pairs = stored[~self.catalogue.degenerate & self.chosen[stored].all(axis=1)]
@@ -120,16 +118,15 @@ class DatasetHandler:
         return np.stack([anchor, positive, np.roll(anchor, 1)], axis=1)
 
     def landmark_pictures(self, landmarks: int, most: int, seed: int) -> np.ndarray:
-        """Several pictures of each of some landmarks, for learning or choosing without training.
+        """Pictures of random landmarks of the split, such as to fit a whitening.
 
         Args:
-            landmarks: how many of the chosen ones that have at least two pictures, drawn at random;
-                all if there are fewer.
-            most: pictures of a landmark at most, the first ones.
+            landmarks: at most so many, of those with at least two pictures.
+            most: the first so many pictures of a landmark.
             seed: of the draw.
 
         Returns:
-            int64 (n,), pictures, in ascending order of their group; that tells what they show.
+            int64 (n,), pictures, sorted by group.
         """
         pictures = np.flatnonzero(self.chosen)
         group = pd.Series(self._group[pictures])
@@ -140,10 +137,10 @@ class DatasetHandler:
         return taken[np.argsort(self._group[taken], kind="stable")]
 
     def photos(self, pictures: np.ndarray, image_size: int = 0) -> np.ndarray:
-        """Pictures as they are stored.
+        """Decode pictures without augmentation.
 
         Args:
-            pictures: int (...), rows of the catalogue's pictures.
+            pictures: int (...).
             image_size: side in pixels; 0 for that of the settings.
 
         Returns:
@@ -154,26 +151,21 @@ class DatasetHandler:
     def batch(
         self, pictures: np.ndarray, rng: np.random.Generator, rows: slice = slice(None)
     ) -> tuple:
-        """Pictures for training: augmented, and with their groups.
+        """Decode and augment the pictures of a batch.
 
         Args:
-            pictures: int (...), rows of the catalogue's pictures.
+            pictures: int (...).
             rng: of the augmentation.
-            rows: make only these of the batch, as they are in the whole of it.
+            rows: makes only these rows, with the same pixels as in the whole batch.
 
         Returns:
-            photos, uint8 (..., s, s, 3); groups, int32 (...): photos of different groups show
-            different landmarks.
+            photos, uint8 (..., s, s, 3) RGB; groups, int32 (...).
         """
         augmentation = self.settings.augmentation
         variations = augmentation and draw_variations(rng, pictures.size, augmentation)
         if variations:
-            photos_a_row = pictures[0].size
-            variations = [
-                variations[row * photos_a_row + i]
-                for row in range(len(pictures))[rows]
-                for i in range(photos_a_row)
-            ]
+            numbers = np.arange(pictures.size).reshape(pictures.shape)[rows]
+            variations = [variations[number] for number in numbers.flat]
         photos = self._decode(pictures[rows], self.settings.image_size, variations)
         return photos, self._group[pictures[rows]]
 
@@ -185,7 +177,7 @@ class DatasetHandler:
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty uint8 array that begins at a multiple of 64: TensorFlow takes it without a copy."""
+    """An empty uint8 array, aligned to 64 bytes so that TensorFlow need not copy it."""
     size = math.prod(shape)
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -193,9 +185,9 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Batches(keras.utils.PyDataset):
-    """The batches of one epoch, for ``fit`` on every Keras backend; each is made when asked for.
+    """The batches of one epoch, made on demand, for ``fit`` on every Keras backend.
 
-    Of several processes that train together, each makes its own rows (:mod:`lib.data_parallel`).
+    In data-parallel training each process makes its own rows only (:mod:`lib.data_parallel`).
 
     Args:
         handler: makes the batches.
@@ -204,10 +196,10 @@ class Batches(keras.utils.PyDataset):
     """
 
     def __init__(self, handler: DatasetHandler, plan: np.ndarray, epoch: int):
-        # Threads, not processes: decoding releases Python's lock, and no pixels need to be copied.
+        # Threads: decoding releases Python's global lock, and processes would copy the pixels.
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=_QUEUE)
         self._handler, self.plan, self._epoch = handler, plan, epoch
-        # Asked here: the threads that make the batches can't see what Keras is set to.
+        # Here, since Keras' distribution is not visible in the threads that make the batches.
         self._rows = own_rows(plan.shape[1])
 
     def __len__(self) -> int:
@@ -215,13 +207,13 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Photos and groups of one batch, see :meth:`DatasetHandler.batch`."""
-        # Each batch has randomness of its own: it does not matter which thread makes it, and when.
+        # Each batch has its own generator, so the order in which threads make them is irrelevant.
         rng = np.random.default_rng([self._handler.settings.seed, self._epoch, int(step)])
         return self._handler.batch(self.plan[step], rng, self._rows)
 
     def as_tf_data(self):
-        """The same batches as a ``tf.data.Dataset``, made by all processor cores, in order."""
-        import tensorflow as tf  # here: who trains on another backend does without it
+        """The same batches as a ``tf.data.Dataset``, in order, made on all processor cores."""
+        import tensorflow as tf  # here, as other backends need not have it
 
         size = self._handler.settings.image_size
         shape = self.plan.shape[1:]
@@ -231,8 +223,7 @@ class Batches(keras.utils.PyDataset):
             return tf.ensure_shape(photos, (*shape, size, size, 3)), tf.ensure_shape(groups, shape)
 
         options = tf.data.Options()
-        # The number of threads is known; TensorFlow's tuner of it works in a thread that the end
-        # of an epoch waits for, which took up to 20 seconds each time.
+        # The end of an epoch waits for autotune's thread, which took up to 20 seconds each time.
         options.autotune.enabled = False
         steps = tf.data.Dataset.range(len(self))
         return (

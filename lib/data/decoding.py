@@ -1,10 +1,10 @@
-"""Decodes JPEG files to squares of pixels, and augments them at random for training.
+"""Decodes JPEG files to square arrays of pixels, with random augmentation for training.
 
     pixels = decode(jpeg, image_size=128)                        # uint8 (128, 128, 3) RGB
     variations = draw_variations(rng, len(jpegs), Augmentation())
     pixels = decode(jpegs[0], 128, variations[0])
 
-Decoding releases Python's global lock, so that threads run in parallel.
+Decoding releases Python's global lock, so threads run in parallel.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lib.data.records import Place, read_picture
 
 cv2.setNumThreads(0)  # the threads that call us already keep all processor cores busy
 
-# A photo larger than needed is first shrunk by the decoder itself, which leaves out the fine waves
-# of the cosine transform; to no less than twice the size, so that the rest is up to good filtering.
+# The decoder itself shrinks large photos, by dropping high frequencies of the cosine transform. It
+# leaves at least twice the size, so that the final resizing filters well.
 _REDUCING_GAP = 2
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far training photos are varied; each value is drawn uniformly for each photo by itself.
+    """Ranges of the random changes, drawn uniformly and independently for each photo.
 
-    Shift and zoom stand for where the photographer stood, contrast and brightness for the light. No
-    mirroring: a mirrored building is another building.
+    Shift and zoom imitate another viewpoint, contrast and brightness other light. There is no
+    mirroring, since a mirrored building is another building.
 
     Attributes:
-        shift: most that a photo is moved along each axis, as a share of its side; what moves in
-            from outside is the photo mirrored at its edge.
-        zoom: most that it is enlarged or made smaller, as a share. Photos that are stored at the
-            size they are used at need not be resampled without it, which makes them a third faster.
-        contrast: most that the contrast is raised or lowered, as a share.
-        brightness: most that the brightness is raised or lowered, as a share of the whole range.
+        shift: largest shift along each axis, as a share of the side; the border is filled with the
+            photo mirrored at its edge.
+        zoom: largest relative change of scale. At 0, photos stored at the size of the network's
+            input need no resampling, which is a third faster.
+        contrast: largest relative change of the contrast.
+        brightness: largest change of the brightness, as a share of the whole range.
     """
 
     shift: float = 0.05
@@ -49,13 +49,12 @@ class Augmentation:
 
 
 class Variation(NamedTuple):
-    """How one photo is varied.
+    """The random changes of one photo.
 
     Attributes:
-        left, top: where the part to be seen begins, in shares of the photo's sides; below 0 it
-            begins outside of the photo.
-        side: its width and height in shares; above 1 it is larger than the photo.
-        gain, offset: the colours; new value = gain * value + offset.
+        left, top: corner of the crop, as shares of the photo's sides; negative if outside.
+        side: width and height of the crop as shares; may be above 1.
+        gain, offset: of the colours; new value = gain * value + offset.
     """
 
     left: float
@@ -73,7 +72,7 @@ def draw_variations(rng: np.random.Generator, n: int, settings: Augmentation) ->
     brightness = rng.uniform(-settings.brightness, settings.brightness, (n, 1))
     offset = 127.5 * (1 - gain) + 255 * brightness  # middle grey stays middle grey
     rows = np.concatenate([start, side, gain, offset], axis=1)
-    # Python's own numbers: quicker than NumPy's, one by one.
+    # Python's numbers, since single NumPy numbers are slow.
     return [Variation(*row) for row in rows.tolist()]
 
 
@@ -83,13 +82,13 @@ def decode(
     variation: Variation | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decode a JPEG picture to a square, whatever its shape.
+    """Decode a JPEG picture and squash it to a square.
 
     Args:
         jpeg: a JPEG file, in colour or grey.
         image_size: side of the square in pixels.
-        variation: None leaves the photo as it is.
-        out: uint8 (image_size, image_size, 3), contiguous, to be written to; None makes a new one.
+        variation: None for no augmentation.
+        out: contiguous array for the result; None makes a new one.
 
     Returns:
         uint8 (image_size, image_size, 3) RGB.
@@ -115,7 +114,7 @@ def decode(
 
 
 def _part(pixels: np.ndarray, variation: Variation) -> np.ndarray:
-    """The part of a photo that a variation shows, mirrored at the edges where it goes beyond."""
+    """The crop of a variation, where it exceeds the photo filled with the mirrored photo."""
     height, width, _ = pixels.shape
     left, top = round(width * variation.left), round(height * variation.top)
     right = left + max(round(width * variation.side), 1)
@@ -133,36 +132,30 @@ def decode_batch(
     variations: list[Variation] | None,
     out: np.ndarray,
 ) -> None:
-    """Read and decode pictures, each to its place in the batch.
+    """Read and decode pictures into a batch.
 
     Args:
         places: of n pictures.
         image_size, variations: as for :func:`decode`.
-        out: uint8 (n, image_size, image_size, 3), is written to.
+        out: uint8 (n, image_size, image_size, 3), filled in place.
 
     Raises:
-        RecordError: a shard is not what its catalogue says.
+        RecordError: a shard does not match its catalogue.
     """
     for place, variation, photo in zip(places, variations or repeat(None), out, strict=False):
         decode(read_picture(place), image_size, variation, photo)
 
 
 def reduction(width: int, height: int, image_size: int) -> int:
-    """By which of 8, 4, 2 and 1 the decoder may divide a photo's sides for a square to be cut."""
+    """The factor (8, 4, 2 or 1) by which the decoder shrinks a photo of width x height pixels."""
     spare = min(width, height) // (_REDUCING_GAP * image_size)
     return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
 
 def resize(pixels: np.ndarray, image_size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Resize to a square: means over areas where it shrinks, bilinear where it grows.
+    """Squash uint8 (h, w, 3) to uint8 (image_size, image_size, 3), see :func:`decode`.
 
-    Args:
-        pixels: uint8 (h, w, 3).
-        image_size: side of the square in pixels.
-        out: as for :func:`decode`.
-
-    Returns:
-        uint8 (image_size, image_size, 3).
+    It averages areas if a side shrinks, and interpolates linearly else.
     """
     height, width, _ = pixels.shape
     shrinks = height > image_size or width > image_size

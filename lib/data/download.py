@@ -1,9 +1,8 @@
-"""Downloads the Kaggle set, and checks that a copy of it is whole.
+"""Downloads the Kaggle set and verifies that all of its shards are complete.
 
-A shard is read to its end before it gets its place in the folder, and its SHA-256 is kept there in
-``SHA256SUMS``, so that later copies can be checked against it:
+Each shard is checked before it is moved into the folder. ``SHA256SUMS`` there keeps the checksums:
 
-    download(Path("Dataset"))   # what is not there yet; or: python -m lib.data.download
+    download(Path("Dataset"))   # missing shards; or: python -m lib.data.download
     verify(Path("Dataset"))     # fetches nothing; or: python -m lib.data.download --verify
 """
 
@@ -36,12 +35,12 @@ from lib.files import project_root, replacing, show_path
 
 KAGGLE_SET = "mattbast/google-landmarks-2020-tfrecords"
 KAGGLE_PAGE = f"https://www.kaggle.com/datasets/{KAGGLE_SET}"
-# Records by the shard's number. The last shard has the remainder, which nobody has published.
+# Records of each shard. The last shard has the remainder; its number is not published.
 KAGGLE_COUNTS: Mapping[int, int | None] = {n: 10_841 for n in range(15)} | {15: None}
-KAGGLE_GB = 5  # at most: the set is the output of a Kaggle notebook, which may have 4.9 GB
+KAGGLE_GB = 5  # upper bound: the output of a Kaggle notebook, as this set, may have 4.9 GB
 
 CHECKSUMS = "SHA256SUMS"
-ARRIVING = ".download"  # folder inside the data folder: what has not been checked yet
+ARRIVING = ".download"  # subfolder for files not checked yet
 
 HOW_TO_SIGN_IN = (
     "make an API token on https://www.kaggle.com/settings and put it into the environment variable "
@@ -51,24 +50,23 @@ HOW_TO_SIGN_IN = (
 
 
 class DownloadError(RuntimeError):
-    """The set can't be fetched, or is not whole; the message says in one line what to do."""
+    """The set can't be fetched or is incomplete; the message says in one line what to do."""
 
 
 def download(dataset_dir: Path, expected: Mapping[int, int | None] = KAGGLE_COUNTS) -> pd.DataFrame:
-    """Fetch the shards that a folder lacks, and verify all; what is there is never replaced.
+    """Fetch missing shards, then verify all. Existing files are never replaced.
 
-    Each shard arrives in a subfolder, is checked there, and is then moved into place in one step.
-    After an interruption the next call goes on where this one stopped.
+    After an interruption the next call continues, even within a shard.
 
     Args:
         dataset_dir: the folder; made if absent.
-        expected: which shards, and how many records each must hold (None: at least one).
+        expected: number of records by number of the shard (None: at least one record).
 
     Returns:
-        as :func:`verify`.
+        see :func:`verify`.
 
     Raises:
-        DownloadError: a shard can't be fetched, or one that arrived or was there is not whole.
+        DownloadError: a shard can't be fetched, is damaged or has a wrong number of records.
         OSError: the folder can't be written to.
     """
     dataset_dir = Path(dataset_dir)
@@ -80,7 +78,7 @@ def download(dataset_dir: Path, expected: Mapping[int, int | None] = KAGGLE_COUN
             continue
         arrived = _fetch(target.name, dataset_dir)
         if problem := _check(arrived, count, sums.get(target.name))["problem"]:
-            arrived.unlink()  # kagglehub would take it for complete and not fetch it again
+            arrived.unlink()  # else kagglehub would take it for complete
             raise DownloadError(f"{target.name} came, but {problem}: run this again to refetch it")
         with replacing(target) as part:
             arrived.replace(part)
@@ -91,17 +89,16 @@ def download(dataset_dir: Path, expected: Mapping[int, int | None] = KAGGLE_COUN
 def verify(
     dataset_dir: Path, expected: Mapping[int, int | None] | None = KAGGLE_COUNTS
 ) -> pd.DataFrame:
-    """Read shards to their end: every record's checksums, their number, and ``SHA256SUMS``.
+    """Check every record's checksums, the number of records, and the files' SHA-256.
 
-    Shards that ``SHA256SUMS`` does not name yet are added to it when all is well.
+    If all are right, shards that ``SHA256SUMS`` does not list yet are added to it.
 
     Args:
         dataset_dir: the folder.
-        expected: which shards, and how many records each must hold (None: at least one); without
-            it, all shards that are there, with any number of records.
+        expected: see :func:`download`; None checks all shards that exist, of any number of records.
 
     Returns:
-        a row a shard, named by its file: records, bytes, sha256.
+        a row for each shard, indexed by file name: records, bytes, sha256.
 
     Raises:
         lib.data.records.DatasetNotFoundError: a shard is missing.
@@ -114,7 +111,7 @@ def verify(
     rows, size = [], sum(shard.stat().st_size for shard in shards)
     with (
         ThreadPoolExecutor() as pool,
-        # disable=None: no bar in a log, where an error is to be the only line
+        # disable=None: no bar in a log file, where an error should be the only line
         tqdm(total=size, desc="checking", unit="B", unit_scale=True, disable=None) as bar,
     ):
         for row in pool.map(lambda s: _check(s, counts.get(s.name), sums.get(s.name)), shards):
@@ -129,14 +126,14 @@ def verify(
     table = pd.DataFrame(rows).set_index("shard").drop(columns="problem")
     if (known := sums | table["sha256"].to_dict()) != sums:
         text = "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items()))
-        # A folder that can only be read can be verified as well.
+        # A read-only folder can be verified, too. Bytes, as sha256sum needs "\n" on Windows.
         with contextlib.suppress(OSError), replacing(dataset_dir / CHECKSUMS) as part:
-            part.write_bytes(text.encode())  # as text, Windows would end the lines otherwise
+            part.write_bytes(text.encode())
     return table
 
 
 def _check(shard: Path, count: int | None, sha256: str | None) -> dict:
-    """Read a shard to its end; returns its row of the table, and its ``problem`` ("" if whole)."""
+    """Read a whole shard; returns its row of :func:`verify` and its ``problem`` ("" if none)."""
     records, damage, problem = 0, [], ""
     with shard.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -157,28 +154,28 @@ def _check(shard: Path, count: int | None, sha256: str | None) -> dict:
 
 
 def _read_checksums(dataset_dir: Path) -> dict[str, str]:
-    """Read ``SHA256SUMS``, as the command sha256sum writes it; empty without the file."""
+    """Read ``SHA256SUMS`` (the format of the command sha256sum): SHA-256 by file name."""
     path = dataset_dir / CHECKSUMS
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return {name: digest for digest, name in re.findall(r"(?m)^([0-9a-f]{64}) [ *](.+)$", text)}
 
 
 def _fetch(name: str, dataset_dir: Path) -> Path:
-    """Download one file of the set; returns where in the data folder it has arrived."""
-    import kagglehub  # not at the top: half a second, which who only verifies need not wait
+    """Download one file of the set; returns its path below the data folder."""
+    import kagglehub  # here: it takes half a second, and verify() does not need it
 
-    # Its cache rather than its ``output_dir``: only there does it go on with half a file. And a
-    # real download on Kaggle and Colab as well, where it would mount files that can't be moved.
+    # Only in its cache, not in ``output_dir``, does kagglehub resume half a file. The caches of
+    # Kaggle and Colab are off, since they would mount files that can't be moved.
     settings = {"KAGGLEHUB_CACHE": str(dataset_dir.resolve() / ARRIVING)}
     settings |= dict.fromkeys(("DISABLE_KAGGLE_CACHE", "DISABLE_COLAB_CACHE"), "1")
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
         return Path(kagglehub.dataset_download(KAGGLE_SET, name))
-    except Exception as error:  # what kagglehub raises has no common base class
+    except Exception as error:  # kagglehub's exceptions have no common base class
         raise DownloadError(_explain(error, name, dataset_dir)) from error
     finally:
-        for name, value in before.items():  # these alone: other threads read the others meanwhile
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -186,7 +183,7 @@ def _fetch(name: str, dataset_dir: Path) -> Path:
 
 
 def _explain(error: Exception, name: str, dataset_dir: Path) -> str:
-    """Say in one line what went wrong in :func:`_fetch` and how to mend it."""
+    """One line on what went wrong in :func:`_fetch` and how to mend it."""
     from kagglehub.exceptions import CredentialError, DataCorruptionError, UnauthenticatedError
 
     cause = getattr(error.args[0], "reason", error) if error.args else error  # urllib3's is shorter

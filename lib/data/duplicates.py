@@ -1,4 +1,4 @@
-"""Near-duplicates: pictures whose perceptual hashes differ in few bits.
+"""Finds near-duplicates, pictures whose perceptual hashes differ in few bits.
 
 pairs = near_duplicates(catalogue.pictures["perceptual_hash"].to_numpy())
 """
@@ -9,24 +9,24 @@ import numpy as np
 
 
 def near_duplicates(perceptual_hashes: np.ndarray, most: int = 3) -> np.ndarray:
-    """Pairs of pictures whose perceptual hashes differ in few bits.
+    """Find pairs of pictures whose perceptual hashes differ in at most ``most`` bits.
 
     Args:
         perceptual_hashes: uint64 (n,), as in a catalogue.
         most: bits that may differ, from 0 to 3.
 
     Returns:
-        int64 (m, 2), each pair once, the smaller number first, in ascending order.
+        int64 (m, 2), pairs (i, j) with i < j, sorted.
 
     Raises:
-        ValueError: ``most`` beyond 3.
+        ValueError: ``most`` is not from 0 to 3.
     """
     if not 0 <= most <= 3:
         raise ValueError(f"most must be from 0 to 3, got {most}")
     hashes = np.asarray(perceptual_hashes, dtype=np.uint64)
     pairs = [np.empty((0, 2), np.int64)]
-    # If at most 3 bits differ, one of the 4 quarters of the hash is equal: only pictures that share
-    # a quarter are compared. In the order of that quarter they are neighbours.
+    # If at most 3 bits differ, one of the hash's 4 quarters is equal. So only pictures that share a
+    # quarter are compared; sorted by it, they are neighbours.
     for bits in (0, 16, 32, 48):
         quarter = (hashes >> np.uint64(bits)).astype(np.uint16)
         order = np.argsort(quarter, kind="stable")

@@ -1,9 +1,7 @@
-"""Lists photos of known landmarks, and plans triplets of them.
+"""Lists labelled photos of a folder or a CSV file, and plans triplets of them.
 
-Photos lie in a folder per landmark, or are listed by Google Landmarks v2's ``train.csv``:
-
-    photos = read_folder(Path("photos"))          # or read_csv(Path("train.csv"), Path("train"))
-    plan = plan_triplets(photos.landmark, seed=0)
+photos = read_folder(Path("photos"))          # or read_csv(Path("train.csv"), Path("train"))
+plan = plan_triplets(photos.landmark, seed=0)
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ class LabelledPhotos:
     """Photos of known landmarks.
 
     Attributes:
-        table: columns image_id, path and landmark_id, all str; the photos of a landmark are side by
-            side, landmarks in order of first appearance.
-        absent: the same of photos that are listed but not there.
+        table: columns image_id, path and landmark_id, all str; sorted by landmark, in order of
+            first appearance.
+        absent: the same for photos that are listed but absent.
         left_out: how many files and folders were left out, by reason.
     """
 
@@ -40,17 +38,17 @@ class LabelledPhotos:
 
     @property
     def landmark(self) -> np.ndarray:
-        """Number of each photo's landmark, int64 (n,): 0, 1, ... in ascending order."""
+        """Number of each photo's landmark, int64 (n,), from 0 in ascending order."""
         return pd.factorize(self.table["landmark_id"])[0]
 
 
 def read_folder(folder: Path) -> LabelledPhotos:
-    """List photos in a folder per landmark, ``<landmark>/<name>.jpg``: that is their image id, too.
+    """List the photos of a folder with a subfolder for each landmark, sorted by name.
 
-    Landmarks and names are in sorted order; those that begin with a dot are skipped.
+    The image id is ``<landmark>/<file name>``.
 
     Raises:
-        ConversionError: no photos, or a name that is no UTF-8 text.
+        ConversionError: no photos, or a name that is not UTF-8.
     """
     paths, left_out = landmark_photos(folder)
     if not paths:
@@ -67,14 +65,14 @@ def read_folder(folder: Path) -> LabelledPhotos:
 
 
 def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
-    """List the photos of Google Landmarks v2's ``train.csv``, or of a file like it.
+    """List the photos of Google Landmarks v2's ``train.csv`` or a similar file.
 
-    It has the columns ``id`` and ``landmark_id``; the photo is
+    It needs the columns ``id`` and ``landmark_id``. A photo's path is
     ``<image_root>/<a>/<b>/<c>/<id>.jpg``, where a, b, c are the first three characters of its id
     (https://github.com/cvdf/google-landmark).
 
     Raises:
-        ConversionError: the file can't be used, or none of its photos is there.
+        ConversionError: the file can't be used, or none of its photos exists.
     """
     where, columns = show_path(labels), ["id", "landmark_id"]
     try:
@@ -92,7 +90,7 @@ def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
     name = table["id"]
     folder = f"{image_root}/" + name.str[:1] + "/" + name.str[1:2] + "/" + name.str[2:3] + "/"
     table = table.assign(path=folder + name + ".jpg").rename(columns={"id": "image_id"})
-    # To list the folders, 4096 for the whole set, is far quicker than to look for each photo.
+    # Listing the folders (4096 for the whole set) is far faster than looking for each photo.
     files = (f"{f}{name}" for f in folder.unique() if os.path.isdir(f) for name in os.listdir(f))
     present = table["path"].isin(list(files))
     if not present.any():
@@ -106,22 +104,22 @@ def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
 
 
 def plan_triplets(landmark: np.ndarray, seed: int) -> np.ndarray:
-    """Choose the triplets.
+    """Choose anchor, positive and negative of each record.
 
-    Every photo of a landmark with at least two is an anchor once, in the given order. Its positive
-    is drawn from the others of the landmark. Negatives are taken in turn from a random order of all
-    photos, passing over those of the anchor's landmark. Photos that are their landmark's only one
-    come so early in this order that all are taken, as far as there are records.
+    Each photo of a landmark with at least two photos is the anchor of one record, in input order.
+    Its positive is drawn from the landmark's other photos. Negatives are taken in turn from a
+    permutation of all photos, skipping those of the anchor's landmark. Photos of landmarks with a
+    single photo come early in the permutation, since they can serve as negatives only.
 
     Args:
-        landmark: number of each photo's landmark, int (n,): 0, 1, ... in ascending order.
-        seed: equal seeds give equal plans.
+        landmark: number of each photo's landmark, int (n,), from 0 in ascending order.
+        seed: of the random choices.
 
     Returns:
-        int64 (records, 3): the photos that are anchor, positive and negative of each record.
+        int64 (records, 3), photos.
 
     Raises:
-        ConversionError: there are less than two landmarks, or none has two photos.
+        ConversionError: there are fewer than two landmarks, or none has two photos.
     """
     count = np.bincount(landmark)
     if len(count) < 2 or count.max() < 2:
@@ -132,14 +130,14 @@ def plan_triplets(landmark: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     anchors = np.flatnonzero(count[landmark] > 1)
     size, start = count[landmark[anchors]], (np.cumsum(count) - count)[landmark[anchors]]
-    step = rng.integers(1, size)  # from the anchor around the landmark's photos, never back to it
+    step = rng.integers(1, size)  # cyclically from the anchor to another photo of the landmark
     positives = start + (anchors - start + step) % size
 
     order = rng.permutation(len(landmark))
-    order = order[np.argsort(count[landmark[order]] > 1, kind="stable")]  # only ones first ...
-    order[: len(anchors)] = rng.permutation(order[: len(anchors)])  # ... but mixed with others
+    order = order[np.argsort(count[landmark[order]] > 1, kind="stable")]  # single photos first,
+    order[: len(anchors)] = rng.permutation(order[: len(anchors)])  # mixed with the first others
     shown = landmark[order]
-    changes = np.flatnonzero(shown != np.roll(shown, 1))  # places where another landmark begins
+    changes = np.flatnonzero(shown != np.roll(shown, 1))  # where the landmark changes
     next_change = changes[np.searchsorted(changes, np.arange(len(order)), "right") % len(changes)]
     negatives, turn = [], 0
     for own in landmark[anchors]:

@@ -1,4 +1,4 @@
-"""Neighbouring records of the Kaggle set that show the same landmark, found by their order.
+"""Finds neighbouring records of the Kaggle set that show the same landmark, by their order.
 
 pairs = pair_neighbours(landmark, anchor, positive, negative, follows)
 pairs.certain, pairs.possible
@@ -17,10 +17,10 @@ class NeighbourPairs:
     """Which neighbouring records show the same landmark.
 
     Attributes:
-        certain: bool (m,), whether record i and i + 1 do for sure.
+        certain: bool (m,), whether records i and i + 1 certainly do.
         possible: bool (m,), whether they may.
-        joined: pairs of neighbours that share a picture: the evidence that the order holds.
-        apart: landmarks whose records are not two neighbours: the evidence against it.
+        joined: number of neighbours that share a picture, evidence for the assumed order.
+        apart: number of landmarks whose records are not two neighbours, evidence against it.
     """
 
     certain: np.ndarray
@@ -41,21 +41,18 @@ def pair_neighbours(
     The anchors are the first two photos of each landmark, in the order of the landmarks. So the
     records are a sequence of pairs (two neighbours of one landmark) and singles (landmarks with
     one photo). A single's positive is its anchor. Two records that share a picture are a pair. Two
-    records are not a pair if one's negative is of the other's landmark. These rules exclude many
-    ways to cut the sequence. A pair is *certain* if it is in every remaining way, and *possible* if
-    it is in at least one.
+    records are not a pair if the negative of one shows the landmark of the other. A pair is
+    *certain* if every way to cut the sequence by these rules has it, and *possible* if one has it.
 
-    A single would shift all pairs after it by one place. If none of a hundred or more pairs that
-    share a picture is shifted, there are no singles.
-
-    If more than 1 % of the landmarks found by their bytes are not two neighbours, the order is not
-    that of the set, and nothing is paired.
+    A single would shift all pairs after it by one place. If none of at least 100 pairs that share
+    a picture is shifted, there are no singles. If more than 1 % of the landmarks found by their
+    bytes are not two neighbours, the records have another order, and nothing is paired.
 
     Args:
         landmark: int (n,), of each picture by its bytes.
         anchor, positive, negative: int (m,), pictures of each record.
-        follows: bool (m,), whether a record comes right after the one before; where it does not,
-            either may have lost its partner.
+        follows: bool (m,), whether no record is missing before this one; if one is missing, its
+            neighbours may have lost their partner.
     """
     m = len(anchor)
     own, other = landmark[anchor], landmark[negative]
@@ -77,7 +74,7 @@ def pair_neighbours(
     # A record beside a gap may be half of a pair whose other half is missing.
     gap_before = ~follows | np.append(False, odd[:-1])
     gap_after = np.append(~follows[1:] | odd[1:], True)
-    # Even or odd places in the runs without a gap; each run should know but one of them.
+    # In each run without a gap, all pairs should begin at even places, or all at odd ones.
     run = np.cumsum(gap_before)
     place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
     starts = records["min"][(records["size"] == 2) & (span == 1)].to_numpy()
@@ -87,7 +84,7 @@ def pair_neighbours(
     by_itself = may_be_single | odd | (alone & (gap_before | gap_after))
 
     reach, left = _cuts(by_itself, may_pair)
-    if not reach[m]:  # there is no way at all: it is another order
+    if not reach[m]:  # the rules contradict each other, so it is another order
         return NeighbourPairs(none, none, joined, apart)
     possible = may_pair & reach[:-1] & np.append(left[2:], False)
     alone_in_one = by_itself & reach[:-1] & left[1:]
@@ -96,14 +93,14 @@ def pair_neighbours(
 
 
 def _cuts(by_itself: np.ndarray, may_pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which parts of a row of m records can be cut into singles and pairs.
+    """Whether parts of a sequence of m records can be cut into singles and pairs.
 
     Args:
         by_itself: bool (m,), whether record i may be a single.
         may_pair: bool (m,), whether records i and i + 1 may be a pair.
 
     Returns:
-        two bool (m + 1,): whether the records before i can be cut, and whether those from i on can.
+        two bool (m + 1,), whether the records before i can be cut, and those from i on.
     """
     m = len(by_itself)
     before = np.zeros(m + 1, dtype=bool)

@@ -43,6 +43,7 @@ HOW_TO_GET_THE_DATA = (
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes
 _FOOTER = struct.Struct("<I")  # checksum of the message
 _FRAME = _HEADER.size + _FOOTER.size  # bytes that a record has besides its message
+_NOT_ZERO = re.compile(rb"[^\0]")
 _HOLE = 32  # so many zero bytes in a row are taken for a hole in the file
 
 
@@ -292,7 +293,10 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         # No record begins with 12 zero bytes, since the checksum of the length 0 is not 0. So a
         # record after a hole begins at the earliest with the last 8 bytes of the hole.
         if data[offset : offset + _HOLE] == bytes(_HOLE):
-            start = _end_of_zeros(data, offset + _HOLE) - 8
+            end = _NOT_ZERO.search(data, offset + _HOLE)
+            if end is None:
+                return len(data)
+            start = end.start() - 8
             continue
         length = _length_at(data, offset)
         if length is not None:
@@ -301,16 +305,6 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
             if checksum == _checksum(data[begin : begin + length]):
                 return offset
         start = offset + 1
-
-
-def _end_of_zeros(data: mmap.mmap, start: int) -> int:
-    """Offset of the first nonzero byte at or after ``start``; the end if there is none."""
-    step = 2**20
-    for begin in range(start, len(data), step):
-        block = data[begin : begin + step]
-        if len(rest := block.lstrip(b"\0")):
-            return begin + len(block) - len(rest)
-    return len(data)
 
 
 def message_offset(frame: Frame) -> int:

@@ -1,16 +1,17 @@
-"""Plans batches: the stored triplets, or P landmarks with K pictures of each.
+"""Plans the batches of an epoch: stored triplets, or P landmarks with K pictures each.
 
     rng = np.random.default_rng([seed, epoch])
     triplet_batches(catalogue, chosen, steps=100, batch_size=32, rng=rng)    # int (100, 32, 3)
     landmark_batches(catalogue, chosen, steps=100, p=16, k=4, rng=rng)       # int (100, 64)
 
-A whole epoch is planned before it begins, as rows of the catalogue's pictures: the same seed gives
-the same batches in every process and after every restart.
+Plans contain rows of ``catalogue.pictures``. An epoch is planned before it begins, so the same seed
+gives the same batches in every process and after every restart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -18,22 +19,21 @@ from lib.data.catalogue import UNKNOWN, Catalogue
 
 
 class SamplingError(ValueError):
-    """There are too few pictures for the batches asked for."""
+    """There are too few usable pictures."""
 
 
 def usable_triplets(catalogue: Catalogue, chosen: np.ndarray) -> np.ndarray:
-    """The stored triplets that can teach something without showing what is held back.
+    """The stored triplets that are useful for training on the chosen pictures.
 
-    Left out are the degenerate (the positive is the anchor: whatever the network does, their
-    distance is 0), those whose negative shows the anchor's landmark, or may, and those whose
-    anchor or negative is not among the chosen pictures.
+    Left out are degenerate triplets (the positive is the anchor), triplets whose negative shows or
+    may show the anchor's landmark, and those with a picture that is not chosen.
 
     Args:
         catalogue: of the shards.
-        chosen: bool, for each picture whether it may be used. All of a group, or none.
+        chosen: bool (pictures,), the same for all pictures of a group.
 
     Returns:
-        int64 (n, 3): anchor, positive and negative picture of each.
+        int64 (n, 3): anchor, positive and negative.
     """
     triplets = catalogue.triplets[["anchor", "positive", "negative"]].to_numpy()
     group = catalogue.pictures["group"].to_numpy()[triplets]
@@ -48,7 +48,7 @@ def triplet_batches(
     batch_size: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Batches of stored triplets, in a new random order each time all have been used.
+    """Batches of stored triplets, reshuffled whenever all have been used.
 
     Args:
         catalogue, chosen: see :func:`usable_triplets`.
@@ -60,7 +60,7 @@ def triplet_batches(
         int64 (steps, batch_size, 3), pictures.
 
     Raises:
-        SamplingError: not one usable triplet.
+        SamplingError: no usable triplet.
     """
     triplets = usable_triplets(catalogue, chosen)
     if not len(triplets):
@@ -73,11 +73,7 @@ def triplet_batches(
 
 
 def shuffled_passes(n: int, needed: int, rng: np.random.Generator) -> np.ndarray:
-    """Numbers below n, each once in a random order, then again in another, as many as needed.
-
-    Returns:
-        int64 (needed,).
-    """
+    """As many numbers as needed from successive permutations of range(n), int64 (needed,)."""
     passes = -(-needed // n)
     return np.concatenate([rng.permutation(n) for _ in range(passes)])[:needed]
 
@@ -92,20 +88,19 @@ def landmark_batches(
 ) -> np.ndarray:
     """P x K batches (Hermans et al., "In Defense of the Triplet Loss", 2017, section 2).
 
-    Each pass over the landmarks takes every group once, in a random order: no two landmarks of a
-    batch may be the same. The k pictures of a landmark are different ones where it has as many;
-    else each is used as often as any other, give or take one.
+    Each pass takes one landmark of every group, in random order, so that the landmarks of a batch
+    certainly differ. The k pictures of a landmark differ if it has that many; else they repeat
+    cyclically.
 
     Args:
-        catalogue: of the shards.
-        chosen: bool, for each picture whether it may be used.
+        catalogue, chosen: see :func:`usable_triplets`.
         steps: number of batches.
         p: landmarks in a batch.
         k: pictures of each, at least 2.
-        rng: of the choice and the order.
+        rng: of choice and order.
 
     Returns:
-        int64 (steps, p * k), pictures, those of a landmark side by side.
+        int64 (steps, p * k), pictures, grouped by landmark.
 
     Raises:
         SamplingError: fewer than p landmarks with two different pictures.
@@ -126,17 +121,15 @@ def landmark_batches(
         )
 
     def in_turn() -> Iterator[np.ndarray]:
-        """Batches of landmarks, pass after pass; what does not fill a batch is left to the next."""
+        """Batches of landmarks, pass after pass; an incomplete batch at the end is dropped."""
         while True:
             order = rng.permutation(len(landmarks))
             for start in range(0, len(order) - p + 1, p):
                 groups = landmarks.iloc[order[start : start + p]]
                 yield np.array([rng.choice(of_group) for of_group in groups])
 
-    def draw(landmark: int) -> np.ndarray:
-        shuffled = rng.permutation(pictures[landmark])
-        return np.resize(shuffled, k)
-
-    turns = in_turn()
-    batches = [np.concatenate([draw(x) for x in next(turns)]) for _ in range(steps)]
+    batches = [
+        [np.resize(rng.permutation(pictures[landmark]), k) for landmark in batch]
+        for batch in islice(in_turn(), steps)
+    ]
     return np.array(batches, dtype=np.int64).reshape(steps, p * k)

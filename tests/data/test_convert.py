@@ -512,6 +512,37 @@ def test_verify_names_what_is_damaged(tmp_path, source):
         verify(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"file": {}}', '{"files": {}, "report": {"a": 1}}']
+)
+def test_a_damaged_state_file_is_named(tmp_path, source, content):
+    """Valid JSON of another structure raised AttributeError, KeyError or TypeError."""
+    photos, whole = source
+    convert(photos, tmp_path, SETTINGS)
+    (tmp_path / "shards.json").write_text(content)
+    for action in (lambda: verify(tmp_path), lambda: convert(photos, tmp_path, SETTINGS)):
+        with pytest.raises(ConversionError, match=r"shards\.json is damaged: delete it and do"):
+            action()
+    (tmp_path / "shards.json").unlink()
+    convert(photos, tmp_path, SETTINGS)
+    assert content_of(tmp_path) == whole
+    if not content.startswith("{"):
+        (tmp_path / "conversion.json").write_text(content)
+        with pytest.raises(ConversionError, match=r"conversion\.json is damaged: delete"):
+            convert(photos, tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("row", [b"train00.tfrec,a,b\n", b"\xff\n"])
+def test_a_damaged_list_of_what_was_skipped_is_named(tmp_path, source, row):
+    """It raised UnicodeDecodeError, or a table of pandas with gaps was counted."""
+    photos, whole = source
+    convert(photos, tmp_path, SETTINGS)
+    (tmp_path / "train01.tfrec").unlink()
+    (tmp_path / "skipped.csv").write_bytes(whole["skipped.csv"] + row)
+    with pytest.raises(ConversionError, match=r"skipped\.csv is damaged: delete it and do"):
+        convert(photos, tmp_path, SETTINGS)
+
+
 def test_a_folder_belongs_to_one_conversion(tmp_path, source):
     photos, _ = source
     convert(photos, tmp_path / "a", SETTINGS)
