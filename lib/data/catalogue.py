@@ -87,7 +87,7 @@ class Catalogue:
     Attributes:
         shards: their paths.
         rows: three rows for each usable record (anchor, positive, negative), with the columns of
-            the file; ``shard`` is an index of ``shards`` and ``role`` one of ROLES.
+            the file; ``shard`` and ``role`` are indices of ``shards`` and ROLES.
         problems: a row for each unusable record: ``shard``, ``record``, ``offset``, ``problem``,
             ``detail``.
     """
@@ -359,14 +359,12 @@ def pair_agreement(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     Returns:
         precision and recall; each is 1.0 where it would divide by 0.
     """
+    from sklearn.metrics.cluster import pair_confusion_matrix  # here, as it loads slowly
+
     found = np.where(found == UNKNOWN, -1 - np.arange(len(found)), found)
-
-    def pairs(*keys: np.ndarray) -> int:
-        sizes = pd.DataFrame(dict(enumerate(keys))).value_counts().to_numpy()
-        return int((sizes * (sizes - 1) // 2).sum())
-
-    both, of_found, of_truth = pairs(found, truth), pairs(found), pairs(truth)
-    return (both / of_found if of_found else 1.0), (both / of_truth if of_truth else 1.0)
+    _, wrong, missed, right = pair_confusion_matrix(truth, found).ravel().tolist()
+    precision = right / (right + wrong) if right + wrong else 1.0
+    return precision, (right / (right + missed) if right + missed else 1.0)
 
 
 def split_landmarks(catalogue: Catalogue, shares: Mapping[str, float], seed: int) -> np.ndarray:

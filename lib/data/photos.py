@@ -100,11 +100,9 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
             kind, path = os.path.splitext(entry.name)[1].lower(), Path(entry.path)
             try:
                 if entry.is_dir():
-                    if not subfolders:
-                        continue
-                    if entry.is_symlink():
+                    if subfolders and entry.is_symlink():
                         left_out["links to folders"] += 1
-                    else:
+                    elif subfolders:
                         below.append(path)
                 elif kind in _UNREAD_SUFFIXES:
                     left_out[f"{kind} files"] += 1
