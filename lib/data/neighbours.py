@@ -51,18 +51,17 @@ def pair_neighbours(
     Args:
         landmark: int (n,), of each picture by its bytes.
         anchor, positive, negative: int (m,), pictures of each record.
-        follows: bool (m,), whether no record is missing before this one; if one is missing, its
-            neighbours may have lost their partner.
+        follows: bool (m,), whether no record is missing between a record and the one before.
     """
     m = len(anchor)
     own, other = landmark[anchor], landmark[negative]
     records = pd.Series(np.arange(m)).groupby(own).agg(["size", "min", "max"])
-    span = records["max"] - records["min"]
-    odd_landmarks = (records["size"] > 2) | ((records["size"] == 2) & (span > 1))
-    joined, apart = int(((records["size"] == 2) & (span == 1)).sum()), int(odd_landmarks.sum())
-    none = np.zeros(m, dtype=bool)
+    paired = (records["size"] == 2) & (records["max"] - records["min"] == 1)
+    odd_landmarks = (records["size"] > 1) & ~paired
+    joined, apart = int(paired.sum()), int(odd_landmarks.sum())
+    nothing = NeighbourPairs(np.zeros(m, dtype=bool), np.zeros(m, dtype=bool), joined, apart)
     if apart > 0.01 * (joined + apart):
-        return NeighbourPairs(none, none, joined, apart)
+        return nothing
 
     alone = records["size"].to_numpy()[np.searchsorted(records.index, own)] == 1
     odd = odd_landmarks.to_numpy()[np.searchsorted(records.index, own)]
@@ -77,7 +76,7 @@ def pair_neighbours(
     # In each run without a gap, all pairs should begin at even places, or all at odd ones.
     run = np.cumsum(gap_before)
     place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
-    starts = records["min"][(records["size"] == 2) & (span == 1)].to_numpy()
+    starts = records["min"][paired].to_numpy()
     shifts = pd.Series(place[starts] % 2).groupby(run[starts]).nunique()
     if joined >= 100 and (shifts <= 1).all():
         may_be_single[:] = False
@@ -85,7 +84,7 @@ def pair_neighbours(
 
     reach, left = _cuts(by_itself, may_pair)
     if not reach[m]:  # the rules contradict each other, so it is another order
-        return NeighbourPairs(none, none, joined, apart)
+        return nothing
     possible = may_pair & reach[:-1] & np.append(left[2:], False)
     alone_in_one = by_itself & reach[:-1] & left[1:]
     second_in_one = np.append(False, possible[:-1])
