@@ -1,15 +1,14 @@
 """Exports a tower to one file and runs it without TensorFlow and Keras.
 
     export_engine(tower, Path("runs/latest/tower.engine"))
-    engine = load_engine(Path("runs/latest/tower.engine"))     # a second, not ten
+    engine = load_engine(Path("runs/latest/tower.engine"))     # about a second
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
-The file holds OpenVINO's network, preprocessing included. On a processor that multiplies bfloat16
-it computes in it by default: twice as fast, with nearly the same ranking
-(``python -m benchmarks.embedding``). :func:`keras_engine` gives a tower in memory the same
-interface, for a GPU or a machine without OpenVINO.
-
-The file is a ZIP archive of ``network.xml``, ``network.bin`` and ``manifest.json``.
+The file is a ZIP archive of OpenVINO's network, preprocessing included (``network.xml`` and
+``network.bin``), and ``manifest.json``. Processors with bfloat16 instructions compute in bfloat16
+by default: twice as fast, with nearly the same ranking (``python -m benchmarks.embedding``).
+:func:`keras_engine` gives a tower in memory the same interface, for a GPU or a machine
+without OpenVINO.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ ENGINE = "tower.engine"  # name of a run's exported tower
 _FORMAT = 1
 _BATCH = 64  # photos that go through the network together
 _MANIFEST = "manifest.json"
-_LEAST_COSINE = 0.9999  # of the exported tower's embeddings and the tower's own, in float32
+_LEAST_COSINE = 0.9999  # between embeddings of the exported tower and of the tower, in float32
 
 
 class EngineError(ValueError):
@@ -68,13 +67,9 @@ class Engine:
     name: str
 
     def embed(self, photos: np.ndarray) -> np.ndarray:
-        """Embed photos; threads may share an engine and wait for each other.
+        """Embed photos, uint8 (n, s, s, 3) RGB -> float32 (n, d) of unit norm.
 
-        Args:
-            photos: uint8 (n, s, s, 3) RGB.
-
-        Returns:
-            float32 (n, d) of unit norm.
+        Threads may share an engine; their calls run one after the other.
 
         Raises:
             ValueError: photos of another type or shape.
@@ -107,14 +102,14 @@ def keras_engine(tower: keras.Model) -> Engine:
 def export_engine(tower: keras.Model, path: Path) -> None:
     """Write a tower as one file, atomically, for :func:`load_engine`.
 
-    Before the file gets its name, it is loaded and its embeddings are compared with the tower's.
+    Before the file is put in place, it is loaded and its embeddings are compared with the tower's.
 
     Args:
         tower: from :func:`lib.network.tower.load_tower`, on Keras' TensorFlow or PyTorch backend.
         path: of the file.
 
     Raises:
-        EngineError: the exported network computes something else than the tower.
+        EngineError: the exported network's embeddings differ from the tower's.
     """
     from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
 
@@ -149,12 +144,12 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
     Args:
         path: of the file.
         precision: "float32", "bfloat16", or "auto": the fast one on this processor.
-        threads: number of threads, at least 1; None: one per core, bound to it. Several processes
-            on one machine should share the cores.
+        threads: number of threads, at least 1; None: one per core, bound to it. Set it where
+            several processes share a machine.
 
     Raises:
         FileNotFoundError: there is no such file.
-        EngineError: the file is damaged, or no exported tower.
+        EngineError: the file is damaged or is not an exported tower.
         ValueError: an unknown precision.
     """
     if precision not in PRECISIONS:
@@ -169,7 +164,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         with zipfile.ZipFile(path) as archive:
             for name in (_MANIFEST, *NETWORK_FILES):
                 entry = archive.getinfo(name)
-                # Never compressed: reading takes no more memory than the file has bytes.
+                # Without compression, reading takes no more memory than the file has bytes.
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size_on_disk:
                     raise ValueError(f"{name} is compressed or larger than the file")
             manifest = json.loads(archive.read(_MANIFEST))
@@ -187,7 +182,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
             ov.Core().read_model(xml, weights), (size, size, 3), precision, threads
         )
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
-    except Exception as error:  # zipfile's, json's and OpenVINO's own, whatever the damage causes
+    except Exception as error:  # damage raises errors of zipfile, json and OpenVINO
         raise EngineError(
             f"{show_path(path)} is no exported tower, or a damaged one ({show_error(error)}): "
             "export it anew"
@@ -195,7 +190,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
 
 
 def _pictures(size: int) -> np.ndarray:
-    """Pictures for the comparison, uint8 (4, size, size, 3): random colours in large patches."""
+    """Large patches of random colours, uint8 (4, size, size, 3), to compare embeddings of."""
     patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
     place = np.arange(size) * 5 // size
     return np.ascontiguousarray(patches[:, place][:, :, place])

@@ -1,4 +1,4 @@
-"""Metric-learning losses over a batch of embeddings, and metrics that show how training goes.
+"""Metric-learning losses over a batch of embeddings, and metrics that watch a training.
 
 A loss is a small frozen settings object; the triplet loss is composed with a miner and a distance.
 
@@ -38,10 +38,8 @@ from lib.network.mining import (
 
 LOSSES = ("triplet", "soft-margin", "infonce", "multi-similarity", "arcface")
 
-# --------------------------------------------------------------------------------------------------
-# Losses: from the pairs of a batch to the mean loss, a float32 scalar, 0 without any triplet, pair
-# or anchor that counts. The state is what :class:`MetricLoss` keeps for some of them.
-# --------------------------------------------------------------------------------------------------
+# Each loss maps the pairs of a batch to the mean loss, a float32 scalar; without any triplet, pair
+# or anchor to average over, to 0. The state is what :class:`MetricLoss` keeps for some losses.
 
 
 def margin_loss(positive: Tensor, negative: Tensor, margin: float | None) -> Tensor:
@@ -50,7 +48,7 @@ def margin_loss(positive: Tensor, negative: Tensor, margin: float | None) -> Ten
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015,
     equation 3. A margin of None is the soft margin of Hermans et al., "In Defense of the Triplet
     Loss for Person Re-Identification", 2017, section 2: log(1 + exp(d(a, p) - d(a, n))), which
-    fades out smoothly and never quite stops pulling.
+    decays smoothly and never reaches 0.
     """
     if margin is None:
         return ops.softplus(positive - negative)
@@ -59,7 +57,7 @@ def margin_loss(positive: Tensor, negative: Tensor, margin: float | None) -> Ten
 
 @dataclass(frozen=True)
 class TripletLoss:
-    """The mean of :func:`margin_loss` over mined triplets, of :class:`BatchAll` over active ones.
+    """The mean of :func:`margin_loss` over mined triplets; with BatchAll, over the active ones.
 
     Attributes:
         margin: how much farther than the positive a negative must be; None: the soft margin.
@@ -97,15 +95,15 @@ class InfoNCE:
     The first form is the (N+1)-tuplet loss (Sohn, "Improved Deep Metric Learning with Multi-class
     N-pair Loss Objective", NIPS 2016, equation 5), the second InfoNCE (van den Oord et al.,
     "Representation Learning with Contrastive Predictive Coding", 2018, equation 4) on cosines over
-    a temperature t. Every negative pulls in proportion to how close it comes, so the gradient does
-    not vanish in the plateau at the start, where all distances are alike.
+    a temperature t. The closer a negative, the larger its gradient, which does not vanish at the
+    start of a training, when all distances are alike.
 
-    An anchor's loss is the mean over its positives, outside the logarithm as in Khosla et al.,
-    "Supervised Contrastive Learning", NeurIPS 2020, equation 2 (whose denominators hold the other
-    positives as well); the batch's is the mean over the anchors.
+    The loss of an anchor is the mean over its positives, outside the logarithm as in Khosla et al.,
+    "Supervised Contrastive Learning", NeurIPS 2020, equation 2 (whose denominators contain the
+    other positives too). The loss of the batch is the mean over the anchors.
 
     Attributes:
-        temperature: t, above 0; the smaller, the more the nearest negatives count.
+        temperature: t, above 0; a smaller one gives the nearest negatives more weight.
     """
 
     temperature: float = 0.07
@@ -123,7 +121,7 @@ class InfoNCE:
 
 @dataclass(frozen=True)
 class MultiSimilarity:
-    """Multi-similarity loss, with the mining of pairs that belongs to it.
+    """Multi-similarity loss, with its own mining of pairs.
 
         1/alpha log(1 + sum over p of exp(-alpha (cos(a, p) - base)))
             + 1/beta log(1 + sum over n of exp(beta (cos(a, n) - base)))
@@ -138,7 +136,7 @@ class MultiSimilarity:
     those without a hard pair included.
 
     Attributes:
-        alpha, beta: above 0; how much the hardest positives and negatives outweigh the others.
+        alpha, beta: above 0; larger ones give the hardest positives and negatives more weight.
         base: the cosine that positives should exceed and negatives stay below.
         epsilon: how much easier than the hardest pair of the other kind a pair may be.
     """
@@ -173,12 +171,11 @@ class ArcFace:
         - log(exp(s cos(theta_y + m)) / (exp(s cos(theta_y + m)) + sum over j != y of
               exp(s cos(theta_j))))
 
-    theta_j is the angle between an embedding and the centre of class j, y the right class, which is
-    the photo's group.
+    theta_j is the angle between an embedding and the centre of class j, y the photo's group.
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019,
-    equation 3. Where theta_y + m passes pi and the cosine would rise again, cos(theta_y) - m sin(m)
-    replaces it, as in the authors' code, and keeps falling. The state is the centres, (c, d).
+    equation 3. Beyond theta_y + m = pi, where the cosine would rise again, cos(theta_y) - m sin(m)
+    replaces it, as in the authors' code. The state is the centres, float32 (c, d).
 
     Attributes:
         margin: m in radians, from 0 to pi.
@@ -204,7 +201,7 @@ class ArcFace:
         """The mean loss of float32 (m, c) cosines with the centres, and int (m,) right classes."""
         classes = ops.cast(classes, "int32")
         cosine = ops.take_along_axis(cosines, classes[:, None], axis=1)
-        # The floor keeps the root's slope finite where the embedding lies on its centre.
+        # The floor keeps the gradient finite where an embedding equals its centre.
         sine = ops.sqrt(ops.maximum(1.0 - ops.square(cosine), 1e-9))
         with_margin = ops.where(
             cosine > -math.cos(self.margin),
@@ -222,7 +219,7 @@ Loss = TripletLoss | InfoNCE | MultiSimilarity | ArcFace
 def make_loss(
     name: str, mining: str = "semi-hard", margin: float = 0.3, temperature: float = 0.07
 ) -> Loss:
-    """Build a loss from names and numbers, as notebooks and profiles give them.
+    """Build a loss from a name and numbers.
 
     Args:
         name: one of ``LOSSES``.
@@ -249,10 +246,10 @@ def make_loss(
 
 
 class MetricLoss(keras.layers.Layer):
-    """A loss as a layer, which keeps its state.
+    """A loss as a layer, which keeps the state of the loss.
 
     The state is ArcFace's centres, a trainable weight (n_groups, d), or the random state of
-    distance-weighted mining. Both start from ``keras.utils.set_random_seed``.
+    distance-weighted mining. ``keras.utils.set_random_seed`` makes both reproducible.
 
     Args:
         loss: a loss of this module.
@@ -263,12 +260,12 @@ class MetricLoss(keras.layers.Layer):
         embeddings: float (n, 3, d) or (m, d).
 
     Raises:
-        ValueError: ArcFace without n_groups; stored triplets asked of a P x K batch; shapes of
-            neither arrangement.
+        ValueError: ArcFace without n_groups; mining "stored" of a P x K batch; shapes of neither
+            arrangement.
     """
 
     def __init__(self, loss: Loss, n_groups: int | None = None, **kwargs):
-        # Float32 under any policy: cosines of half precision are too coarse.
+        # Float32 under any policy: half precision is too coarse for cosines.
         super().__init__(**{"dtype": "float32"} | kwargs)
         if isinstance(loss, ArcFace) and not n_groups:
             raise ValueError("ArcFace has a centre for each group: give MetricLoss n_groups")
@@ -302,30 +299,28 @@ def _cosines(pairs: Pairs) -> Tensor:
 
 
 def _log_sum_exp(values, mask):
-    """Along the rows, over the values where the mask holds; very negative if it holds nowhere."""
+    """Along the rows, over the values where the mask is True; about -1e9 if it is nowhere."""
     return ops.logsumexp(ops.where(mask, values, NOTHING), axis=1)
 
 
 def _mean_where(mask, values, axis=None):
-    """Mean of the values where the mask holds; 0 if it holds nowhere."""
+    """Mean of the values where the mask is True; 0 if it is nowhere."""
     count = ops.sum(ops.cast(mask, "float32"), axis=axis)
     return ops.sum(ops.where(mask, values, 0.0), axis=axis) / ops.maximum(count, 1.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Keras metrics of y_true = groups and y_pred = embeddings, in squared distances. A falling loss
-# alone does not show a collapse.
-# --------------------------------------------------------------------------------------------------
+# Keras metrics of y_true = groups and y_pred = embeddings, in squared distances. They show a
+# collapse of the embeddings, which a falling loss alone does not.
 
 
 def positive_distance(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Mean distance of the positive pairs; falls as the network learns what stays the same."""
+    """Mean distance of the positive pairs; falls as the network learns."""
     pairs = compare(y_true, y_pred)
     return _mean_where(pairs.is_positive, pairs.distances)
 
 
 def negative_distance(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Mean distance of the negative pairs; about 2 when the space is well used."""
+    """Mean distance of the negative pairs; about 2 if embeddings are spread over the sphere."""
     pairs = compare(y_true, y_pred)
     return _mean_where(pairs.is_negative, pairs.distances)
 
@@ -333,8 +328,8 @@ def negative_distance(y_true: Tensor, y_pred: Tensor) -> Tensor:
 def active_share_within(margin: float, squared: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric: the share of anchors whose hardest triplet violates ``margin``.
 
-    Only these have a gradient in a triplet loss. Near 0 the batch has nothing left to teach; at 1
-    for long, the network has not begun to learn.
+    Only these have a gradient in a triplet loss. Near 0, the batches are solved; if it stays at 1,
+    the network is not learning.
     """
 
     def active_share(y_true, y_pred):
@@ -346,7 +341,7 @@ def active_share_within(margin: float, squared: bool = True) -> Callable[[Tensor
 
 
 def active_share_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """:func:`active_share_within` the margin of a triplet loss; of other losses, within 0.3."""
+    """:func:`active_share_within` the margin of a triplet loss, or 0.3 for a loss without one."""
     margin = getattr(loss, "margin", None) if isinstance(loss, TripletLoss) else None
     return active_share_within(0.3 if margin is None else margin, getattr(loss, "squared", True))
 
@@ -354,7 +349,7 @@ def active_share_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 def embedding_spread(y_true: Tensor, y_pred: Tensor) -> Tensor:
     """Mean squared distance of the batch's embeddings from their centre, from 0 to 1.
 
-    0 is the collapse to one point; embeddings spread evenly over the sphere reach 1.
+    0 is a collapse to one point; embeddings spread evenly over the sphere reach 1.
     """
     photos = ops.reshape(unit_vectors(y_pred), (-1, y_pred.shape[-1]))
     from_centre = photos - ops.mean(photos, axis=0, keepdims=True)

@@ -1,18 +1,17 @@
 """Pairs of a batch of embeddings, and miners that choose triplets from them.
 
     pairs = compare(groups, embeddings)         # all distances of the batch
-    triplets = BatchHard()(pairs)               # the triplets that a loss looks at
+    triplets = BatchHard()(pairs)               # the triplets that a loss averages over
 
 A batch has one of two arrangements. Photos of different groups show different landmarks.
 
     stored triplets    groups (n, 3), embeddings (n, 3, d): anchor, positive, negative of each row.
-                       Only the anchor and positive of a row are a positive pair: photos of equal
-                       group in different rows may or may not show one landmark, and are skipped.
+                       Only the anchor and positive of a row are a positive pair. Photos of equal
+                       group in different rows may or may not match, and are skipped.
     P x K              groups (m,), embeddings (m, d): photos of equal group show one landmark.
 
-Both become the same (m, m) matrices, with m = 3n photos, row by row, for stored triplets. Every
-photo with a positive and a negative is an anchor, so both photos of a stored pair are; other photos
-contribute nothing as anchors.
+Both become the same (m, m) matrices; m = 3n photos, row by row, for stored triplets. Every photo
+with a positive and a negative serves as an anchor, so both photos of a stored positive pair do.
 
 Embeddings are compared as unit vectors, in float32: |a - b|^2 = 2 - 2 cos(a, b), from 0 (equal)
 through 2 (orthogonal) to 4 (opposite), or its square root.
@@ -28,9 +27,9 @@ from keras import ops
 
 ANCHOR, POSITIVE, NEGATIVE = 0, 1, 2
 
-# These stand for "none" in a minimum and in a sum of exponentials. They are finite because the
-# gradient of a masked infinity is NaN, not 0.
-_BEYOND_ALL = 5.0  # distances end at 4
+# Masked values, in a minimum and in a sum of exponentials. They are finite because the gradient of
+# a masked infinity is NaN, not 0.
+_BEYOND_ALL = 5.0  # distances are at most 4
 NOTHING = -1e9
 
 Tensor = Any  # of Keras' backend, or anything it converts
@@ -50,8 +49,7 @@ class Pairs(NamedTuple):
     def at_positives(self, matrix: Tensor) -> Tensor:
         """The columns that may hold positives, (m, m) -> (m, p).
 
-        p is m in a P x K batch, but 1 in one of stored triplets: work for every pair and negative
-        then costs m times less.
+        p is m in a P x K batch and 1 for stored triplets, which saves a factor of m.
         """
         if self.partner is None:
             return matrix
@@ -137,8 +135,8 @@ def stored_distances(embeddings: Tensor, squared: bool = True) -> tuple[Tensor, 
 def unit_vectors(x: Tensor) -> Tensor:
     """Float32 vectors of unit length along the last axis; the zero vector stays, with a gradient.
 
-    The tower's embeddings have unit length only to half precision if they passed through it, and
-    2 - 2 cos would count the difference as a distance.
+    Embeddings that passed through half precision have unit length only to that precision, and
+    2 - 2 cos would count the error as a distance.
     """
     x = ops.cast(x, "float32")
     return x * ops.rsqrt(ops.maximum(ops.sum(ops.square(x), axis=-1, keepdims=True), 1e-12))
@@ -150,10 +148,8 @@ def _root(squared):
     return ops.where(positive, ops.sqrt(ops.where(positive, squared, 1.0)), 0.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Miners: from the pairs of a batch to triplets. The state is only for DistanceWeighted. The name
-# keeps miners of equal fields apart where settings are written to a file.
-# --------------------------------------------------------------------------------------------------
+# Each miner maps the pairs of a batch to triplets. Only DistanceWeighted uses the state. The name
+# tells miners with equal fields apart where settings are written to a file.
 
 
 @dataclass(frozen=True)
@@ -186,8 +182,8 @@ class SemiHard:
         n = argmin d(a, n)   over the negatives with   d(a, n) > d(a, p)
 
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015,
-    section 3.2. The hardest negatives, which are nearer, drive an untrained network to map
-    everything to one point. If no negative lies beyond the positive, the farthest is taken.
+    section 3.2. The hardest negatives, which are nearer, can make an untrained network collapse to
+    one point. If no negative lies beyond the positive, the farthest is taken.
     """
 
     name: str = field(default="semi-hard", init=False)
@@ -241,17 +237,17 @@ class DistanceWeighted:
 
         q(D) ~ D^(d - 2) * (1 - D^2 / 4)^((d - 3) / 2)
 
-    nearly all of them about the root of 2. Drawn with the weight 1 / q(D), negatives come from all
-    distances alike, where a uniform draw would give hardly any but easy ones.
+    which peaks near sqrt(2). The weight 1 / q(D) draws all distances equally often; a uniform draw
+    would give almost only easy negatives.
 
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4; the defaults are
-    those of the authors' code. The state of the draw is a ``keras.random.SeedGenerator``.
+    those of the authors' code. The state is a ``keras.random.SeedGenerator``.
 
     Attributes:
-        nearest: smaller plain distances count as this one. Without that bound the very nearest
-            negatives, mostly mistakes of the labels, would always be drawn.
-        farthest: no negative beyond it is drawn, since q falls again there and the negatives have
-            nothing to teach. An anchor with all its negatives beyond draws from them uniformly.
+        nearest: smaller plain distances count as this one. Otherwise the nearest negatives, which
+            are mostly label errors, would always be drawn.
+        farthest: negatives beyond this plain distance are too easy and are not drawn. If all
+            negatives of an anchor are beyond it, the draw among them is uniform.
     """
 
     nearest: float = 0.5
@@ -273,7 +269,7 @@ class DistanceWeighted:
     def log_weights(self, pairs: Pairs) -> Tensor:
         """Logarithm of each negative's weight, float32 (m, m), not normalized.
 
-        All photos weigh the same in a row without negatives.
+        In a row without negatives, all photos have the same weight.
         """
         dimension = pairs.photos.shape[-1]
         distances = ops.stop_gradient(pairs.distances)

@@ -1,12 +1,12 @@
-"""OpenVINO: takes a network over from Keras and runs it on the processor.
+"""Exports Keras networks to OpenVINO and runs them on the processor.
 
     export_network(tower, folder)                           # network.xml and network.bin
     network = import_openvino().Core().read_model(folder / "network.xml")
     compute, name = compile_network(network, (64, 64, 3))   # name: "openvino bfloat16"
     embeddings = compute(photos)                            # uint8 (n, 64, 64, 3) -> float32
 
-On a processor that multiplies bfloat16, OpenVINO computes in it unless told otherwise. Importing
-this module loads neither OpenVINO nor Keras.
+By default OpenVINO computes in bfloat16 on processors with instructions for it. Importing this
+module loads neither OpenVINO nor Keras.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NETWORK_FILES = ("network.xml", "network.bin")
 
-# Names of precisions in this project, and OpenVINO's for them.
 _OPENVINO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -57,7 +56,7 @@ def export_network(model: keras.Model, folder: Path) -> Path:
     path = Path(folder) / NETWORK_FILES[0]
     import_openvino()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, which are not about this network
+        warnings.simplefilter("ignore")  # the tracer's warnings are not about this network
         model.export(str(path), format="openvino", verbose=False)
     return path
 
@@ -81,7 +80,7 @@ def compile_network(
     network.reshape([-1, *shape])  # the PyTorch backend exports the input without its shape
     asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision]}
     if threads:
-        # Pinned, the threads of several processes would all share the first cores.
+        # With pinning, the threads of several processes would all run on the first cores.
         asked |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     compiled = ov.Core().compile_model(network, "CPU", asked)
     request, lock = compiled.create_infer_request(), threading.Lock()

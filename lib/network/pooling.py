@@ -1,10 +1,9 @@
-"""Pooling layers, from a feature map to one descriptor per picture: GeM, R-MAC, average, max.
+"""Pooling layers, from a feature map to one descriptor per photo: GeM, R-MAC, average, max.
 
-Generalized-mean pooling (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human
-Annotation", TPAMI 2018, equation 3) lies between two classical poolings: p = 1 is the average of a
-channel over all places, p -> infinity its maximum. R-MAC (Tolias, Sicre, Jégou, "Particular Object
-Retrieval with Integral Max-Pooling of CNN Activations", ICLR 2016) takes the maximum region by
-region.
+GeM: Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI
+2018, equation 3. With p = 1 it is the average of a channel, with p -> infinity its maximum.
+R-MAC: Tolias, Sicre, Jégou, "Particular Object Retrieval with Integral Max-Pooling of CNN
+Activations", ICLR 2016. It takes the maximum of each of several overlapping regions.
 
     gem(feature_maps, p=3.0)                      # (n, h, w, c) -> (n, c)
     make_pooling("rmac")(feature_maps)            # the same as a layer
@@ -17,12 +16,10 @@ from keras import ops
 
 POOLINGS = ("gem", "gem-per-channel", "average", "max", "rmac")
 
-# The paper's smallest activation: maps come out of a ReLU, and log 0 has no finite slope.
-EPSILON = 1e-6
-# At this exponent GeM is nearly the maximum: at least 97 % of it over 4 x 4 places.
-LARGEST_P = 100.0
-# A shorter vector counts as zero: the gradient of its L2 normalization, which is as steep as the
-# vector is short, would leave the range of half precision.
+EPSILON = 1e-6  # smallest activation, as in the paper: the gradient of log 0 is infinite
+LARGEST_P = 100.0  # GeM is then at least 97 % of the maximum, over 4 x 4 places
+# Shorter vectors count as zero: the gradient of L2 normalization grows as 1 / length and would
+# overflow half precision.
 SHORTEST = 1e-4
 
 
@@ -34,11 +31,11 @@ def gem(feature_maps, p):
         p: exponent, at least 1: a number, a scalar tensor, or (c,), one exponent per channel.
 
     Returns:
-        float (n, c), each value between the channel's average and its maximum. float32 for maps of
-        half precision too, whose range a third power would leave early.
+        float (n, c), each value between the channel's average and its maximum. Maps in half
+        precision give float32, since x^3 would soon overflow.
     """
-    # x^p = exp(p log x): several times as fast as a power and its gradient, and the maximum that
-    # logsumexp takes out before exp lets nothing overflow, nor vanish altogether, whatever p is.
+    # x^p = exp(p log x) is several times faster than a power and its gradient. logsumexp subtracts
+    # the maximum before exp, so nothing overflows or vanishes, whatever p is.
     logs = _log(feature_maps)
     p = ops.convert_to_tensor(p, dtype=logs.dtype)
     height, width = ops.shape(logs)[1:3]
@@ -72,8 +69,8 @@ class GeM(keras.layers.Layer):
     Args:
         p: exponent to start from, 1 to 100; the paper's 3.
         p_trainable: whether training may change it, within the same bounds.
-        per_channel: whether each channel has its own exponent. The paper tried both and found the
-            shared one to learn better.
+        per_channel: whether each channel has its own exponent; the paper got better results
+            with a shared one.
 
     Input float (n, h, w, c), output float32 (n, c) whatever the policy.
     """
@@ -133,16 +130,16 @@ def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, in
     """The square regions of R-MAC.
 
     Level l has regions of side 2 min(height, width) / (l + 1), rounded down, spread evenly: l along
-    the short side and l + m - 1 along the long one. m is 1 for a square map, otherwise 2 to 7, so
-    that the largest regions overlap their neighbours by as near to 40 % as possible. Where a map is
-    too small for a level, a side less than one place, the level is left out.
+    the short side and l + m - 1 along the long one. m is 1 for a square map. Otherwise it is from 2
+    to 7, whichever brings the overlap of the largest regions closest to 40 %. A level whose side
+    would be less than one place is left out.
 
     Args:
         height, width: of the map in places.
         levels: number of levels, the paper's 3.
 
     Returns:
-        (top, left, side) of each region. On a small map some may coincide, and count twice.
+        (top, left, side) of each region. On a small map, regions may coincide and count twice.
     """
     short, long = sorted((height, width))
     m = 1
@@ -165,16 +162,16 @@ def _starts(length: int, side: int, count: int) -> list[int]:
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class RMac(keras.layers.Layer):
-    """R-MAC pooling: the maxima of all regions, each of unit L2 norm, summed, to unit L2 norm.
+    """R-MAC pooling: the L2-normalized maxima of all regions are summed and L2-normalized again.
 
-    The paper whitens each region's vector before the sum, too. That is left out here: a whitening
-    has to be learned, and the head's projection that follows is.
+    The paper also whitens the vector of each region before the sum. Here the head's projection,
+    which is learned, takes that part.
 
     Args:
         levels: number of levels of :func:`rmac_regions`; the paper's 3.
 
     Input float (n, h, w, c) with h and w known in advance, output float32 (n, c) whatever the
-    policy. A region with a vector shorter than 1e-4 counts as empty; if all are, so is the output.
+    policy. Vectors shorter than 1e-4 count as zero; if all are, the output is zero.
 
     Raises:
         ValueError: fewer than one level, or maps of unknown size.
@@ -208,7 +205,8 @@ class RMac(keras.layers.Layer):
 
 
 def _unit(vectors):
-    # Not ops.normalize: at zero, as of a dead region, its gradient is NaN on JAX and PyTorch.
+    # Not ops.normalize: its gradient at zero (a region without activations) is NaN on JAX and
+    # PyTorch.
     squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
     alive = squares > SHORTEST**2
     return ops.where(alive, vectors / ops.sqrt(ops.where(alive, squares, 1.0)), 0.0)

@@ -6,8 +6,8 @@
     embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
     siamese = Siamese(tower, MetricLoss(InfoNCE()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
 
-Preprocessing is a part of the tower, so training, evaluation and search can't differ in it. The
-module uses ``keras.ops`` alone and runs on Keras' TensorFlow, JAX and PyTorch backends.
+Preprocessing is part of the tower, so it is the same in training, evaluation and search. The
+module uses ``keras.ops`` only and runs on Keras' TensorFlow, JAX and PyTorch backends.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from lib.network.losses import MetricLoss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import make_pooling
 
-# The end of each of ResNet50's stages: name of the layer, pixels of the photo per place of the map.
+# ResNet50's stages: name of the last layer, side in pixels of the photo per place of the map.
 STAGES = {
     3: ("conv3_block4_out", 8),
     4: ("conv4_block6_out", 16),
     5: ("conv5_block3_out", 32),
 }
 
-# Every network of keras.applications: its constructors, the only names that begin with a capital.
+# Every network of keras.applications; only constructors begin with a capital letter.
 BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
 
-# Entries of a Keras configuration that :func:`structure` leaves out: labels, where a class is
-# defined, what follows from the rest, and what does not change the embeddings.
+# Entries of a Keras configuration that :func:`structure` leaves out: names, and entries that follow
+# from others or do not change the embeddings.
 _NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "trainable"}
 
-_LOWEST_DIP = -0.4  # of a map's activations that GeM may count as zero
+_LOWEST_DIP = -0.4  # lowest activation that GeM may count as zero
 
 POLICIES = ("float32", "mixed_bfloat16")
 
 
 class WeightsUnavailableError(OSError):
-    """Pre-trained weights can't be fetched or read; the message says why in one line."""
+    """Pre-trained weights can't be fetched or read; the message says why."""
 
 
 def _is_not_about_retracing(record: logging.LogRecord) -> bool:
@@ -59,8 +59,8 @@ def _is_not_about_retracing(record: logging.LogRecord) -> bool:
 
 
 def _silence_retracing() -> None:
-    """TensorFlow takes several networks, each traced once, for one function traced repeatedly."""
-    logging.getLogger("tensorflow").addFilter(_is_not_about_retracing)  # only once, if repeated
+    """TensorFlow mistakes several networks, each traced once, for one traced again and again."""
+    logging.getLogger("tensorflow").addFilter(_is_not_about_retracing)  # adds it only once
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,15 @@ class TowerSettings:
 
     Attributes:
         image_size: side of the square input photo in pixels.
-        embedding_size: dimension of the embedding. 0 leaves the projection out: the embedding is
-            the pooled feature map itself, at unit norm, which needs no training.
+        embedding_size: dimension of the embedding. 0: no projection; the embedding is the pooled
+            feature map at unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
-        gem_p: GeM's exponent to start from.
-        gem_p_trainable: whether GeM's exponent is learned.
+        gem_p, gem_p_trainable: GeM's initial exponent, and whether it is learned.
         backbone: name of a network of ``keras.applications``.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
-        last_stage: the stage of ResNet50 whose feature map is pooled: 5 is the whole backbone, with
-            one place per 32 x 32 pixels. A photo of 64 pixels leaves pooling 2 x 2 places there,
-            and 8 x 8 after stage 3. Other backbones are always taken whole.
+        last_stage: the stage of ResNet50 whose feature map is pooled, 3 to 5 (the whole backbone).
+            A photo of 64 pixels gives 8 x 8 places after stage 3 and 2 x 2 after stage 5. Other
+            backbones are always used whole.
         weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
             random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
@@ -128,8 +127,8 @@ class TowerSettings:
 class Preprocessing(keras.layers.Layer):
     """Prepares RGB pixels from 0 to 255 as a backbone's ImageNet weights expect them.
 
-    It calls ``preprocess_input`` of the backbone's module in ``keras.applications``. For ResNet50:
-    BGR order, ImageNet's mean colour subtracted, no division.
+    It calls ``preprocess_input`` of the backbone's module in ``keras.applications``: for ResNet50,
+    BGR order minus ImageNet's mean colour, not scaled.
 
     Args:
         backbone: name of the network in ``keras.applications``.
@@ -157,8 +156,8 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     """Build the network that embeds a photo: a trunk (preprocessing, backbone) and a head.
 
     Input uint8 RGB (n, image_size, image_size, 3); output float32 (n, embedding_size) of unit L2
-    norm. ``tower.get_layer("trunk")`` gives the feature maps, ``tower.get_layer("head")`` makes
-    embeddings of them.
+    norm. ``tower.get_layer("trunk")`` computes feature maps, ``tower.get_layer("head")`` embeddings
+    from them.
 
     Raises:
         WeightsUnavailableError: the weights asked for can't be fetched or read.
@@ -178,11 +177,10 @@ def build_tower(settings: TowerSettings) -> keras.Model:
 
 
 def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
-    """Refuse a backbone whose maps are signed, of which GeM would count only the positive half.
+    """Refuse a backbone with signed maps, since GeM counts negative activations as zero.
 
-    Swish, hard-swish and GELU are not ReLUs, but dip no lower than -0.375, and GeM counts that dip
-    as zero, the usual way with an EfficientNet. A layer normalization at the end (ConvNeXt) makes
-    half of all activations negative, as large as the positive ones.
+    Swish, hard-swish and GELU are accepted: they go no lower than -0.375. A final layer
+    normalization (ConvNeXt) makes half of the activations negative, as large as the positive ones.
     """
     last = trunk.get_layer("backbone").layers[-1]
     activation = getattr(last, "activation", None)
@@ -201,7 +199,7 @@ def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
 def fast_policy() -> str:
     """The Keras dtype policy, of ``POLICIES``, that trains fast on this machine.
 
-    A GPU is taken to be fast in bfloat16. Processors without instructions for it emulate it, many
+    GPUs are assumed to be fast in bfloat16. Processors without instructions for it emulate it, many
     times slower than float32.
     """
     on_processor = "cpu" in str(ops.zeros(1).device).lower()
@@ -230,9 +228,8 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
     maps = keras.Input(map_shape, name="feature_maps")
     x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
     if size := settings.embedding_size:
-        # ReLU maps are all positive: uncentred, every two embeddings point the same way. The batch
-        # normalization takes their common mean away, so that the space is used from the first step;
-        # without a shift and scale of its own it can't put one back.
+        # ReLU maps are positive, so all embeddings would point the same way. Batch normalization
+        # subtracts their mean; without a learned shift it can't add one back.
         x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
         centring = keras.layers.BatchNormalization
         x = centring(momentum=0.9, center=False, scale=False, name="centring")(x)
@@ -241,7 +238,7 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:
-    """Build the backbone, ResNet50 up to the stage asked for: preprocessed photos to feature maps.
+    """Build the backbone (ResNet50 up to ``last_stage``): preprocessed photos to feature maps.
 
     Raises:
         WeightsUnavailableError: the weights asked for can't be fetched or read.
@@ -250,10 +247,10 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
     whole = _build_whole(settings, weights=None)
     if settings.weights == "imagenet":
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds of silence; a network that swallows everything hangs
+        socket.setdefaulttimeout(30)  # seconds; without it, an unresponsive network hangs forever
         try:
             whole = _build_whole(settings, weights="imagenet")
-        except Exception as error:  # urllib's, the socket's or Keras' own
+        except Exception as error:  # of urllib, socket or Keras
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {settings.backbone} could not be fetched "
                 f"({show_error(error)}); with a network Keras downloads them once, or set weights "
@@ -286,7 +283,7 @@ def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSett
         backbone.load_weights(settings.weights)
         return
     except (OSError, ValueError):
-        pass  # not a file of this part; loading the whole network reports the reason
+        pass  # may be a file of the whole network
     try:
         whole.load_weights(settings.weights)
     except (OSError, ValueError) as error:
@@ -297,24 +294,22 @@ def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSett
 
 
 def _prepare_random_weights(network: keras.Model) -> None:
-    """Make a network, above all ResNet50, trainable from random weights in minutes."""
+    """Make a network (mostly ResNet50) trainable from random weights in minutes."""
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            # With Keras' 0.99 the moving averages need several hundred steps to be useful.
+            # With Keras' default of 0.99, moving averages need several hundred steps.
             layer.momentum = 0.9
             if layer.name.endswith("_3_bn"):
-                # Each residual branch starts at zero, its block as the identity: the signal passes
-                # the untrained network unharmed (Goyal et al., "Accurate, Large Minibatch SGD",
-                # 2017, section 5.1).
+                # Each residual block starts as the identity (Goyal et al., "Accurate, Large
+                # Minibatch SGD", 2017, section 5.1).
                 layer.gamma.assign(np.zeros(layer.gamma.shape))
 
 
 class Siamese(keras.Model):
-    """One tower shared by all photos of a batch, and the loss over all their embeddings.
+    """One tower for all photos of a batch, and the loss over all their embeddings.
 
-    All photos pass through the tower as one batch. Stored triplets uint8 (n, 3, h, w, 3) become
-    float32 (n, 3, d), in the order anchor, positive, negative; P x K batches (m, h, w, 3) become
-    (m, d).
+    Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order anchor, positive,
+    negative; P x K batches (m, h, w, 3) become (m, d).
 
     Args:
         tower: from :func:`build_tower`, or a head, which takes feature maps instead of photos.
@@ -335,7 +330,7 @@ class Siamese(keras.Model):
         return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return sum(self.losses, self.metric_loss(y, y_pred))  # losses: regularization of layers
+        return sum(self.losses, self.metric_loss(y, y_pred))  # self.losses: regularization
 
 
 def resized(tower: keras.Model, image_size: int) -> keras.Model:
@@ -362,7 +357,7 @@ def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.n
 
 
 def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
-    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), half the memory.
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), which saves memory.
 
     Raises:
         ValueError: a value beyond float16's range, or not a number.
@@ -388,7 +383,7 @@ def to_float16(maps: np.ndarray) -> np.ndarray:
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
-    """The layers of a model, with those of nested models in place of the models themselves."""
+    """The layers of a model, with nested models replaced by their layers."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from layers_of(layer)
@@ -403,9 +398,9 @@ def compute_precision(model: keras.Model) -> str:
 
 
 def in_float32(model: keras.Model) -> keras.Model:
-    """The same network computing in float32: the model itself, or a copy of one in half precision.
+    """The same network computing in float32, since OpenVINO can't read casts to half precision.
 
-    OpenVINO can't read casts to half precision.
+    A model in half precision is copied; any other is returned as it is.
     """
     if compute_precision(model) == "float32":
         return model
@@ -428,8 +423,8 @@ def gem_exponent(tower: keras.Model) -> float:
 def fingerprint(model: keras.Model) -> str:
     """SHA-256 over a model's structure and weights, 64 hexadecimal digits.
 
-    Embeddings of two models can't be compared, so everything made with a model keeps its
-    fingerprint. Equal on all Keras backends, and for a model saved and loaded again.
+    Embeddings of different models can't be compared, so everything made with a model stores its
+    fingerprint. It is equal on all Keras backends, and after saving and loading.
     """
     digest = hashlib.sha256(structure(model).encode())
     for weight in model.weights:
@@ -440,14 +435,14 @@ def fingerprint(model: keras.Model) -> str:
 def structure(model: keras.Model) -> str:
     """Types, settings and connections of a model's layers, as JSON.
 
-    Names are left out, since Keras counts them up within a process, and so are dtypes: a tower and
-    its engine share a fingerprint whatever precision each computes in.
+    It leaves out names, since Keras numbers them within a process, and dtypes, so that a tower has
+    the same fingerprint in every precision.
     """
     return json.dumps(_without_names(model.get_config()), sort_keys=True)
 
 
 def _without_names(config, places: dict[str, int] | None = None):
-    """A Keras configuration with references to layers by their place, not by their name."""
+    """A Keras configuration that refers to layers by position, not by name."""
     if isinstance(config, dict):
         if "layers" in config:
             names = (layer["config"]["name"] for layer in config["layers"])
@@ -491,7 +486,7 @@ def load_tower(path: Path) -> keras.Model:
     _silence_retracing()
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # zipfile's, h5py's, json's or Keras' own
+    except Exception as error:  # of zipfile, h5py, json or Keras
         raise ValueError(
             f"{show_path(path)} is not a saved tower of this project: {show_error(error)}"
         ) from error

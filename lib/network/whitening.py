@@ -1,22 +1,21 @@
 """Whitening of descriptors after training: PCA whitening and the learned whitening Lw.
 
-A whitening is a linear map, learned without gradients. PCA whitening (Jégou, Chum, "Negative
-Evidences and Co-occurrences in Image Retrieval: the Benefit of PCA and Whitening", ECCV 2012) gives
-descriptors variance 1 in every direction. The learned whitening Lw (Radenović, Tolias, Chum,
-"Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, "Whitening and
-dimensionality reduction") gives it to the differences between photos of one landmark, and so turns
-down what varies with light and viewpoint.
+PCA whitening (Jégou, Chum, "Negative Evidences and Co-occurrences in Image Retrieval: the Benefit
+of PCA and Whitening", ECCV 2012) gives descriptors variance 1 in every direction. Lw (Radenović,
+Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, "Whitening and
+dimensionality reduction") gives variance 1 to the differences between photos of one landmark, which
+reduces the influence of light and viewpoint.
 
     descriptors = projected(head, maps)                  # float32 (n, d), before L2 normalization
     whitening = learn_supervised_whitening(descriptors, labels=labels, dimension=64)
     whitening.apply(descriptors)                         # float32 (n, 64) of unit norm
     head = fold(head, whitening)                         # a head whose embeddings are whitened
 
-Both estimate a covariance S from n samples of d dimensions. If n is near d or below, the smallest
-eigenvalues of S are far too small, and a whitening would amplify noise. Therefore S is shrunk to
-(1 - a) S + a (tr S / d) I. By default the share a is the OAS estimate (Chen, Wiesel, Eldar, Hero,
-"Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 2010) of scikit-learn, which fades
-as 1/n; ``shrinkage=0`` is the plain S of the papers.
+Both estimate a covariance S from n samples of d dimensions. If n is not well above d, the smallest
+eigenvalues of S are far too small, and whitening would amplify noise. Therefore S is shrunk to
+(1 - a) S + a (tr S / d) I. By default a is scikit-learn's OAS estimate (Chen, Wiesel, Eldar, Hero,
+"Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 2010), which falls as 1/n;
+``shrinkage=0`` is the plain S of the papers.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ class Whitening:
 
     Attributes:
         mean: float64 (d,), subtracted first.
-        projection: float64 (d, k), multiplied from the right; its columns come in falling order of
-            importance.
+        projection: float64 (d, k), multiplied from the right; the most important columns first.
     """
 
     mean: np.ndarray
@@ -45,7 +43,7 @@ class Whitening:
     def apply(self, descriptors: np.ndarray) -> np.ndarray:
         """Whiten descriptors: float (n, d) -> float32 (n, k) of unit norm.
 
-        A descriptor equal to the mean has no direction and gives zeros.
+        A descriptor equal to the mean gives zeros.
 
         Raises:
             ValueError: the descriptors are not d-dimensional or not finite.
@@ -69,7 +67,7 @@ def learn_pca_whitening(
     Args:
         descriptors: float (n, d), n >= 2.
         dimension: how many principal axes to keep, those of the largest variance; None: all d.
-        shrinkage: share of the covariance replaced by its average, 0 to 1; None: OAS (see above).
+        shrinkage: a of the module's docstring, 0 to 1; None: OAS.
 
     Raises:
         ValueError: fewer than two descriptors, values that are not finite, a dimension or shrinkage
@@ -91,16 +89,16 @@ def learn_supervised_whitening(
     """Learn Lw: whiten the differences of matching pairs, then rotate to the principal axes.
 
     With C_S the covariance of the differences of matching pairs and C_D that of non-matching ones,
-    the projection is C_S^(-1/2) eig(C_S^(-1/2) C_D C_S^(-1/2)). As in the authors' code the
-    covariance of all descriptors stands for C_D: nearly all pairs of photos do not match.
+    the projection is C_S^(-1/2) eig(C_S^(-1/2) C_D C_S^(-1/2)). As in the authors' code, C_D is
+    approximated by the covariance of all descriptors, since nearly all pairs do not match.
 
     Args:
         descriptors: float (n, d), n >= 2.
-        labels: (n,), photos of equal label match. A pair of a label with r photos weighs 2/r, so
-            that a landmark counts by its photos, not by their square.
+        labels: (n,), photos of equal label match. A pair of a label with r photos has the weight
+            2/r, so the weight of a landmark grows with r, not with its square.
         dimension: how many axes to keep, those along which non-matching photos differ most compared
             with matching ones; None: all d.
-        shrinkage: share of C_S replaced by its average, 0 to 1; None: OAS (see above).
+        shrinkage: a of the module's docstring, for C_S, 0 to 1; None: OAS.
 
     Raises:
         ValueError: fewer than two descriptors, no matching pair, values that are not finite, a
@@ -117,12 +115,11 @@ def learn_supervised_whitening(
 
 
 def _differences_within_labels(descriptors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Differences that stand for all pairs within each label, one fewer than it has photos.
+    """Helmert contrasts, which represent all pairs of a label with r photos by r - 1 differences.
 
-    These are Helmert contrasts: each photo less the mean of the i photos of its label before it,
-    times sqrt(2i / (i + 1)). The sum of their outer products is that of all pairs of the label
-    times 2/r, and like the differences of separate pairs they are uncorrelated, which the estimate
-    of the shrinkage takes for granted. With two photos it is the pair's own difference.
+    Each is a photo minus the mean of the i photos of its label before it, times sqrt(2i / (i + 1)).
+    Their outer products sum to those of all pairs of the label times 2/r. They are uncorrelated, as
+    OAS assumes. Two photos give their own difference.
     """
     if labels.shape != (len(descriptors),):
         raise ValueError(
@@ -133,10 +130,10 @@ def _differences_within_labels(descriptors: np.ndarray, labels: np.ndarray) -> n
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     if counts.max() < 2:
         raise ValueError("no matching pair: no label occurs twice")
-    # Centred within labels: the running sums stay small and lose no digits.
+    # Centred within labels, the running sums stay small and exact.
     photos = descriptors[order]
     photos = photos - np.repeat(np.add.reduceat(photos, starts) / counts[:, None], counts, axis=0)
-    before = np.cumsum(photos, axis=0) - photos  # the labels sum to zero, so each starts afresh
+    before = np.cumsum(photos, axis=0) - photos  # each label sums to zero, so sums restart
     i = (np.arange(len(photos)) - np.repeat(starts, counts))[:, None]
     has_earlier = i[:, 0] > 0
     i = i[has_earlier]
@@ -167,10 +164,9 @@ def _dimension(dimension: int | None, available: int) -> int:
 
 
 def _covariance(samples: np.ndarray, shrinkage: float | None) -> np.ndarray:
-    """The covariance of samples (n, d) of mean zero, a share of it replaced by its average."""
+    """The shrunk covariance of samples (n, d) of mean zero."""
     if shrinkage is None:
-        # Of one sample OAS takes the average alone, as of equal variances, where rounding may let
-        # the share leave its range.
+        # One sample shrinks fully. So do equal variances, where rounding may take OAS beyond 1.
         share = oas(samples, assume_centered=True)[1] if len(samples) > 1 else 1.0
         shrinkage = share if 0 <= share <= 1 else 1.0
     elif not 0 <= shrinkage <= 1:
@@ -179,10 +175,10 @@ def _covariance(samples: np.ndarray, shrinkage: float | None) -> np.ndarray:
 
 
 def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
-    """(d, dimension), which gives data of that covariance variance 1 along its largest axes."""
+    """The map (d, dimension) to variance 1 along the largest axes of a covariance (d, d)."""
     variances, axes = np.linalg.eigh(covariance)
     variances, axes = variances[::-1], axes[:, ::-1]
-    # A deviation below 1e-5 of the largest is rounding, for descriptors come in float32.
+    # Descriptors are float32: a standard deviation below 1e-5 of the largest is rounding.
     rank = int(np.sum(variances > 1e-10 * variances[0]))
     if dimension > rank:
         raise ValueError(
@@ -196,7 +192,7 @@ def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
 def projected(head: keras.Model, maps: np.ndarray, batch_size: int = 128) -> np.ndarray:
     """A head's descriptors before their L2 normalization: float (n, h, w, c) -> float32 (n, d).
 
-    A whitening learned from these, not from the embeddings, can be folded into the head.
+    A whitening has to be learned from these, not from embeddings, to be folded into the head.
     """
     until_norm = keras.Model(head.inputs, head.get_layer("l2_normalization").input)
     return np.asarray(until_norm.predict(maps, batch_size=batch_size, verbose=0), np.float32)
@@ -205,17 +201,16 @@ def projected(head: keras.Model, maps: np.ndarray, batch_size: int = 128) -> np.
 def fold(model: keras.Model, whitening: Whitening) -> keras.Model:
     """Build a whitening into the projection of a head, at no cost when embedding.
 
-    Projection, centring and whitening are all affine, so that one dense layer does the three:
-    pooling -> projection (with a bias) -> L2 normalization.
+    Projection, centring and whitening are affine, so one dense layer with a bias replaces them.
 
     Args:
         model: a head, or a tower with such a head.
         whitening: learned from :func:`projected` of that head.
 
     Returns:
-        a new head or tower whose embeddings are ``whitening.apply(projected(head, maps))``. It
-        shares the pooling (and the trunk) with ``model``, which stays as it is. Its projection
-        computes in float32; the head's own, if in half precision, differs by that much.
+        a new head or tower whose embeddings are ``whitening.apply(projected(head, maps))``, up to
+        the rounding of a projection in half precision (the new one computes in float32). It shares
+        pooling and trunk with ``model``, which stays as it is.
 
     Raises:
         ValueError: the head is folded already, or the whitening is for other descriptors.
