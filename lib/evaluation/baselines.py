@@ -1,4 +1,4 @@
-"""Descriptors without learning: colour histograms and raw pixels, as baselines.
+"""Computes baseline descriptors without learning: colour histograms and raw pixels.
 
 descriptors = colour_histogram(photos)        # uint8 (n, h, w, 3) -> float32 (n, 512)
 """
@@ -9,15 +9,15 @@ import numpy as np
 
 
 def colour_histogram(photos: np.ndarray, bins: int = 8) -> np.ndarray:
-    """Joint RGB histogram of each photo, compared by the Bhattacharyya coefficient.
+    """Compute the joint RGB histogram of each photo.
 
     Args:
         photos: uint8 (n, h, w, 3).
         bins: per channel.
 
     Returns:
-        float32 (n, bins**3) of unit norm: the square roots of the shares, whose inner product is
-        the Bhattacharyya coefficient of two histograms.
+        float32 (n, bins**3) of unit norm: the square roots of the shares of pixels. The inner
+        product of two histograms is their Bhattacharyya coefficient.
     """
     level = photos.astype(np.int64) * bins // 256
     cell = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
@@ -27,7 +27,7 @@ def colour_histogram(photos: np.ndarray, bins: int = 8) -> np.ndarray:
 
 
 def raw_pixels(photos: np.ndarray) -> np.ndarray:
-    """The pixels less each photo's mean: the inner product of two photos is their correlation.
+    """Centre and normalize the pixels of each photo, so that inner products are correlations.
 
     Args:
         photos: uint8 (n, h, w, 3).

@@ -5,8 +5,8 @@
     picture = overlay(photo[None], heat[None])[0]
 
 Occlusion: Zeiler, Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014,
-section 4.2. They hid squares and watched the probability of a class; here the similarity to another
-photo is watched. It works with any network.
+section 4.2. They covered squares and measured the probability of a class; here, the similarity to
+another photo is measured. It works with any network.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def occlusion_heat(
     """Measure how much each part of a photo adds to its similarity to a target.
 
     A square two cells wide, in the photo's mean colour, covers each cell of a grid in turn. All
-    covered photos are embedded in one batch. A part of one even colour looks the same when it is
-    covered, so its heat is 0.
+    covered photos are embedded in one batch. A part that already has that colour gets heat 0.
 
     Args:
         embed: from uint8 (n, s, s, 3) to float32 (n, d) of unit norm, such as
@@ -88,11 +87,10 @@ def occlusion_heat(
         grid: cells along each side, at most s.
 
     Returns:
-        float32 (grid, grid): how far the cosine falls when the cell is covered; 0 where it does not
-        fall.
+        float32 (grid, grid): the fall of the cosine when the cell is covered; 0 if it rises.
 
     Raises:
-        ValueError: a grid below 1, or finer than the photo.
+        ValueError: ``grid`` is below 1 or above s.
     """
     size = len(photo)
     if not 1 <= grid <= size:

@@ -1,17 +1,16 @@
 """Reads which photos a search should find for each query, from files or labels.
 
-:func:`lib.evaluation.metrics.judge` and :func:`lib.evaluation.metrics.query_table` measure rankings
-by it.
+:func:`lib.evaluation.metrics.query_table` evaluates rankings with it.
 
     truth = read_revisited(Path("gnd_roxford5k.mat"))["medium"]
     truth = read_landmarks(Path("retrieval_solution_v2.1.csv"), index_names, "Private")
     photos = read_folder(Path("photos")).table                  # from lib.data.labelled
     truth = from_labels(photos["image_id"], photos["landmark_id"], queries="first")
 
-The files of Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark):
-https://s3.amazonaws.com/google-landmark/ground_truth/retrieval_solution_v2.1.csv, and the gallery
-in https://s3.amazonaws.com/google-landmark/metadata/index.csv. Those of Oxford and Paris revisited:
-see :data:`REVISITED_FILES`.
+Files of Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark): the ground truth is
+https://s3.amazonaws.com/google-landmark/ground_truth/retrieval_solution_v2.1.csv, the gallery
+https://s3.amazonaws.com/google-landmark/metadata/index.csv. Files of Oxford and Paris revisited:
+:data:`REVISITED_FILES`.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ REVISITED_FILES = (
     "http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.mat",
     "http://cmp.felk.cvut.cz/revisitop/data/datasets/rparis6k/gnd_rparis6k.mat",
 )
-LARGEST = 64_000_000  # bytes of a file of the revisited benchmarks: the real ones are far smaller
+LARGEST = 64_000_000  # bytes; the real files of the revisited benchmarks are far smaller
 
-_LEVELS = {  # which kinds of photos are positives, and which are junk
+_LEVELS = {  # level: (kinds of photos that are positives, kinds that are junk)
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
 
-# SciPy takes sizes and types from a file as they are. A damaged file can end the process or fill
-# the memory, so this program reads it in a process of its own, with 1 GiB of memory.
+# SciPy trusts the sizes and types in a file, so a damaged file can crash the process or fill the
+# memory. This program reads the file in a separate process with 1 GiB of memory.
 _READ_MAT = """
 import json, sys
 try:
@@ -59,7 +58,7 @@ content = loadmat(path, simplify_cells=True, variable_names=names)
 text = json.dumps({name: content.get(name) for name in names}, default=lambda array: array.tolist())
 sys.exit(f"it holds more than {largest} letters" if len(text) > int(largest) else print(text))
 """
-_SECONDS = 60  # for reading a file; it takes one
+_SECONDS = 60  # limit for reading a file, which takes about a second
 
 
 class GroundTruthError(ValueError):
@@ -68,21 +67,21 @@ class GroundTruthError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """What a search should find.
+    """The photos that a search should find for each query.
 
     Attributes:
         queries: names of the query photos.
         gallery: names of the photos to search in. A photo's number is its place here.
-        positives: for each query the numbers of the photos to find, int (p,). There may be none:
-            then measures are not defined, and means leave the query out.
+        positives: for each query the numbers of the photos to find, int (p,). Measures are not
+            defined for a query without positives, and means leave it out.
         junk: for each query the numbers of photos that count neither for nor against, int (j,).
         boxes: float (q, 4), the part of each query photo to search for: x1, y1, x2, y2 in pixels
-            from the upper left corner; None: all of it.
+            from the upper left corner; None: the whole photos.
 
     Raises:
-        GroundTruthError: no queries or gallery, a name twice, not one entry for each query, a photo
-            that is positive twice, or both positive and junk, for a query, a number out of the
-            gallery, or a box without area.
+        GroundTruthError: no queries; no gallery; a name twice; a number of entries other than q; a
+            photo twice among a query's positives, or among both its positives and its junk; a
+            number outside the gallery; or a box without area.
     """
 
     queries: list[str]
@@ -141,9 +140,9 @@ class GroundTruth:
 def from_labels(
     names: Sequence[str], labels: Sequence[str], queries: Literal["all", "first"] = "all"
 ) -> GroundTruth:
-    """Search labelled photos among themselves: a query should find the others of its landmark.
+    """Make a ground truth of labelled photos: a query should find the others of its landmark.
 
-    The query is in the gallery, too, but junk, so that it is left out of its own ranking.
+    All photos are the gallery. The query itself is junk, so it does not count in its own ranking.
 
     Args:
         names: of the photos.
@@ -153,12 +152,12 @@ def from_labels(
             Embedding and Weak Geometric Consistency for Large Scale Image Search", ECCV 2008).
 
     Returns:
-        the ground truth with its queries in the order of ``names``. That of a landmark's only photo
-        is without positives.
+        the ground truth, with queries in the order of ``names``. A landmark's only photo has no
+        positives.
 
     Raises:
-        GroundTruthError: no photos, a name twice, or not a label for each name.
-        ValueError: ``queries`` is neither of the two.
+        GroundTruthError: no photos, a name twice, or not as many labels as names.
+        ValueError: an unknown ``queries``.
     """
     names, labels = list(names), np.asarray(labels)
     if len(names) != len(labels):
@@ -195,13 +194,13 @@ def read_landmarks(
 ) -> GroundTruth:
     """Read the ground truth of Google Landmarks v2 retrieval, ``retrieval_solution_v2.1.csv``.
 
-    It has the columns id, images (ids of index photos, separated by spaces) and Usage. Queries of
-    the usage "Ignored" show no landmark of the index; they do not count.
+    It has the columns id, images (ids of index photos, separated by spaces) and Usage. Queries with
+    usage "Ignored" show no landmark of the index and are left out.
 
     Args:
         solution: the file.
         index_names: the gallery, the column id of ``index.csv``.
-        usage: which half of the queries: the papers report both.
+        usage: the half of the queries to read; papers report both.
 
     Raises:
         GroundTruthError: the file can't be used; the message names the line.
@@ -238,7 +237,7 @@ def read_landmarks(
 
 
 def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, list[int], str]:
-    """A query, the numbers of its images and its usage."""
+    """Parse a line into the query, the numbers of its images and its usage."""
     if len(line) != 3 or not line[0]:
         raise GroundTruthError("it is not id,images,Usage")
     query, images, usage = line
@@ -306,7 +305,7 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
 
 
 def _load_mat(path: Path) -> dict[str, Any]:
-    """The variables of a ``.mat`` file as lists, numbers, strings and dictionaries."""
+    """Read the variables of a ``.mat`` file as lists, numbers, strings and dictionaries."""
     if path.suffix != ".mat":
         raise GroundTruthError(
             "only .mat files are read, for a pickle can run any program: download "
@@ -357,7 +356,7 @@ def _box(entry: Any) -> np.ndarray:
 
 
 def _photos(entry: Any, kind: str) -> np.ndarray:
-    """Photos counted from 0; MATLAB counts from 1."""
+    """Read photo numbers, counted from 0; MATLAB counts from 1."""
     numbers = _numbers(entry, kind)
     if not ((numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)).all():
         raise GroundTruthError(f"{kind} has a number that is not whole")

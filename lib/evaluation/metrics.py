@@ -50,20 +50,20 @@ def judge(
 
     Junk counts neither for nor against: it is removed, and the photos behind it move up (Philbin,
     Chum, Isard, Sivic, Zisserman, "Object Retrieval with Large Vocabularies and Fast Spatial
-    Matching", CVPR 2007). A row that gets shorter is filled up with misses.
+    Matching", CVPR 2007). Misses fill the end of the row.
 
     Args:
-        ranks: int (q, r), numbers of gallery photos, the best first; -1, where a search returned
-            fewer than r, is a miss.
+        ranks: int (q, r), numbers of gallery photos, the best first. A search that returned fewer
+            than r fills its row with -1, which is a miss.
         positives: for each query the numbers of its positives, int (p,).
-        junk: for each query the numbers of its junk, int (j,); None: there is none.
+        junk: for each query the numbers of its junk, int (j,); None: no junk.
 
     Returns:
         hits, bool (q, r).
 
     Raises:
-        ValueError: not as many rankings as positives and junk, a photo that is ranked twice or both
-            positive and junk for one query, or a number that no photo has.
+        ValueError: not as many rankings as positives and junk; for a query, a photo that is ranked
+            twice or is both positive and junk; or a negative number (other than -1 in ``ranks``).
     """
     ranks = np.asarray(ranks)
     if ranks.ndim != 2 or ranks.dtype.kind not in "iu":
@@ -80,12 +80,12 @@ def judge(
     if numbers.min(initial=0) < 0 or ranks.min(initial=0) < -1:
         raise ValueError("photos have numbers from 0 on (only in ranks, -1 stands for none)")
 
-    # One element for each photo, and a last one, which index -1 leads to.
+    # An element for each photo, and a last one for index -1.
     size = 2 + max(numbers.max(initial=0), int(ranks.max(initial=0)))
     grade, seen = np.zeros(size, dtype=np.int8), np.zeros(size, dtype=bool)
     hits = np.zeros(ranks.shape, dtype=bool)
     for query, (good, bad) in enumerate(zip(positives, junk, strict=True)):
-        row = ranks[query].astype(np.intp)  # numpy's own type of index: not converted twice
+        row = ranks[query].astype(np.intp)  # NumPy's index type: converted once for both uses
         seen[row] = True
         seen[-1] = False
         if np.count_nonzero(seen) != np.count_nonzero(row >= 0):
@@ -103,11 +103,11 @@ def judge(
 
 
 class _Found(NamedTuple):
-    """The places of the hits; much smaller than ``hits``, as nearly all of a ranking is misses."""
+    """The positions of the hits; far smaller than ``hits``, where nearly all are misses."""
 
     query: np.ndarray
     rank: np.ndarray
-    place: np.ndarray  # how many hits of its query come before it
+    place: np.ndarray  # number of earlier hits of the same query
     count: np.ndarray  # (q,), hits of each query
     n_positives: np.ndarray  # (q,)
 
@@ -143,11 +143,11 @@ def average_precision(
 
     Args:
         hits: bool (q, r).
-        n_positives: int (q,), positives of each query in the whole gallery; None: the hits are all.
-        k: how many ranks count, one number or int (q,); all if None.
-        trapezoid: take the area under the precision-recall curve by trapezoids: instead of the
-            precision at a hit, its average with the precision just before (1 before the first
-            rank). The Oxford and Paris benchmarks do so, also revisited (Radenović, Iscen, Tolias,
+        n_positives: int (q,), positives of each query in the whole gallery; None: all are hits.
+        k: number of ranks that count, int or int (q,); None: all.
+        trapezoid: integrate the precision-recall curve with trapezoids: each hit counts with the
+            average of its precision and the precision just before it (1 before the first rank), as
+            in the Oxford and Paris benchmarks, original and revisited (Radenović, Iscen, Tolias,
             Avrithis, Chum, CVPR 2018; compute_ap in https://github.com/filipradenovic/revisitop).
 
     Returns:
@@ -172,14 +172,15 @@ def average_precision(
 def capped_precision_at(
     hits: np.ndarray, k: int, n_positives: np.ndarray | None = None
 ) -> np.ndarray:
-    """Share of hits among the first k ranks, or up to the last positive if it comes sooner.
+    """Compute the share of hits among the first k ranks, or up to the last positive if earlier.
 
-    It is mP@k of the revisited Oxford and Paris benchmarks (compute_map, as above): a query with
-    fewer than k positives can reach 1, too. While a positive is missing, all k ranks count.
+    Its mean is mP@k of the revisited Oxford and Paris benchmarks (compute_map in the repository
+    that :func:`average_precision` names): a query with fewer than k positives can reach 1, too. If
+    a positive is missing from the ranking, all k ranks count.
 
     Args:
         hits, n_positives: as for :func:`average_precision`.
-        k: how many ranks count.
+        k: number of ranks that count.
 
     Returns:
         float64 (q,) from 0 to 1; NaN for a query without positives.
@@ -196,9 +197,9 @@ def capped_precision_at(
 
 
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
-    """Share of a query's positives among the first k ranks.
+    """Compute the share of a query's positives that are among the first k ranks.
 
-    In metric-learning papers, "recall@k" often is :func:`hit_at`.
+    In metric-learning papers, "recall@k" often means :func:`hit_at`.
 
     Returns:
         float64 (q,) from 0 to 1; NaN for a query without positives.
@@ -211,9 +212,9 @@ def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -
 
 
 def hit_at(hits: np.ndarray, k: int) -> np.ndarray:
-    """Whether there is a hit among the first k ranks; its mean is metric learning's recall@k.
+    """Tell whether a hit is among the first k ranks; the mean is metric learning's recall@k.
 
-    As in Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning via Lifted Structured Feature
+    See Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning via Lifted Structured Feature
     Embedding", CVPR 2016.
 
     Returns:
@@ -227,7 +228,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.full(len(a), np.nan), where=np.asarray(b) > 0)
 
 
-# A protocol: for each column of a table the measure, a function of hits and n_positives.
+# A protocol maps the name of each column to its measure, a function of hits and n_positives.
 Protocol = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
 
 # Oxford and Paris revisited: the mean over queries gives mAP and mP@1, 5, 10.
@@ -257,17 +258,17 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
 
     Args:
         ranks: int (q, r), numbers of gallery photos, the best first, junk included; -1 where there
-            are no more. Only a few rows are read at a time, so a memory-mapped file may be larger
-            than the memory.
+            are no more. Rows are read in blocks, so a memory-mapped file may exceed the memory.
         truth: the positives and junk of each query.
-        protocol: the measures, REVISITED, LANDMARKS, GENERAL or your own.
+        protocol: the measures: REVISITED, LANDMARKS, GENERAL or your own.
 
     Returns:
-        a row for each query, under its name: the column n_positives, int, and one for each measure,
-        float64. Without positives the measures are NaN, and pandas' mean() leaves them out.
+        a row for each query, indexed by its name, with the columns n_positives (int) and the
+        measures (float64). Without positives they are NaN, which pandas' mean() leaves out.
 
     Raises:
-        ValueError: not a ranking for each query, or one that :func:`judge` refuses.
+        ValueError: not as many rankings as queries, a number outside the gallery, or a ranking that
+            :func:`judge` refuses.
     """
     if len(ranks) != len(truth.queries):
         raise ValueError(f"{len(ranks)} rankings of {len(truth.queries)} queries")
@@ -294,13 +295,13 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
 def interval(
     values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Mean over queries with its 95 % percentile-bootstrap confidence interval (Efron 1979).
+    """Compute the mean over queries and its 95 % percentile-bootstrap interval (Efron 1979).
 
     Args:
         values: float (q,); NaN (a query without positives) is left out.
-        groups: (q,), which queries belong together. Photos of one landmark succeed and fail
-            together, so whole landmarks are drawn, or the interval would be far too narrow.
-        resamples: how many bootstrap samples.
+        groups: (q,), such as the landmark of each query. Photos of a landmark succeed and fail
+            together, so whole groups are drawn; otherwise the interval would be far too narrow.
+        resamples: number of bootstrap samples.
         seed: of the draws; equal arguments give equal intervals.
 
     Raises:
@@ -334,23 +335,22 @@ def compare(
 ) -> Comparison:
     """Compare two systems by a measure of the same queries.
 
-    The p-value is that of a two-sided randomization test: if a and b were equally good, each
-    difference could as well have the other sign (Smucker, Allan, Carterette, "A Comparison of
+    The p-value is that of a two-sided randomization test: if a and b were equally good, either sign
+    of each difference would be equally likely (Smucker, Allan, Carterette, "A Comparison of
     Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007).
 
     Args:
         a: float (q,); NaN (a query without positives) is left out.
-        b: the same of the other system.
-        groups: (q,), as for :func:`interval`: the differences of a group change sign together.
-        resamples: how many random choices of signs; the least possible p-value is
-            1 / (resamples + 1).
+        b: the same for the other system.
+        groups: (q,), as for :func:`interval`; the differences of a group change sign together.
+        resamples: number of random sign choices; the smallest p-value is 1 / (resamples + 1).
         seed: of the draws; equal arguments give equal results.
 
     Returns:
         the mean of b - a with its interval, and the p-value.
 
     Raises:
-        ValueError: the queries are not the same, or none has positives.
+        ValueError: a and b differ in shape or in their NaN, or no query has positives.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or np.any(np.isnan(a) != np.isnan(b)):
@@ -360,7 +360,7 @@ def compare(
     groups = np.arange(len(a)) if groups is None else np.asarray(groups)
     _, group = np.unique(groups[kept], return_inverse=True)
     sums = np.bincount(group, weights=(b - a)[kept])
-    # Sums that differ by rounding alone are equal.
+    # Treat sums that differ only by rounding as equal.
     observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     # scipy.stats.permutation_test does the same, but takes some 7 times as long.
     rng = np.random.default_rng(seed)
@@ -373,14 +373,14 @@ def compare(
 
 
 def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Use each photo once as the query against all others.
+    """Search each photo among all others.
 
     Args:
         embeddings: float (n, d), compared by their inner product (cosine, if of unit norm).
         labels: (n,), the landmark of each photo.
 
     Returns:
-        hits, bool (n, n - 1). Ties keep the order of the rows, so that the result is reproducible.
+        hits, bool (n, n - 1). Ties keep the order of the rows.
     """
     labels = np.asarray(labels)
     embeddings = np.asarray(embeddings, dtype=np.float32)
@@ -395,11 +395,11 @@ def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pair_hits(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Search each query's one positive among the positives of all queries.
+    """Search for each query's positive among the positives of all queries.
 
     Args:
         queries: float (n, d), compared with ``positives`` by their inner product.
-        positives: float (n, d), row i shows the landmark of query i.
+        positives: float (n, d); row i is the positive of query i.
 
     Returns:
         hits, bool (n, n).
