@@ -1,12 +1,12 @@
-"""A training's checkpoint: one file with everything that a resume needs.
+"""Saves and loads a training's checkpoint, a single file with all that a resume needs.
 
     identity = describe_training(tower, handler, validation, settings)
     checkpoint = Checkpoint.load(run / CHECKPOINT, tower, identity)   # refuses another training's
     checkpoint.restore(tower, loss, optimizer)
     checkpoint.save(tower, loss, optimizer)                           # atomically
 
-A resume is right only if network, start weights, pictures and settings are those of the interrupted
-training, so the file keeps a digest of each.
+A resume is correct only with the network, start weights, pictures and settings of the interrupted
+training. The file keeps the settings and digests of the rest, to compare them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lib.network.tower import structure
 
 CHECKPOINT = "checkpoint.npz"
 
-_FORMAT = 2  # of the file; the first format had neither a number nor an identity
+_FORMAT = 2  # format 1 had neither a number nor an identity
 _LISTS = ("tower", "loss", "optimizer", "best")
 _CURE = "choose another run_dir, or delete the file to begin again"
 
@@ -40,7 +40,7 @@ class TrainingError(RuntimeError):
 def describe_training(
     tower: keras.Model, handler: DatasetHandler, validation: np.ndarray, settings
 ) -> dict:
-    """The identity of a training, as JSON has it; the arguments are those of ``train``.
+    """Return the identity of a training, as JSON values; the arguments are those of ``train``.
 
     Returns:
         "settings" of training and data; and digests: "network" (layers and connections), "start"
@@ -49,7 +49,7 @@ def describe_training(
     pictures, chosen = handler.catalogue.pictures, np.flatnonzero(handler.chosen)
     images = pictures["image"].to_numpy()
     landmarks = pictures[["landmark", "group"]].to_numpy(np.int64)[chosen]
-    # repr tells losses and miners apart that have the same fields.
+    # asdict drops the names of classes; repr keeps those of the loss and its miner.
     asked = asdict(handler.settings) | asdict(settings) | {"loss": repr(settings.loss)}
     return {
         "settings": json.loads(json.dumps(asked)),
@@ -71,15 +71,15 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 class Checkpoint:
     """The state of a training after the last epoch of its history.
 
-    It is one file, so no part can be of another epoch than the rest. The next batches follow from
-    the number of epochs; the stage, and whether it is over, from the history.
+    A single file holds all of it, so no part can be of another epoch. The history also determines
+    the next batches, the current stage and whether that is over.
 
     Attributes:
         path: of the file.
         identity: from :func:`describe_training`.
         history: a row for each epoch.
         values: the variables of "tower", "loss" (with its random state) and "optimizer"; and
-            "best", the weights of tower and loss after the best epoch or, before any, at the start.
+            "best", the weights of tower and loss after the best epoch (at first, at the start).
     """
 
     path: Path
@@ -88,7 +88,7 @@ class Checkpoint:
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def restore(self, tower, loss, optimizer=None) -> None:
-        """Give all variables their values; without an optimizer, those of a stage's start."""
+        """Restore all variables; without an optimizer, the best weights, to begin a stage."""
         self._assign(tower.variables, self.values["tower"])
         self._assign(loss.variables, self.values["loss"])
         if optimizer is not None:
@@ -97,7 +97,7 @@ class Checkpoint:
             self._assign([*tower.weights, *loss.weights], self.values["best"])
 
     def restore_best(self, tower: keras.Model) -> None:
-        """Give the tower the weights of its best epoch."""
+        """Restore the tower's weights of the best epoch."""
         self._assign(tower.weights, self.values["best"][: len(tower.weights)])
 
     def _assign(self, variables: list, values: list[np.ndarray]) -> None:
@@ -107,11 +107,11 @@ class Checkpoint:
             variable.assign(value)
 
     def take_best(self, tower, loss) -> None:
-        """Take over the weights as the best so far."""
+        """Keep the current weights as the best so far; :meth:`save` writes them."""
         self.values["best"] = [*tower.get_weights(), *loss.get_weights()]
 
     def save(self, tower, loss, optimizer=None) -> None:
-        """Take over the values of all variables and write the file, atomically."""
+        """Write the current values of all variables to the file, atomically."""
         for name, part in (("tower", tower), ("loss", loss), ("optimizer", optimizer)):
             variables = [] if part is None else part.variables
             self.values[name] = [np.array(ops.convert_to_numpy(v)) for v in variables]
@@ -122,10 +122,10 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path, tower: keras.Model, identity: dict) -> Checkpoint:
-        """Read the file for the training of that identity.
+        """Read the checkpoint of the training with that identity.
 
-        In place of the start weights, the tower may have those of the best epoch, which a finished
-        training leaves in it.
+        The tower must have its start weights, or those of the best epoch, which a finished training
+        leaves in it.
 
         Raises:
             TrainingError: the file is damaged, of an earlier format, or of another training.
@@ -137,7 +137,7 @@ class Checkpoint:
                 differences = checkpoint._differences(identity, len(tower.weights))
             else:
                 differences = ["another version of this project, which kept no identity in it"]
-        except Exception as error:  # zipfile's, NumPy's, json's: damage leads to any of theirs
+        except Exception as error:  # damage raises many types, from zipfile, NumPy and json
             reason = f"{type(error).__name__}: {error}"[:200]
             raise TrainingError(f"{show_path(path)} can't be read ({reason}): {_CURE}") from error
         if differences:
@@ -145,7 +145,7 @@ class Checkpoint:
         return checkpoint
 
     def _differences(self, identity: dict, weights: int) -> list[str]:
-        """What differs from the training of an identity, whose tower has so many weights."""
+        """Describe what differs from ``identity``; ``weights`` is how many the tower has."""
         found, asked = self.identity["settings"], identity["settings"]
         changed = [name for name in asked if name not in found or found[name] != asked[name]]
         differences = [f"other settings ({', '.join(changed)})"] if changed else []
@@ -161,10 +161,10 @@ class Checkpoint:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
-    """The facts and arrays of a file; damage raises errors of many types.
+    """Read the facts and arrays of a file; damage raises errors of many types.
 
-    The archive's checksums are compared before anything is parsed, and no length in the file is
-    believed. That is enough for damage; it does not make a stranger's file safe.
+    The archive's checksums are verified before anything is parsed, and no length in the file is
+    trusted. That detects damage; it does not make a stranger's file safe.
     """
     facts, values = {}, {name: [] for name in _LISTS}
     with zipfile.ZipFile(path) as archive:
@@ -172,7 +172,7 @@ def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("its sizes do not fit the file")
-        for member in members:  # in the order they were written
+        for member in members:  # in the order of the variables
             content = archive.read(member)
             stream = io.BytesIO(content)
             np.lib.format.read_magic(stream)
@@ -186,5 +186,5 @@ def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
                 values[name.partition("_")[0]].append(array)
             else:
                 raise ValueError(f"{name} has no numbers")
-    [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises without them
+    [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises if one is missing
     return facts, values

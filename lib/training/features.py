@@ -1,14 +1,14 @@
-"""Feature maps of a frozen trunk, computed once, kept on disk, and trained from many times.
+"""Computes a frozen trunk's feature maps once and keeps them on disk, to train the head.
 
     cache = build_cache(tower.get_layer("trunk"), handler, Path("runs/features"), variants=2)
     for maps, groups in cache.batches(epoch=0, steps=100):
         ...                              # float16 (batch, 3, 4, 4, 2048), int32 (batch, 3)
 
-While the trunk does not change, its maps do not either, and an epoch of the head needs no photo.
-Variant 0 of a picture is the stored one, which evaluation sees too; the others are augmented.
-Training draws one variant each time.
+The maps stay the same while the trunk is frozen, so an epoch of the head needs no photo. Variant 0
+of a picture is the picture as stored, as in evaluation; the others are augmented. Training draws a
+variant each time it uses a picture.
 
-A cache is a folder named by a hash of everything that its maps follow from: network, weights,
+A cache is a folder named by a hash of everything that its maps depend on: network, weights, engine,
 pictures and augmentation. It holds the maps as memory-mapped ``.npy`` files of 256 MB, and
 ``manifest.json`` with their sizes and checksums. It may be deleted at any time.
 """
@@ -51,7 +51,7 @@ ENGINES = ("auto", "keras", "openvino")
 
 _FORMAT = 1
 _SHARD_BYTES = 256 * 2**20
-_BATCH = 64  # photos that go through the network together
+_BATCH = 64  # photos in each forward pass
 _THREADS = os.cpu_count() or 1
 
 
@@ -62,14 +62,14 @@ class FeatureCacheError(RuntimeError):
 class FrozenTrunk:
     """The forward pass of a trunk whose weights do not change, on the fastest engine.
 
-    On a processor OpenVINO is somewhat faster than Keras in float32, and more than twice as fast in
-    bfloat16 where the processor has it (``python -m benchmarks.train_step`` measures both). It can
-    read a network on Keras' TensorFlow and PyTorch backends.
+    On a CPU, OpenVINO is somewhat faster than Keras in float32, and more than twice as fast where
+    the CPU has bfloat16 (``python -m benchmarks.train_step`` measures both). It can read networks
+    of Keras' TensorFlow and PyTorch backends.
 
     Args:
-        trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c). OpenVINO keeps the weights that it
-            has at the first call.
-        engine: "keras", "openvino", or "auto": OpenVINO on a processor if it can read the network.
+        trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c). OpenVINO keeps the weights of the
+            first call.
+        engine: "keras", "openvino", or "auto": OpenVINO on a CPU if it can read the network.
 
     Attributes:
         name: engine and precision, such as "openvino bfloat16".
@@ -90,10 +90,10 @@ class FrozenTrunk:
         self.name = f"{engine} {precision}"
 
     def __call__(self, photos: np.ndarray) -> np.ndarray:
-        """Maps of photos, uint8 (n, s, s, 3) -> float16 (n, h, w, c); not thread-safe.
+        """Compute maps, uint8 (n, s, s, 3) -> float16 (n, h, w, c); not thread-safe.
 
         Raises:
-            FeatureCacheError: a value beyond float16's range, or not a number.
+            FeatureCacheError: a value is NaN or beyond float16's range.
         """
         maps = np.empty((len(photos), *self._trunk.output_shape[1:]), np.float16)
         for start in range(0, len(photos), _BATCH):
@@ -122,7 +122,7 @@ class FeatureCache:
         handler: plans the batches.
         folder: of this cache.
         pictures: int64 (n,), rows of the catalogue's pictures, in ascending order.
-        variants: of each picture.
+        variants: number of maps of each picture.
         map_shape: (h, w, c).
     """
 
@@ -133,19 +133,19 @@ class FeatureCache:
     map_shape: tuple[int, int, int]
 
     def __post_init__(self):
-        # Whole batches: the augmentation of a photo does not depend on where files end.
+        # Files hold whole batches, so that a photo's augmentation does not depend on their size.
         row = self.variants * self.bytes_per_map
         self._rows_per_file = max(_SHARD_BYTES // (row * _BATCH), 1) * _BATCH
         self._row = np.full(len(self.handler.catalogue.pictures), -1)
         self._row[self.pictures] = np.arange(len(self.pictures))
 
     def __getstate__(self) -> dict:
-        """For pickle: another process opens the files itself."""
+        """Leave the open files out of a pickle: another process opens them itself."""
         return {name: value for name, value in vars(self).items() if name != "_maps"}
 
     @property
     def bytes_per_map(self) -> int:
-        """Bytes of the maps of one photo."""
+        """Bytes of a single map."""
         return 2 * math.prod(self.map_shape)
 
     @property
@@ -155,7 +155,7 @@ class FeatureCache:
 
     @property
     def files(self) -> list[tuple[str, slice]]:
-        """The files' names, and which of ``pictures`` are in each."""
+        """The name of each file, and the slice of ``pictures`` in it."""
         starts = range(0, len(self.pictures), self._rows_per_file)
         return [
             (f"maps{number:04d}.npy", slice(start, start + self._rows_per_file))
@@ -164,18 +164,18 @@ class FeatureCache:
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
-        """The files as memory, each float16 (pictures, variants, h, w, c)."""
+        """The memory-mapped files, each float16 (pictures, variants, h, w, c)."""
         return [np.load(self.folder / name, mmap_mode="r") for name, _ in self.files]
 
     def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
-        """Maps of some pictures, float16 (..., h, w, c).
+        """Read the maps of pictures, float16 (..., h, w, c).
 
         Args:
             pictures: int (...), rows of the catalogue's pictures.
-            variant: a variant for all, or int (...) for each.
+            variant: the same for all, or int (...).
 
         Raises:
-            KeyError: a picture without maps.
+            KeyError: a picture is not in the cache.
         """
         rows = self._row[pictures]
         if (rows < 0).any():
@@ -194,7 +194,7 @@ class FeatureCache:
         return maps.reshape(*rows.shape, *self.map_shape)
 
     def batches(self, epoch: int, steps: int) -> FeatureBatches:
-        """An epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps.
+        """Return an epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps.
 
         Raises:
             SamplingError: too few usable pictures.
@@ -206,7 +206,7 @@ class FeatureBatches(keras.utils.PyDataset):
     """The batches of one epoch as feature maps, for ``fit`` on every Keras backend.
 
     Args:
-        cache: has the maps.
+        cache: the maps.
         plan: int64 (steps, ...), the pictures of each batch.
         epoch: seeds the draw of the variants.
     """
@@ -222,7 +222,7 @@ class FeatureBatches(keras.utils.PyDataset):
         return len(self.plan)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Maps and groups of one batch, float16 (..., h, w, c) and int32 (...)."""
+        """Return a batch: maps, float16 (..., h, w, c), and groups, int32 (...)."""
         pictures = self.plan[step]
         seed = [self._cache.handler.settings.seed, self._epoch, int(step)]
         rng = np.random.default_rng(seed)
@@ -238,26 +238,25 @@ def build_cache(
     variants: int = 2,
     engine: str = "auto",
 ) -> FeatureCache:
-    """Compute the feature maps that training can need, or find them computed.
+    """Compute the feature maps that training can need, or open the cache that has them.
 
-    An interrupted build, even a killed one, resumes when it is called again. Damaged files are
-    computed anew.
+    An interrupted or killed build resumes when called again. Damaged files are recomputed.
 
     Args:
         trunk: from a tower, at the handler's image size.
-        handler: the maps are those of its usable triplets, or for P x K batches of its landmarks
-            with at least two pictures.
-        folder: for all caches; each has a folder of its own in it.
-        variants: of each picture, 1 or more, the first of them not augmented.
+        handler: the cache holds the pictures of its usable triplets or, for P x K batches, those of
+            its landmarks with at least two pictures.
+        folder: holds all caches, each in its own folder.
+        variants: of each picture, at least 1; the first is not augmented.
         engine: see :class:`FrozenTrunk`.
 
     Raises:
-        FeatureCacheError: too little free space, which is found before anything is computed;
-            another process builds the same cache; float16 can't hold the maps; or the folder can't
-            be written.
+        FeatureCacheError: too little free space (checked before anything is computed); another
+            process builds the same cache; float16 can't hold the maps; or the folder can't be
+            written.
         SamplingError: there is nothing to train on.
-        ValueError: an unknown engine, an impossible number of variants, or a trunk of another image
-            size.
+        ValueError: an unknown engine, no variants, several of them without augmentation, or a trunk
+            of another image size.
     """
     image_size, augmentation = handler.settings.image_size, handler.settings.augmentation
     if variants < 1 or (variants > 1 and augmentation is None):
@@ -300,7 +299,7 @@ def _identity(
     pictures: np.ndarray,
     variants: int,
 ) -> dict:
-    """Everything that the bytes of a cache follow from."""
+    """Return everything that the bytes of a cache depend on."""
     settings = handler.settings
     return {
         "format": _FORMAT,
@@ -317,7 +316,7 @@ def _identity(
 
 
 def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
-    """All pictures that a plan of the handler's can have, in ascending order."""
+    """Return all pictures that the handler's batches can contain, in ascending order."""
     if handler.settings.pictures_per_landmark:
         table = handler.catalogue.pictures
         known = table.loc[handler.chosen & (table["landmark"] != UNKNOWN), "landmark"]
@@ -330,13 +329,13 @@ def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
 
 
 def _digest(handler: DatasetHandler, pictures: np.ndarray) -> str:
-    """SHA-256 of the hashes of pictures, in order."""
+    """Hash the pictures' own hashes, in order, with SHA-256."""
     hashes = handler.catalogue.pictures["image"].to_numpy()[pictures]
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def _whole_files(cache: FeatureCache) -> dict[str, dict]:
-    """The manifest's entries of the files that are there and have the listed checksum."""
+    """Return the manifest's entries of the files that exist with the listed size and checksum."""
     path = cache.folder / MANIFEST
     try:
         listed = read_json(path)["files"].items()
@@ -356,7 +355,7 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
 
 
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
-    """Compute the missing files, one after the other."""
+    """Compute the missing files in turn."""
     remove_half_written(cache.folder)
     whole = _whole_files(cache)
     todo = [(name, rows) for name, rows in cache.files if name not in whole]
@@ -368,12 +367,12 @@ def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
             _write_file(cache, frozen, cache.folder / name, rows, bar)
             file = cache.folder / name
             whole[name] = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
-            # A file counts once the manifest lists it.
+            # After each file, since a resume keeps only the files in the manifest.
             write_json(cache.folder / MANIFEST, {"made_of": made_of, "files": whole})
 
 
 def _check_space(cache: FeatureCache, frozen: FrozenTrunk, needed: int) -> None:
-    """Print the size of the cache; raise if the disk has less than the needed bytes."""
+    """Print the size of the cache; raise if the disk has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(cache.folder).free
     have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if needed < cache.bytes else ""
     print(
@@ -419,11 +418,11 @@ def _write_file(
         ahead, of_variants = reader.submit(photos_of, *tasks[0]), []
         for task in [*tasks[1:], None]:
             photos = ahead.result()
-            if task:  # is read while the network computes
+            if task:  # read the next photos while the network computes
                 ahead = reader.submit(photos_of, *task)
             of_variants.append(frozen(photos))
             bar.update(len(photos))
             if len(of_variants) == cache.variants:
-                # Not through a memory map, where a full disk is a crash in place of an error.
+                # Through a memory map, a full disk would crash the process and raise no error.
                 file.write(np.stack(of_variants, axis=1))
                 of_variants = []

@@ -1,4 +1,4 @@
-"""The log of a training: a progress bar, ``history.csv``, and files for TensorBoard.
+"""Logs a training: a progress bar, ``history.csv``, and files for TensorBoard.
 
     log = TrainingLog(run, validation)
     with log.progress("head", steps=800, done=100):
@@ -6,8 +6,8 @@
     log.write(history, embeddings, is_best=True)      # after each epoch
 
 ``tensorboard --logdir runs`` shows the curves of all runs, the hardest validation triplets of each
-epoch, and in its projector the embeddings of the validation photos after the best epoch. An epoch
-has an event file of its own; when it is repeated after an interruption, the file is replaced.
+epoch, and in its projector the embeddings of the validation photos after the best epoch. Each epoch
+has its own event file, which is replaced when the epoch is repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lib.files import replacing
 
 HISTORY, TENSORBOARD = "history.csv", "tensorboard"
 
-HARDEST = 8  # triplets drawn for an epoch
+HARDEST = 8  # triplets shown for each epoch
 PROJECTED = 512  # triplets in the projector, two photos each
 THUMBNAIL = 64  # pixels; TensorBoard takes at most 8192 for all photos side by side
 
@@ -49,7 +49,7 @@ _PROJECTOR = """embeddings {{
 
 
 class TrainingLog(keras.callbacks.Callback):
-    """Shows one training and writes its log.
+    """Shows the progress of a training and writes its log.
 
     Args:
         run: folder for ``history.csv`` and the folder ``tensorboard``.
@@ -67,7 +67,7 @@ class TrainingLog(keras.callbacks.Callback):
             yield
 
     def on_train_batch_end(self, batch, logs=None):
-        """Keras' hook: moves the bar by a step."""
+        """Move the bar by a step (called by Keras)."""
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
@@ -76,7 +76,7 @@ class TrainingLog(keras.callbacks.Callback):
         Args:
             history: a row for each epoch, with at least epoch, loss and val_map.
             embeddings: float32 (n, 3, d) of the validation triplets.
-            is_best: whether the projector is to show this epoch.
+            is_best: write this epoch's embeddings for the projector.
 
         Raises:
             OSError: the files can't be written.
@@ -138,14 +138,14 @@ def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
 
 
 def _tag(column: str) -> str:
-    """TensorBoard's name of a curve; what precedes the slash is its section."""
+    """Return TensorBoard's name of a column's curve, as "section/curve"."""
     if column.startswith("val_"):
         return f"validation/{column.removeprefix('val_')}"
     return f"training/{column}"
 
 
 def _grid(photos: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Photos row by row, then black: uint8 (n, s, s, 3) -> (rows s, columns s, 3)."""
+    """Tile photos row by row, on black: uint8 (n, s, s, 3) -> (rows s, columns s, 3)."""
     side = photos.shape[1]
     grid = np.zeros((rows * columns, side, side, 3), np.uint8)
     grid[: len(photos)] = photos

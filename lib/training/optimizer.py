@@ -1,4 +1,4 @@
-"""The optimizer and learning rate schedule that every training here uses.
+"""Makes the optimizer, with its learning rate schedule, that every training here uses.
 
 optimizer = make_optimizer(learning_rate=1e-3, steps=800, warmup_steps=80)
 """
@@ -15,14 +15,14 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     ema_momentum: float | None = None,
 ) -> keras.optimizers.Adam:
-    """Adam with a linear warmup and a cosine decay to 0 (Loshchilov and Hutter, SGDR, 2017).
+    """Make Adam with linear warmup and cosine decay to 0 (Loshchilov and Hutter, SGDR, 2017).
 
     Args:
-        learning_rate: the highest, reached after ``warmup_steps``.
+        learning_rate: at the end of the warmup, its highest.
         steps: of the whole training, warmup included.
         warmup_steps: steps in which the learning rate rises from 0.
-        clip_norm: the norm of all gradients together is clipped to this (Pascanu et al., "On the
-            difficulty of training recurrent neural networks", 2013); None: never.
+        clip_norm: limit of the gradients' global norm (Pascanu et al., "On the difficulty of
+            training recurrent neural networks", 2013); None: no clipping.
         ema_momentum: of a moving average of the weights (Polyak and Juditsky, 1992); None: none.
     """
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -32,5 +32,5 @@ def make_optimizer(
         decay_steps=max(steps - warmup_steps, 1),
     )
     average = {} if ema_momentum is None else {"use_ema": True, "ema_momentum": ema_momentum}
-    # beta_2 averages over some 100 steps; Adam's usual 1,000 are longer than a short training.
+    # beta_2 averages over some 100 steps. Adam's default of 1,000 is too long for short trainings.
     return keras.optimizers.Adam(schedule, beta_2=0.99, global_clipnorm=clip_norm, **average)

@@ -16,8 +16,8 @@ every epoch the folder ``run`` holds
     model.keras       the tower of the best epoch so far, over all stages
     history.csv, tensorboard/    see :mod:`lib.training.log`
 
-A resume reads the checkpoint alone. The other files follow from it, and each is replaced as a
-whole, so an interruption between two of them does no harm.
+A resume reads only the checkpoint. Each file is replaced atomically, so an interruption between two
+of them does no harm.
 """
 
 from __future__ import annotations
@@ -66,22 +66,22 @@ MODEL = "model.keras"
 PARTS = ("head", "last-block", "all")
 BATCH_NORMS = ("frozen", "live")
 
-COLLAPSED_SPREAD = 0.02  # of the embeddings: below it they are one point (see embedding_spread)
+COLLAPSED_SPREAD = 0.02  # embeddings with less are nearly a single point (see embedding_spread)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage trains one part of the tower.
+    """A stage of training, in which a part of the tower is trainable.
 
     Attributes:
-        train: "head"; "last-block", the head and the last stage of the backbone (the layers
-            ``conv<n>_...`` of the highest n); or "all".
-        epochs: at most this many.
+        train: "head"; "last-block": the head and the backbone's last block (the layers
+            ``conv<n>_...`` with the highest n); or "all".
+        epochs: at most, see ``patience`` of :class:`TrainingSettings`.
         steps_per_epoch: batches in an epoch.
-        learning_rate: Adam's, at its highest.
+        learning_rate: Adam's, at the end of the warmup.
 
     Raises:
-        ValueError: an unknown part, or no steps.
+        ValueError: an unknown part, no epochs, or no steps.
     """
 
     train: str
@@ -109,15 +109,14 @@ class TrainingSettings:
     """How to train.
 
     Attributes:
-        stages: in this order; each starts from the weights of the best epoch so far with a new
-            optimizer.
+        stages: in order; each starts from the best epoch's weights so far, with a new optimizer.
         loss: see :mod:`lib.network.losses`.
-        batch_norm: of the backbone. "frozen": statistics, shift and scale stay as they are, as is
-            usual for pre-trained weights, whose statistics come from more photos than a batch.
-            "live": those of the part that a stage trains move, as random weights need.
+        batch_norm: of the backbone. "frozen": statistics, shift and scale stay fixed, as is usual
+            for pre-trained weights, whose statistics come from more photos than a batch has.
+            "live": they are updated in the part that a stage trains, as random weights need.
         warmup_share: share of a stage's steps in which the learning rate rises.
         clip_norm, ema_momentum: see :func:`lib.training.optimizer.make_optimizer`. A moving average
-            is validated and saved in place of the weights, while training goes on with the weights.
+            is validated and saved in place of the weights; training continues with the weights.
         patience: a stage ends after this many epochs without a better validation mAP.
         jit: compile the training step with XLA (TensorFlow, JAX) or TorchInductor (PyTorch): True,
             False, or "auto", Keras' choice (JAX, and TensorFlow on a GPU).
@@ -145,7 +144,7 @@ class TrainingSettings:
 
 
 def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) -> None:
-    """Give the model the optimizer of a stage, and the metrics that show a collapse."""
+    """Compile the model with a stage's optimizer and the metrics that show a collapse."""
     siamese.compile(
         make_optimizer(
             stage.learning_rate,
@@ -163,14 +162,14 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
         jit_compile=settings.jit,
     )
     siamese.optimizer.build(siamese.trainable_variables)
-    # This builds the metrics. Otherwise ``fit`` does it with a batch, which is lost on JAX and
-    # PyTorch, and on TensorFlow the step is traced twice.
+    # Build the metrics here. ``fit`` would use a batch for it, which would be lost on JAX and
+    # PyTorch, and TensorFlow would trace the step twice.
     siamese.compute_metrics(None, np.arange(2), np.eye(2, siamese.tower.output_shape[-1]))
     siamese.reset_metrics()
 
 
 def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
-    """Choose which weights of the trunk training moves; those of the head are not changed.
+    """Set which layers of the trunk are trainable; the head's layers stay as they are.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`.
@@ -178,18 +177,18 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
         batch_norm: see :class:`TrainingSettings`.
 
     Raises:
-        TrainingError: "last-block" of a backbone whose layers are not named ``conv<n>_...`` by
-            their block (those of the ResNets and DenseNets are).
+        TrainingError: "last-block" with a backbone whose layers are not named ``conv<n>_...`` after
+            their block, as those of ResNets and DenseNets are.
     """
     trunk = tower.get_layer("trunk")
     trunk.trainable = train != "head"
     blocks = {layer: re.match(r"conv(\d+)_", layer.name) for layer in layers_of(trunk)}
     last = max((int(match[1]) for match in blocks.values() if match), default=None)
-    if train == "last-block" and (last or 0) < 2:  # a MobileNet's one "conv1_" is its first
+    if train == "last-block" and (last or 0) < 2:  # a MobileNet has only a first, "conv1_"
         raise TrainingError(
             'the backbone has no layers conv2_..., conv3_... and so no last block: use train="all"'
         )
-    # Layer by layer: with TensorFlow, a model whose flag does not change passes nothing on.
+    # Layer by layer: on TensorFlow, a model whose own flag does not change does not set its layers.
     for layer, match in blocks.items():
         moves = train == "all" or (train == "last-block" and match and int(match[1]) == last)
         # A frozen batch normalization uses its moving statistics in training as well.
@@ -205,17 +204,17 @@ def train(
     run: Path,
     cache: FeatureCache | None = None,
 ) -> pd.DataFrame:
-    """Train, or resume an interrupted training; leaves the best epoch's weights in the tower.
+    """Train, or resume an interrupted training; the tower ends with the best epoch's weights.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`. A resume needs the same start weights.
-            After an error the tower has the weights it came with.
+            After an error, it has the weights again that it came with.
         handler: serves the training batches.
         validation: uint8 (n, 3, s, s, 3), triplets of n landmarks that are not trained on.
         settings: see :class:`TrainingSettings`.
-        run: folder for checkpoint, history, model and log; one process at a time trains in it.
+        run: folder for checkpoint, history, model and log; only one process may train in it.
         cache: feature maps of the tower's trunk, from :func:`lib.training.features.build_cache`.
-            Stages that train the head use them in place of the trunk, until a stage changes it.
+            Stages that train the head use them in place of the trunk until a stage changes it.
 
     Returns:
         the history, a row for each epoch: stage (from 1), loss, active_share, positive_distance,
@@ -225,13 +224,13 @@ def train(
 
     Raises:
         TrainingError: another process trains in ``run``; its checkpoint is damaged, or of other
-            settings, pictures, start weights or another network; the loss is not finite; the disk
-            is full; see also :func:`set_trainable`.
+            settings, pictures, start weights or another network; the loss is not finite; ``run``
+            can't be written; see also :func:`set_trainable`.
         SamplingError: too few usable pictures.
     """
     busy = f"another process trains in {show_path(run)}: wait for its end or choose another run_dir"
     before = tower.get_weights()
-    # The lock of the run's folder itself is for metrics.json, which others may write meanwhile.
+    # Not the lock of ``run`` itself: it guards metrics.json, which others may write meanwhile.
     (run / TENSORBOARD).mkdir(parents=True, exist_ok=True)
     with only_writer(run / TENSORBOARD, TrainingError(busy)):
         try:
@@ -247,13 +246,13 @@ def train(
             set_trainable(tower, "all", "live")
         history = training.checkpoint.history
         with _writing(run, len(history)):
-            # Again: an interruption may have left the model of an epoch that was then repeated.
+            # Save again: an interruption may have left the model of an epoch that was repeated.
             save_tower(tower, run / MODEL)
     return pd.DataFrame(history).set_index("epoch")
 
 
 class _Training:
-    """One call of :func:`train`, with its arguments; opens the run's checkpoint or begins one."""
+    """The state of a call of :func:`train`; opens the run's checkpoint or begins a new one."""
 
     def __init__(self, tower, handler, validation, settings, run, cache):
         self.tower, self.handler, self.validation = tower, handler, validation
@@ -271,7 +270,7 @@ class _Training:
         Siamese(tower, loss)  # gives the loss its weights
         checkpoint = Checkpoint(path, identity)
         checkpoint.take_best(tower, loss)
-        # Keeps the loss's random weights, and shows a full disk before an epoch's work.
+        # Save now to keep the loss's random weights, and to find a full disk before an epoch.
         with _writing(self.run, 0):
             checkpoint.save(tower, loss)
         return checkpoint
@@ -281,16 +280,16 @@ class _Training:
         return MetricLoss(self.settings.loss, groups)
 
     def is_over(self, number: int) -> bool:
-        """Whether a stage has had all its epochs, or no better one for long enough."""
+        """Tell whether a stage has had all its epochs or has run out of patience."""
         rows = [row for row in self.checkpoint.history if row["stage"] == number]
         epochs = self.settings.stages[number - 1].epochs
         return len(rows) >= epochs or _epochs_since_best(rows) >= self.settings.patience
 
     def run_stage(self, number: int) -> None:
-        """Train a stage to its end, from the last epoch of the checkpoint."""
+        """Train a stage to its end, continuing after the checkpoint's last epoch."""
         tower, checkpoint, stage = self.tower, self.checkpoint, self.settings.stages[number - 1]
         set_trainable(tower, stage.train, self.settings.batch_norm)
-        # The cache shows the trunk as it was before any stage changed it.
+        # Cached maps are stale as soon as a stage has changed the trunk.
         stages = self.settings.stages[:number]
         cached = self.cache is not None and all(s.train == "head" for s in stages)
         model = tower.get_layer("head") if cached else tower
@@ -309,7 +308,7 @@ class _Training:
                 epoch = len(checkpoint.history) + 1
                 batches = batches_of(epoch - 1, stage.steps_per_epoch)
                 row, weights = _train_epoch(siamese, batches, epoch, self.log)
-                # Until ``weights`` are back, the model holds their moving average, if there is one.
+                # Until _keep_epoch sets ``weights``, the model holds their moving average, if any.
                 with by_itself(model) as local:
                     embeddings = _embed_triplets(local, triplets)
                 row |= as_the_first(_measure(embeddings)) | {"p": gem_exponent(tower)}
@@ -317,7 +316,7 @@ class _Training:
                 self._keep_epoch(siamese, weights, embeddings)
 
     def _keep_epoch(self, siamese: Siamese, weights: list, embeddings: np.ndarray) -> None:
-        """Write everything that the run keeps of the epoch just ended."""
+        """Write the log, the checkpoint and, after a best epoch, the model."""
         checkpoint, loss = self.checkpoint, siamese.metric_loss
         is_best = _epochs_since_best(checkpoint.history) == 0
         with _writing(self.run, len(checkpoint.history) - 1):
@@ -352,22 +351,22 @@ def _train_epoch(
     """Train on the batches of an epoch.
 
     Returns:
-        the means of loss and metrics, with the last learning rate; and the weights to go on with.
-        The model is left with their moving average, if the optimizer keeps one.
+        the means of loss and metrics, with the last learning rate; and the weights to continue
+        with. The model ends with their moving average, if the optimizer keeps one.
     """
     steps = len(batches)
     if keras.backend.backend() == "tensorflow" and hasattr(batches, "as_tf_data"):
         batches = batches.as_tf_data()
     end = _EpochEnd()
     callbacks = [log, end, keras.callbacks.TerminateOnNaN()]
-    # With the number of steps Keras stops before the end of the dataset, where TensorFlow's graph
-    # would count one more iteration of the optimizer.
+    # Given the steps, Keras stops before the dataset's end, where TensorFlow's graph would count
+    # another iteration of the optimizer.
     logs = siamese.fit(
         batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=callbacks
     ).history
     names = ("loss", "active_share", "positive_distance", "negative_distance", "embedding_spread")
     row = {name: logs[name][-1] for name in names}
-    # With JAX the weights and their average share arrays now, which predict would donate.
+    # Copy: on JAX, weights and their average now share arrays, which predict would donate.
     siamese.set_weights(siamese.get_weights())
     if not math.isfinite(row["loss"]):
         raise TrainingError(
@@ -386,7 +385,7 @@ def _train_epoch(
 
 
 class _EpochEnd(keras.callbacks.Callback):
-    """Counts steps, and keeps the weights before ``fit`` replaces them by their average."""
+    """Counts steps, and keeps the weights before ``fit`` replaces them with their average."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.steps = 0
@@ -399,18 +398,17 @@ class _EpochEnd(keras.callbacks.Callback):
 
 
 def evaluate_triplets(tower: keras.Model, triplets: np.ndarray) -> dict[str, float]:
-    """Validate a tower on triplets uint8 (n, 3, s, s, 3), each of another landmark.
+    """Validate a tower on triplets uint8 (n, 3, s, s, 3), each of a different landmark.
 
     Returns:
-        val_accuracy: share of triplets whose negative is farther than the positive, 0.5 is chance;
-        val_map: mean average precision of the anchors' searches among all positives, of which one
-        is relevant.
+        val_accuracy: share of triplets whose negative is farther than the positive (chance: 0.5);
+        val_map: mean average precision when each anchor searches all positives for its own.
     """
     return _measure(_embed_triplets(tower, triplets))
 
 
 def _embed_triplets(model: keras.Model, triplets: np.ndarray) -> np.ndarray:
-    """Photos, or for a head their feature maps, (n, 3, h, w, c) -> float32 (n, 3, d)."""
+    """Embed photos, or with a head their feature maps, (n, 3, h, w, c) -> float32 (n, 3, d)."""
     return embed(model, triplets.reshape(-1, *triplets.shape[2:])).reshape(len(triplets), 3, -1)
 
 
