@@ -1,13 +1,13 @@
-"""Several processes that train one model together, on Keras' JAX backend.
+"""Trains one model with several processes together, on Keras' JAX backend.
 
-    jax.distributed.initialize(...)                 # by whoever starts them, see lib/cluster/ray.py
+    jax.distributed.initialize(...)                          # as lib/cluster/ray.py does
     with together(seed=1) as number:
         tower = load_tower(path)
         train(tower, handler, validation, settings, run)     # ``run``: a folder for each process
 
-Each process holds all weights and computes its rows of every batch. The loss sees the embeddings of
-the whole batch, so mining, gradients and batch statistics are those of one process, up to
-rounding. Without :func:`together` these functions do nothing.
+Each process holds all weights and computes its share of the rows of every batch. The loss sees the
+embeddings of the whole batch, so mining, gradients and batch statistics equal those of a single
+process up to rounding. Outside :func:`together`, a process trains alone as usual.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-# A model's copy for this process alone, kept so that it is compiled once.
+# Copies of models for this process alone, kept so that each is compiled once.
 _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def together(seed: int) -> Iterator[int]:
-    """Train the block's models with all processes of ``jax.distributed``; yields this one's number.
+    """Train models with all processes of ``jax.distributed``; yield this process's number.
 
     Args:
-        seed: of Keras' random numbers, equal in all processes, as all weights must be.
+        seed: of Keras' random numbers. Seed and start weights must be equal in all processes.
 
     Raises:
         RuntimeError: Keras does not run on JAX.
@@ -42,7 +42,7 @@ def together(seed: int) -> Iterator[int]:
     import jax
 
     before = keras.distribution.distribution()
-    # Every process makes its own rows of a batch, so Keras must not divide batches.
+    # Each process loads only its own rows of a batch, so Keras must not divide batches again.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     keras.utils.set_random_seed(seed)
     try:
@@ -52,10 +52,10 @@ def together(seed: int) -> Iterator[int]:
 
 
 def own_rows(rows: int) -> slice:
-    """The rows of a batch that this process computes.
+    """Return the rows of a batch that this process computes.
 
     Raises:
-        ValueError: the batch can't be divided evenly among the devices of all processes.
+        ValueError: ``rows`` is not a multiple of the number of devices of all processes.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -73,21 +73,21 @@ def own_rows(rows: int) -> slice:
 
 
 def as_the_first(values: dict[str, float]) -> dict[str, float]:
-    """The first process's values, in every process.
+    """Return the first process's values in every process.
 
     Metrics can differ in the last bit; decisions based on them would diverge between processes.
     """
     if keras.distribution.distribution() is None:
         return values
-    return json.loads(from_the_first(json.dumps(values).encode()))  # JAX would make float32 of them
+    return json.loads(from_the_first(json.dumps(values).encode()))  # JAX would round to float32
 
 
 def from_the_first(content: bytes) -> bytes:
-    """The first process's bytes, in every process of ``jax.distributed``; a collective."""
+    """Return the first process's bytes; all processes of ``jax.distributed`` must call it."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     length = int(broadcast_one_to_all(np.int32(len(content))))
-    if len(content) != length:  # only the first one's content matters
+    if len(content) != length:  # other processes' content is ignored
         content = bytes(length)
     mine = np.frombuffer(content, np.uint8)
     return np.asarray(broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
@@ -95,7 +95,7 @@ def from_the_first(content: bytes) -> bytes:
 
 @contextlib.contextmanager
 def by_itself(model: keras.Model) -> Iterator[keras.Model]:
-    """Yield the model, or a copy that this process can evaluate without the others."""
+    """Yield the model; within :func:`together`, a copy that this process can evaluate alone."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         yield model

@@ -1,4 +1,4 @@
-"""Run folders: each execution of the notebooks keeps its results in one, with its metrics.
+"""Makes and opens run folders, which keep the notebooks' results and metrics.
 
 run = open_run("")                    # the newest folder in runs/
 record_metrics(run, training={"epochs": 6})
@@ -19,7 +19,7 @@ from lib.files import only_writer, project_root, read_json, write_json
 def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
     """Make an empty folder ``runs/<date>_<time>`` and point ``runs/latest`` at it.
 
-    Two runs started within one second get different folders (the second a suffix ``-2``).
+    A second run started within the same second gets the suffix ``-2``.
     """
     runs = runs or project_root() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -37,11 +37,11 @@ def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now
 
 
 def open_run(run_dir: str, *, start_new: bool = False) -> Path:
-    """The folder a notebook writes to.
+    """Return the folder that a notebook writes to.
 
     Args:
         run_dir: a folder relative to the project's root (made if absent), or "" for the newest run.
-        start_new: with an empty ``run_dir``, begin a new run instead of continuing the newest.
+        start_new: with an empty ``run_dir``, make a new run instead.
     """
     if run_dir:
         run = project_root() / run_dir
@@ -54,10 +54,7 @@ def open_run(run_dir: str, *, start_new: bool = False) -> Path:
 
 
 def record_metrics(run: Path, **sections: Any) -> Path:
-    """Put named sections into the run's ``metrics.json``; its other sections stay.
-
-    Two notebooks may do so at once.
-    """
+    """Set sections of the run's ``metrics.json``; two notebooks may do so at once."""
     path = Path(run) / "metrics.json"
     with only_writer(path.parent, busy=None):
         metrics = read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""A pool of processes, for work that Python's global lock keeps threads from sharing.
+"""Makes a pool of processes, for work that Python's global lock keeps threads from sharing.
 
 with process_pool() as pool:
     for result in pool.map(function, items): ...
@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 
 
 def process_pool() -> ProcessPoolExecutor:
-    """A process for each processor core; they end with the process that started them."""
+    """Start a process for each processor core; they end with the process that started them."""
     return ProcessPoolExecutor(
         max_workers=os.cpu_count(),
         # Spawned, not forked: TensorFlow's threads do not survive a fork.
