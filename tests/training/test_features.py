@@ -444,14 +444,15 @@ from lib.data.catalogue import open_catalogue
 handler = DatasetHandler(
     open_catalogue(Path(sys.argv[1])), DataSettings(image_size=16, batch_size=4, seed=1)
 )
+handler.photos(np.arange(2))
 trunk = keras.saving.load_model(sys.argv[2])
+assert "tensorflow" not in sys.modules  # later: Keras imports it to write a model's configuration
 cache = build_cache(trunk, handler, Path(sys.argv[3]), 2)
 maps = keras.Input((3, *cache.map_shape))
 head = keras.Model(maps, keras.ops.mean(keras.layers.Dense(5)(maps), axis=(2, 3)))
 head.compile("adam", loss=lambda groups, x: keras.ops.mean(keras.ops.square(x)))
 head.fit(cache.batches(0, 8), verbose=0)
 np.save(sys.argv[4], cache.maps(cache.pictures, 1))
-assert "tensorflow" not in sys.modules
 print(FrozenTrunk(trunk).name)
 """
 
