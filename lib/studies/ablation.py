@@ -1,7 +1,7 @@
 """Compares poolings on equal terms: the same trunk, triplets and seeds.
 
-The trunk's feature maps are computed once; each arm of the comparison trains its own head (pooling,
-projection) on them, which takes seconds.
+The trunk's feature maps are computed once. Each arm of the comparison trains its own head (pooling
+and projection) on them, which takes seconds.
 
     maps = feature_maps(tower, triplets)            # uint8 (n, 3, s, s, 3) -> (n, 3, h, w, c)
     head = train_head(maps, groups, TowerSettings(pooling="max"), training, batch_size=32, seed=0)
@@ -29,12 +29,12 @@ def train_head(
     """Train a head on the feature maps of triplets.
 
     Args:
-        maps: float (n, 3, h, w, c): of anchor, positive and negative.
-        groups: int (n, 3): photos of different groups show different landmarks.
-        settings: which pooling; what concerns the trunk is not used.
-        training: loss, learning rate and length; all its stages train the head.
-        batch_size: triplets in a batch.
-        seed: of the head's first weights and of the order of the triplets.
+        maps: float (n, 3, h, w, c), the maps of anchor, positive and negative.
+        groups: int (n, 3); photos of different groups show different landmarks.
+        settings: of the head; the settings of the trunk are ignored.
+        training: loss, learning rate and stages; every stage trains the head.
+        batch_size: triplets per batch.
+        seed: of the head's initial weights and the order of the triplets.
 
     Returns:
         the head: float (n, h, w, c) -> float32 (n, embedding_size).

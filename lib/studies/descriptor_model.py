@@ -1,19 +1,18 @@
-"""Makes up descriptors with the structure of real ones, to try an index at any size.
+"""Samples synthetic descriptors that resemble real ones, to test an index at any size.
 
     model = fit(descriptors, landmarks)                    # real ones: float32 (15,275, 512)
     vectors = model.sample(762_000, seed=0)
 
-White noise would be a wrong test: in 512 dimensions all of its points are equally far from each
-other, so no index can skip or compress any of them. Real descriptors share a mean,
-have most of their variance in a few dimensions, and lie in clusters, the landmarks. So a sampled
-descriptor is
+White noise would not do: in 512 dimensions all of its points are about equally far from each other,
+so no index can skip or compress any of them. Real descriptors share a mean, have most of their
+variance in a few dimensions, and are clustered by landmark. A sampled descriptor is therefore
 
-    mean_c + between_c^(1/2) z_landmark + spread_landmark * within^(1/2) z_photo,      of unit norm,
+    mean_c + between_c^(1/2) z_landmark + spread_landmark * within^(1/2) z_photo
 
-z from a normal distribution, with the covariances between and within the landmarks of the real set
-(the components of variance of one-way analysis: Searle, Casella, McCulloch, "Variance Components",
-1992, chapter 3). Landmarks lie in clusters themselves, so theirs is a mixture, of components c.
-Each landmark's spread is drawn from those of real landmarks, and their sizes have a Pareto tail.
+scaled to unit norm. Both z are standard normal. The covariances between and within landmarks are
+estimated from the real set (one-way random effects: Searle, Casella, McCulloch, "Variance
+Components", 1992, chapter 3). Landmarks form clusters, too, so their means follow a mixture of
+components c. Spreads are drawn from those of real landmarks; landmark sizes have a Pareto tail.
 """
 
 from __future__ import annotations
@@ -23,21 +22,20 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import KMeans
 
-LARGEST = 10_000  # photos of a landmark; the most that Google Landmarks v2 has of one
+LARGEST = 10_000  # photos of a landmark, the maximum in Google Landmarks v2
 _ROWS = 65_536  # sampled at a time
 
 
 @dataclass(frozen=True)
 class DescriptorModel:
-    """A distribution of descriptors: a mixture of normal ones for landmarks, and photos round them.
+    """A distribution of descriptors: a Gaussian mixture of landmarks, with photos around each.
 
     Attributes:
-        shares: float (c,), of the landmarks in each component of the mixture.
+        shares: float (c,), the weights of the mixture's components.
         means: float32 (c, d), of the components.
-        between: float32 (c, d, d), matrices that normal numbers are multiplied by: square roots of
-            the covariances of the landmarks in a component.
-        within: float32 (d, d), the same of the photos of a landmark.
-        spreads: float32 (m,), how far photos of a landmark scatter, relative to ``within``.
+        between: float32 (c, d, d), square roots of the components' covariances.
+        within: float32 (d, d), square root of the covariance of a landmark's photos.
+        spreads: float32 (m,), the scatter of real landmarks' photos, relative to ``within``.
     """
 
     shares: np.ndarray
@@ -50,10 +48,10 @@ class DescriptorModel:
         """Draw descriptors.
 
         Args:
-            n: how many.
-            seed: of the draw. Equal arguments give equal descriptors.
-            sizes: int (m,), photos of each landmark, at least n in all; drawn with a heavy tail if
-                None.
+            n: number of descriptors.
+            seed: equal arguments give equal descriptors.
+            sizes: int (m,), photos of each landmark, at least n in all; None: drawn from a Pareto
+                distribution.
 
         Returns:
             float32 (n, d) of unit norm (zeros if all real ones are), in random order.
@@ -87,9 +85,9 @@ def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) ->
 
     Args:
         descriptors: float32 (n, d) of unit norm.
-        landmarks: int (n,), which show the same.
-        components: of the mixture, found by k-means among the landmarks' means; fewer if there are
-            less than 8 landmarks for each.
+        landmarks: int (n,), the landmark of each.
+        components: of the mixture, found by k-means on the landmarks' means; capped at one for
+            every 8 landmarks.
 
     Raises:
         ValueError: no landmark has two photos.
@@ -114,7 +112,7 @@ def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) ->
         inside = component == c
         means[c] = centres[inside].mean(axis=0)
         deviations = centres[inside] - means[c]
-        # The mean of a landmark's photos scatters by its photos, too.
+        # A landmark's mean, estimated from a few photos, also scatters by their noise.
         noise = within * np.mean(1 / counts[inside])
         roots.append(_root(deviations.T @ deviations / np.sum(inside) - noise))
     return DescriptorModel(

@@ -1,4 +1,4 @@
-"""The figures of the studies: the ladder of fixes, and post-processing.
+"""Draws the figures of the studies: the ladder of fixes, and post-processing.
 
     plot_ladder({"demo world": summary}, save=run / "ladder.png")
 
@@ -19,15 +19,14 @@ from lib.plots import finish
 
 
 def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
-    """Draw the mAP rung by rung, and the gain of each fix.
+    """Draw the mAP of each rung, and the gain of each fix.
 
-    Left: each rung with its interval; the vertical lines are references without a trained head.
-    Right: the gain of a fix in its turn, and the loss of the whole recipe without it. An interval
-    that contains 0 proves nothing. One fix is worth far more than the others, so the axis is
-    logarithmic beyond 0.1.
+    Left: the rungs with their intervals; vertical lines mark the references without a trained head.
+    Right: the gain when the fix is added, and the loss when the full recipe lacks it. An interval
+    that contains 0 is not significant. One fix dominates, so the axis is logarithmic beyond 0.1.
 
     Args:
-        summaries: title -> from :func:`lib.studies.fixes.summarize`; a row of panels each.
+        summaries: title -> table of :func:`lib.studies.fixes.summarize`; one row of panels each.
     """
     added, missed = sns.color_palette()[:2]
     _, axes = plt.subplots(
@@ -45,7 +44,7 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
         left.legend(fontsize=9, loc="lower left")
         gains = one.loc[one["fix"] != "", ["gain", "gain_low", "gain_high"]]
         _draw_intervals(right, rows[1:] - 0.14, gains, added, "added in its turn")
-        # The loss is the negative gain of the arm without the fix, so low and high change places.
+        # The loss is the negated gain of the arm without the fix, so low and high swap.
         without = summary[summary["kind"] == "without"].set_index("fix")
         losses = -without[["gain", "gain_high", "gain_low"]]
         at = [one["fix"].tolist().index(fix) + 0.14 for fix in losses.index]
@@ -66,13 +65,14 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
 
 
 def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
-    """Draw the worth of each post-processing step, and its cost per query.
+    """Draw the gain of each post-processing step, and its cost per query.
 
-    Left: the mAP with its interval. Middle: the gain over the step that it builds on. Right: the
-    milliseconds for one query, embedding and search together.
+    Left: mAP with its interval. Middle: gain over the step it builds on. Right: milliseconds per
+    query for embedding and search together.
 
     Args:
-        summaries: title -> from :func:`lib.studies.postprocessing.summarize`; a row of panels each.
+        summaries: title -> table of :func:`lib.studies.postprocessing.summarize`; one row of panels
+            each.
     """
     colours = dict(zip(("descriptor", "re-ranking"), sns.color_palette(), strict=False))
     _, axes = plt.subplots(

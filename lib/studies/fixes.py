@@ -1,16 +1,16 @@
-"""Measures what each fix of the original pipeline is worth, on the same photos and seeds.
+"""Measures the mAP gain of each fix of the original pipeline, on equal photos and seeds.
 
-The original ran, and its loss fell, but it had the faults that :data:`FIXES` names. The ladder
-mends them one after another: its first rung has all faults, its last none. Then each fix alone is
-left out of the whole recipe, as one fault may hide another.
+The original pipeline ran, and its loss fell, but it had the faults listed in :data:`FIXES`. The
+ladder fixes them one after another, from all faults to none. Since one fault can hide another, each
+fix is also left out of the full recipe alone.
 
     data = LadderData(photo_maps(backbone, preprocess, photos), labels, test)
     table = run_ladder(data, LadderSettings())       # average precision by arm, seed and query
-    summarize(table)                                 # mAP and what each fix adds, with intervals
+    summarize(table)                                 # mAP and gain of each fix, with intervals
 
-Only heads are trained, on the maps of a frozen trunk, so that a training takes seconds. All arms
-read photos alike, without augmentation, and each takes a learning rate that suits it. So the ladder
-does not measure the original's reading of photos, nor its learning rate of 1e-6.
+Only heads are trained, on the feature maps of a frozen trunk, so one training takes seconds. All
+arms decode photos in the same way, without augmentation, and each arm has its own learning rate:
+the ladder measures neither the original's decoding nor its learning rate of 1e-6.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lib.network.tower import to_float16
 from lib.network.whitening import learn_supervised_whitening
 from lib.studies.heads import HeadTrainer, in_parts
 
-# In the order in which the ladder mends them: without the fix -> with it. The input comes first: as
-# long as the trunk's maps are of little use, no other fix can show its worth.
+# In the order of the ladder: without the fix -> with it. The input comes first, since no other fix
+# can help much while the trunk's maps are poor.
 FIXES = {
     "input": "RGB / 255 in training, BGR / 255 in the search -> the backbone's own preprocessing",
     "loss": "compares photos 0, 1 and 2 of a batch, under an L2 penalty of 0.01 on the projection "
@@ -55,18 +55,17 @@ RIGHT, AS_TRAINED, AS_SEARCHED = "right", "RGB / 255", "BGR / 255"
 
 @dataclass(frozen=True)
 class LadderData:
-    """Feature maps of photos of known landmarks, and the folds to train and test on.
+    """Feature maps of labelled photos, and the folds to train and test on.
 
     Attributes:
-        maps: float16 (n, h, w, c), the feature maps of all photos under each input, from
-            :func:`photo_maps`.
+        maps: float16 (n, h, w, c) for each input, from :func:`photo_maps`.
         labels: (n,), the landmark of each photo.
-        test: bool (f, n), for each of f folds the photos to measure on; the others are for
-            training. All photos of a landmark, or none.
+        test: bool (f, n), the test photos of each of f folds; the other photos are for training.
+            A fold tests on all photos of a landmark or on none.
 
     Raises:
-        ValueError: the arrays do not fit each other, a landmark is in both parts of a fold, or a
-            fold has nothing to learn from.
+        ValueError: the shapes do not match, a landmark is in both parts of a fold, or a fold's
+            training photos have no pair or no second landmark.
     """
 
     maps: Mapping[str, np.ndarray]
@@ -99,13 +98,13 @@ class LadderSettings:
     """Length and constants of the trainings.
 
     Attributes:
-        seeds: each arm is trained once with each of these (first weights, triplets, order).
-        steps, batch_size: length of a training, in batches of so many triplets.
-        learning_rates: Adam's, falling to 0 along a cosine. Of several, each arm takes the one that
-            does best on a fifth of the training landmarks, trained on the other four fifths, so
-            that no fault is blamed for a rate that suits another arm. Then it trains on all.
-        embedding_size: dimension of the embeddings, of all arms.
-        margin: of the triplet loss; 0.1 is the original's.
+        seeds: each arm is trained once per seed (initial weights, triplets, their order).
+        steps, batch_size: batches per training, and triplets per batch.
+        learning_rates: peak rates of Adam to choose from, with cosine decay to 0. Each arm chooses
+            on a fifth of the training landmarks, held out, and then trains on all: a rate that
+            suits only some arms would bias the comparison.
+        embedding_size: dimension of the embeddings in all arms.
+        margin: of the triplet loss; the original's is 0.1.
         temperature: of InfoNCE.
 
     Raises:
@@ -131,10 +130,10 @@ class LadderSettings:
 
 
 def ladder_arms() -> dict[str, frozenset[str]]:
-    """The arms by name, with the fixes that each has.
+    """List the arms by name, with the fixes of each.
 
-    First the rungs: "original", then "+ <fix>", each with all the fixes before it. Then
-    "all but <fix>": the whole recipe less one fix. ("All but" the last one is a rung already.)
+    First come the rungs: "original", then "+ <fix>" with this fix and all before it. Then come the
+    arms "all but <fix>"; that of the last fix is left out, since it equals a rung.
     """
     names = list(FIXES)
     rungs = {ORIGINAL: frozenset()}
@@ -148,19 +147,19 @@ def photo_maps(
     photos: np.ndarray,
     batch_size: int = 128,
 ) -> dict[str, np.ndarray]:
-    """The feature maps of photos, with the right input and with the two of the original.
+    """Compute feature maps with the right preprocessing and with the two of the original.
 
     Args:
         backbone: without preprocessing: float32 (n, s, s, 3) -> (n, h, w, c).
-        preprocess: the backbone's own, of RGB pixels from 0 to 255.
+        preprocess: the backbone's own, for RGB pixels from 0 to 255.
         photos: uint8 (n, s, s, 3), RGB.
-        batch_size: photos that pass through the network at once.
+        batch_size: photos per forward pass.
 
     Returns:
-        float16 (n, h, w, c) each of "right", "RGB / 255" and "BGR / 255".
+        float16 (n, h, w, c) for each of "right", "RGB / 255" and "BGR / 255".
 
     Raises:
-        ValueError: a value beyond float16's range, or not a number.
+        ValueError: a value is not a number, or outside the range of float16.
     """
     inputs = {
         RIGHT: preprocess,
@@ -183,11 +182,11 @@ def landmark_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
     Args:
         labels: (n,), the landmark of each photo.
-        folds: how many.
+        folds: number of folds.
         seed: of the split.
 
     Returns:
-        bool (folds, n), the photos that each fold is tested on; each photo is in one fold.
+        bool (folds, n), the test photos of each fold; every photo is in exactly one.
     """
     landmarks, landmark = np.unique(labels, return_inverse=True)
     fold = np.random.default_rng(seed).permutation(len(landmarks)) % folds
@@ -195,17 +194,17 @@ def landmark_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose triplets the way the Kaggle set was made.
+    """Draw triplets as the Kaggle set does.
 
     The first two photos of each landmark are anchors. The positive is drawn from all photos of the
-    landmark, the anchor included; the negative from the anchors of all other landmarks.
+    landmark, including the anchor; the negative from the anchors of all other landmarks.
 
     Args:
-        labels: (n,), the landmark of each photo, at least two different ones.
-        rng: of the draw.
+        labels: (n,), the landmark of each photo; at least two landmarks.
+        rng: random generator.
 
     Returns:
-        int64 (t, 3), rows of ``labels``: anchor, positive and negative of each.
+        int64 (t, 3), indices of anchor, positive and negative in ``labels``.
     """
     names, landmark = np.unique(labels, return_inverse=True)
     photos = [np.flatnonzero(landmark == i) for i in range(len(names))]
@@ -228,25 +227,25 @@ def run_ladder(
     settings: LadderSettings,
     arms: Mapping[str, frozenset[str]] | None = None,
 ) -> pd.DataFrame:
-    """Train every arm with every seed on every fold, and search each test photo among the others.
+    """Train every arm with every seed on every fold, and search with each test photo.
 
     The gallery of a query is all other test photos of its fold.
 
     Args:
-        data: see :class:`LadderData`.
-        settings: see :class:`LadderSettings`.
+        data: maps, labels and folds.
+        settings: of the trainings.
         arms: some of :func:`ladder_arms`; None: all.
 
     Returns:
-        a row for each arm, seed and query (a row of ``data.labels``): columns arm, seed, fold,
-        query, landmark, average_precision (NaN without another photo of the landmark),
-        learning_rate. Besides the arms there are two references without any training of a head:
-        "frozen trunk", GeM of p = 3 and L2 norm, all its dimensions; and "frozen trunk, whitened",
-        the same whitened as learned from the training landmarks, cut to ``embedding_size``.
+        a row per arm, seed and query: columns arm, seed, fold, query (index in ``data.labels``),
+        landmark, average_precision (NaN if the landmark has no other photo), learning_rate. Two
+        references without a trained head are included: "frozen trunk" (GeM with p = 3 and L2 norm,
+        all dimensions), and "frozen trunk, whitened" (with a whitening learned on the training
+        landmarks, cut to ``embedding_size``).
     """
     arms = ladder_arms() if arms is None else arms
-    # Whitening comes after training, and only the right loss has negatives to choose: arms that
-    # differ in no more share a head.
+    # Whitening follows training, and the choice of negatives matters only with the right loss: arms
+    # that differ in nothing else share a head.
     heads: dict[frozenset[str], list[str]] = {}
     for arm, fixes in arms.items():
         untouched = {"whitening"} if "loss" in fixes else {"whitening", "negatives"}
@@ -277,7 +276,7 @@ def run_ladder(
 
 
 def _search_frozen(data: LadderData, test: np.ndarray, dimension: int) -> dict[str, np.ndarray]:
-    """Average precision of each test photo by the references."""
+    """Compute the average precision of each test photo for the two references."""
     descriptors = _unit(_gem(data.maps[RIGHT], 3.0))
     whitening = learn_supervised_whitening(
         descriptors[~test],
@@ -290,17 +289,17 @@ def _search_frozen(data: LadderData, test: np.ndarray, dimension: int) -> dict[s
 
 
 class _Workshop:
-    """Trains heads and searches with them. Heads of one structure are compiled once."""
+    """Trains heads and searches with them; heads of the same structure are compiled once."""
 
     def __init__(self, data: LadderData, settings: LadderSettings):
         self.data, self.settings = data, settings
         _, self.groups = np.unique(data.labels, return_inverse=True)
-        # The average has nothing to train: computed once, as maps of a single place.
+        # Average pooling has no weights, so it is computed once: maps of one position.
         self.averages = {name: _gem(maps, 1.0)[:, None, None] for name, maps in data.maps.items()}
         self.trainers: dict[frozenset[str], HeadTrainer] = {}
 
     def maps(self, fixes: frozenset[str], wrong_input: str) -> np.ndarray:
-        """The maps of all photos, float16 (n, h, w, c) or averages float32 (n, 1, 1, c)."""
+        """Select the maps of all photos, float16 (n, h, w, c), or averages float32 (n, 1, 1, c)."""
         maps = self.data.maps if "GeM" in fixes else self.averages
         return maps[RIGHT if "input" in fixes else wrong_input]
 
@@ -310,8 +309,8 @@ class _Workshop:
         """Train a head on the photos ``learned``, bool (n,).
 
         Returns:
-            a function of photos, bool (n,), and of whether to whiten: it searches each among the
-            others and gives the average precisions. The next training ends its use.
+            a function (photos, bool (n,); whitened) -> average precision of each photo, searched
+            among the others. It is valid until the next training.
         """
         settings, trained_on = self.settings, self.maps(fixes, AS_TRAINED)
         structure = fixes - {"input", "clean triplets", "PCA start"}
@@ -341,7 +340,7 @@ class _Workshop:
                 whitening = learn_supervised_whitening(
                     trainer.describe(trained_on[learned]), labels=labels[learned]
                 )
-                # Not by whitening.apply, which would mend a missing L2 norm.
+                # whitening.apply would also normalize, which hides a missing L2 norm.
                 descriptors = (descriptors - whitening.mean) @ whitening.projection
             if "L2 norm" in fixes:
                 return average_precision(leave_one_out(_unit(descriptors), labels[photos]))
@@ -350,7 +349,7 @@ class _Workshop:
         return search
 
     def choose_rate(self, fixes: frozenset[str], fold: int, bar: tqdm) -> float:
-        """The learning rate that does best on a fifth of the training landmarks, held back."""
+        """Choose the learning rate on a held-out fifth of the training landmarks."""
         settings, training = self.settings, ~self.data.test[fold]
         if len(settings.learning_rates) == 1:
             return settings.learning_rates[0]
@@ -365,12 +364,12 @@ class _Workshop:
 
 
 def _gem(maps: np.ndarray, p: float) -> np.ndarray:
-    """GeM of many maps, float16 (n, h, w, c) -> float32 (n, c)."""
+    """Pool maps by GeM in parts, float16 (n, h, w, c) -> float32 (n, c)."""
     return in_parts(lambda part: gem(part, p), maps)
 
 
 def euclidean_leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """As :func:`lib.evaluation.metrics.leave_one_out`, but by Euclidean distance, for any norm.
+    """Rank as :func:`lib.evaluation.metrics.leave_one_out`, by Euclidean distance, for any norm.
 
     Returns:
         hits, bool (n, n - 1).
@@ -378,7 +377,7 @@ def euclidean_leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.nd
     x = np.asarray(embeddings, dtype=np.float64)
     squared = (x * x).sum(axis=1)
     distance = squared[:, None] + squared[None, :] - 2 * x @ x.T
-    np.fill_diagonal(distance, np.inf)  # the query itself comes last, and is cut off
+    np.fill_diagonal(distance, np.inf)  # ranks the query last, where it is cut off
     ranked = np.argsort(distance, axis=1, kind="stable")[:, :-1]
     return labels[ranked] == labels[:, None]
 
@@ -394,25 +393,24 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """The mAP of each arm, and its gain over the arm it is compared with, with 95 % intervals.
+    """Compute the mAP of each arm and its gain over the arm compared with, with 95 % intervals.
 
-    The intervals hold for other queries and other seeds, by the pigeonhole bootstrap (Owen, "The
-    Pigeonhole Bootstrap", Annals of Applied Statistics 2007): each resample draws whole landmarks
-    with replacement, as photos of one landmark succeed and fail together, and independently of
-    them seeds, and averages over the queries of the drawn landmarks under the drawn seeds. All arms
-    use the same resamples, so gains are paired: the same queries, the same seeds. The intervals do
-    not cover other training landmarks, nor other photos in the gallery.
+    The intervals cover the choice of queries and seeds, by the pigeonhole bootstrap (Owen, "The
+    Pigeonhole Bootstrap", Annals of Applied Statistics 2007): each resample draws seeds and,
+    independently, whole landmarks, with replacement, since results of a landmark's photos are
+    correlated. All arms share the resamples, so gains are paired by query and seed. The intervals
+    do not cover the choice of training landmarks or gallery photos.
 
     Args:
         table: from :func:`run_ladder`.
-        resamples: how many bootstrap samples.
-        seed: of the draws; equal arguments give equal intervals.
+        resamples: number of bootstrap samples.
+        seed: equal arguments give equal intervals.
 
     Returns:
-        a row an arm: kind ("reference", "rung" or "without") and fix (the one that is added or left
-        out; else ""); map, low, high; seed_deviation, the standard deviation of the mAP from seed
-        to seed; against, the arm it is compared with (for a rung the one before, for the others the
-        whole recipe), and gain, gain_low, gain_high over it, where the table has it.
+        a row per arm: kind ("reference", "rung" or "without"); fix (added or left out; else "");
+        map, low, high; seed_deviation, the standard deviation of the mAP over seeds; and, if the
+        table has the arm compared with: against (the previous rung; for other arms the full
+        recipe), gain, gain_low, gain_high.
 
     Raises:
         ValueError: no query has a positive.
@@ -445,7 +443,7 @@ def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.D
 
 
 def _totals(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The arms, their summed average precisions (arm, seed, landmark), and queries (landmark,)."""
+    """Sum average precisions: arms, sums (arm, seed, landmark), and queries (landmark,)."""
     table = table[table["average_precision"].notna()]
     if table.empty:
         raise ValueError("no query has a positive in its gallery: there is nothing to average")
@@ -460,7 +458,7 @@ def _totals(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def _describe(arm: str) -> tuple[str, str, str]:
-    """Kind and fix of an arm, and the arm it is compared with."""
+    """Look up the kind and fix of an arm, and the arm it is compared with."""
     rungs = [ORIGINAL, *(f"+ {fix}" for fix in FIXES)]
     if arm in rungs:
         place = rungs.index(arm)

@@ -1,9 +1,9 @@
-"""Trains heads that have or lack the fixes of the original pipeline.
+"""Trains heads with or without each fix of the original pipeline.
 
-The faulty parts below serve :mod:`lib.studies.fixes` alone, which says what each fix is.
+The faulty parts serve the study :mod:`lib.studies.fixes` alone, which describes each fix.
 
     trainer = HeadTrainer(maps.shape[1:], frozenset({"loss", "L2 norm"}), 128, 0.1, 0.07)
-    trainer.start(None, rng)                                # weights anew, the projection at random
+    trainer.start(None, rng)                                # new weights, a random projection
     trainer.train(maps, groups, batches, learning_rate=1e-3)
     descriptors = trainer.describe(maps)                    # float32 (n, 128)
 """
@@ -27,17 +27,17 @@ from lib.network.tower import Siamese, TowerSettings, build_head
 class OriginalLoss(keras.layers.Layer):
     """The original's loss, as Keras computed it.
 
-    It was written for [anchors, positives, negatives], but Keras calls a loss once for each output
-    of a model. So ``y_pred[0]``, ``y_pred[1]`` and ``y_pred[2]`` are the first three *photos* of
-    the anchors, then of the positives, then of the negatives. Nine photos of a batch count, and
-    none is compared with its own positive or negative. The L2 penalty on the projection's weights,
-    0.01 by Keras' default, is by far the greater part of the loss.
+    It was written for [anchors, positives, negatives], but Keras calls a loss once per output of a
+    model. So ``y_pred[0]``, ``y_pred[1]`` and ``y_pred[2]`` are the first three *photos* of the
+    anchors, then of the positives, then of the negatives. Only nine photos of a batch count, and
+    none is compared with its own positive or negative. The L2 penalty on the projection's weights
+    (Keras' default, 0.01) dominates the loss.
 
     Args:
         margin: of the triplet loss.
         projection: the layer whose weights are penalized.
 
-    Call arguments as for :class:`lib.network.losses.MetricLoss`, stored triplets only.
+    Call arguments: those of :class:`lib.network.losses.MetricLoss`, for stored triplets only.
     """
 
     def __init__(self, margin: float, projection: keras.layers.Layer):
@@ -48,7 +48,7 @@ class OriginalLoss(keras.layers.Layer):
         pass  # no weights of its own
 
     def call(self, groups, embeddings):
-        first = embeddings[:3]  # three photos (axis 0) of each of the three outputs (axis 1)
+        first = embeddings[:3]  # axis 0: three photos; axis 1: anchors, positives, negatives
         positive = ops.sum(ops.square(first[0] - first[1]), axis=-1)
         negative = ops.sum(ops.square(first[0] - first[2]), axis=-1)
         penalty = 0.01 * ops.sum(ops.square(self.projection.kernel))
@@ -56,12 +56,12 @@ class OriginalLoss(keras.layers.Layer):
 
 
 class OriginalTripletLoss(keras.layers.Layer):
-    """The loss that the original meant: squared Euclidean distances of embeddings of any norm.
+    """The triplet loss the original intended: squared Euclidean distances, no L2 norm.
 
     Args:
-        margin: of the triplet loss. Its effect depends on the norm of the embeddings.
+        margin: of the triplet loss; its effect depends on the norm of the embeddings.
 
-    Call arguments as for :class:`lib.network.losses.MetricLoss`, stored triplets only.
+    Call arguments: those of :class:`lib.network.losses.MetricLoss`, for stored triplets only.
     """
 
     def __init__(self, margin: float):
@@ -79,12 +79,12 @@ class OriginalTripletLoss(keras.layers.Layer):
 
 
 class HeadTrainer:
-    """A head and its loss: compiled once, for many trainings.
+    """A head and its loss, compiled once and trained many times.
 
     Args:
         map_shape: (h, w, c) of the feature maps.
-        fixes: of :data:`lib.studies.fixes.FIXES`; here "loss", "L2 norm", "centring", "GeM" and
-            "negatives" count.
+        fixes: names from :data:`lib.studies.fixes.FIXES`; only "loss", "L2 norm", "centring", "GeM"
+            and "negatives" matter here.
         embedding_size: dimension of the embeddings.
         margin: of the triplet loss.
         temperature: of InfoNCE.
@@ -102,7 +102,7 @@ class HeadTrainer:
         end = head.get_layer("l2_normalization").input if "L2 norm" in fixes else head.output
         self.describer = keras.Model(head.input, end)
         self.siamese = Siamese(head, _build_loss(head, fixes, margin, temperature))
-        # beta_2: a memory of 100 steps; Adam's usual 1,000 is longer than the training.
+        # beta_2 of 0.99 averages over 100 steps; Adam's default over 1,000, more than there are.
         self.siamese.compile(keras.optimizers.Adam(beta_2=0.99))
         self.optimizer = self.siamese.optimizer
         self.optimizer.build(self.siamese.trainable_variables)
@@ -110,12 +110,12 @@ class HeadTrainer:
         self.first = [np.array(ops.convert_to_numpy(variable)) for variable in self.variables]
 
     def start(self, maps: np.ndarray | None, rng: np.random.Generator) -> None:
-        """Forget all training. The projection starts from the principal axes of maps, or at random.
+        """Reset all weights, and initialize the projection by PCA or at random.
 
         Args:
-            maps: float (n, h, w, c) for :func:`start_from_pca`; None: at random, by Keras' usual
-                distribution (Glorot and Bengio, 2010).
-            rng: of the start.
+            maps: float (n, h, w, c) for :func:`start_from_pca`; None: Glorot uniform (Glorot and
+                Bengio, 2010), Keras' default.
+            rng: random generator.
         """
         for variable, value in zip(self.variables, self.first, strict=True):
             variable.assign(value)
@@ -129,12 +129,12 @@ class HeadTrainer:
     def train(
         self, maps: np.ndarray, groups: np.ndarray, batches: np.ndarray, learning_rate: float
     ) -> None:
-        """Train on batches of triplets; the learning rate falls to 0 along a cosine.
+        """Train on batches of triplets, with cosine decay of the learning rate to 0.
 
         Args:
             maps: float (n, h, w, c), of all photos.
             groups: int (n,), of all photos.
-            batches: int (steps, t, 3), rows of ``maps``: anchor, positive and negative.
+            batches: int (steps, t, 3), indices of anchor, positive and negative in ``maps``.
             learning_rate: at the first step.
         """
         for step, batch in enumerate(batches):
@@ -143,23 +143,22 @@ class HeadTrainer:
             self.siamese.train_on_batch(maps[batch], groups[batch])
 
     def describe(self, maps: np.ndarray) -> np.ndarray:
-        """Descriptors before the L2 norm: float (n, h, w, c) -> float32 (n, d)."""
+        """Compute descriptors before the L2 norm: float (n, h, w, c) -> float32 (n, d)."""
         return in_parts(self.describer, maps)
 
 
 def start_from_pca(head: keras.Model, maps: np.ndarray, rng: np.random.Generator) -> None:
-    """Start a head's projection from the principal axes of the pooled maps, not at random.
+    """Initialize a head's projection with the principal axes of the pooled maps.
 
-    A random projection to fewer dimensions loses signal as readily as noise, and few landmarks
-    can't teach it anew; a PCA loses next to nothing. (One of the starts in Krähenbühl et al.,
-    "Data-dependent Initializations of Convolutional Neural Networks", ICLR 2016.) A random rotation
-    then spreads the variance evenly over the dimensions: else the batch normalization, which
-    divides each by its standard deviation, would blow up the small ones.
+    A random projection to fewer dimensions loses signal, which few landmarks can't teach it again;
+    PCA loses next to nothing (Krähenbühl et al., "Data-dependent Initializations of Convolutional
+    Neural Networks", ICLR 2016). A random rotation then spreads the variance over all dimensions;
+    otherwise batch normalization would amplify those of small variance.
 
     Args:
         head: with layers "pooling" and "projection", as from :func:`lib.network.tower.build_head`.
         maps: float (n, h, w, c), feature maps of training photos.
-        rng: of the rotation.
+        rng: random generator of the rotation.
     """
     pooling = keras.Model(head.input, head.get_layer("pooling").output)
     x = in_parts(pooling, maps).astype(np.float64)
@@ -169,7 +168,7 @@ def start_from_pca(head: keras.Model, maps: np.ndarray, rng: np.random.Generator
     _, axes = eigh(np.cov(x, rowvar=False), subset_by_index=[c - k, c - 1])  # the k largest
     rotation, _ = np.linalg.qr(rng.normal(size=(d, k)))
     start = axes @ rotation.T
-    # As large as a random start, for which the learning rates are made.
+    # The scale of a Glorot start, for which the learning rates were chosen.
     kernel.assign(start * math.sqrt(2 / (c + d)) / start.std())
 
 
@@ -203,6 +202,6 @@ def _build_loss(
 
 
 def in_parts(compute: Callable, maps: np.ndarray) -> np.ndarray:
-    """``compute`` of many maps, 256 at a time."""
+    """Apply ``compute`` to maps, 256 at a time."""
     parts = [maps[i : i + 256] for i in range(0, len(maps), 256)]
     return np.concatenate([ops.convert_to_numpy(compute(part)) for part in parts])

@@ -1,10 +1,9 @@
-"""Measures what each step of post-processing after training is worth, and what it costs.
+"""Measures the mAP gain and the cost of each step of post-processing after training.
 
 First the descriptors are improved step by step: more views of each photo, other exponents,
-whitening. Then each kind of re-ranking is tried on the best of them. The settings of every step are
-chosen on validation landmarks. A step that is not proven to help there (the 95 % interval of its
-gain touches 0) is left out of the following ones, as the best of many settings looks better than it
-is. The test landmarks are measured once, at the end.
+whitening. Then each re-ranking is tried on the best descriptors. Settings are chosen on validation
+landmarks. Since the best of many settings looks better than it is, later steps build on a step only
+if its gain on validation is significant (95 % interval above 0). Nothing is chosen on the test set.
 
     folds = [Fold(known, validation[None], test, query_rounds(test.labels))]
     steps = run_postprocessing(folds, options)
@@ -32,7 +31,7 @@ from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervis
 from lib.search.descriptors import aggregate, describe_views
 from lib.studies.recipes import PLAIN, Options, Recipe, Reranking, View, rerankings
 
-# Queries and the gallery they search, as rows of the photos.
+# Indices of the queries, and of the gallery they search.
 Round = tuple[np.ndarray, np.ndarray]
 
 AS_TRAINED = "as trained"
@@ -41,7 +40,7 @@ CHOSEN = "chosen on validation"
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """Photos of known landmarks, each in several views.
+    """Descriptors of labelled photos, in several views.
 
     Attributes:
         views: float32 (n, d) of unit norm for each view.
@@ -52,29 +51,29 @@ class Photos:
     labels: np.ndarray
 
     def take(self, rows: np.ndarray) -> Photos:
-        """Some of the photos: those at ``rows``, int or bool."""
+        """Select the photos at ``rows``, int or bool."""
         return Photos({view: x[rows] for view, x in self.views.items()}, self.labels[rows])
 
     def described(self, recipe: Recipe) -> np.ndarray:
-        """Descriptors float32 (n, d) of unit norm by a recipe, but not whitened."""
+        """Aggregate the recipe's views, without whitening: float32 (n, d) of unit norm."""
         return aggregate(np.stack([self.views[view] for view in recipe.views]), recipe.scale_p)
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Photos to learn from and to choose settings by, and photos to measure on.
+    """A split into photos to learn and choose settings from, and test photos.
 
     Attributes:
         known: photos of the landmarks that are not tested.
-        validation: bool (v, n), parts of them to choose settings by. The photos of a part are
-            searched among all known photos, with a whitening learned from those outside the part.
-            For the measurement the whitening learns from all known photos.
+        validation: bool (v, n), v parts of ``known``. To choose settings, the photos of each part
+            are searched among all known photos, with a whitening learned from those outside the
+            part. For the test, the whitening is learned from all known photos.
         test: photos to measure on.
         rounds: the searches among the test photos.
 
     Raises:
-        ValueError: a query shows a known landmark, or a validation part has only some of one's
-            photos.
+        ValueError: a query shows a known landmark, or a validation part has some but not all photos
+            of a landmark.
     """
 
     known: Photos
@@ -96,17 +95,17 @@ class Fold:
 
 @dataclass
 class Step:
-    """The results of one step.
+    """The results of one step; all but ``ap`` and ``base_ap`` have one entry per fold.
 
     Attributes:
-        ap: average precision of all test queries, fold after fold, in the order of their rounds.
-        base_ap: the same without the step: the descriptors before it, or no re-ranking.
-        validation_map: for each fold.
-        settings: chosen in each fold: what the step changed in the recipe, or of the re-ranking.
-        kept: whether the steps that follow build on it, in each fold.
-        views: of the recipe, in each fold.
-        search_ms: milliseconds to rank the gallery for one query, and ...
-        prepare_ms: ... to prepare the gallery, for each of its photos. Both are means over folds.
+        ap: average precision of all test queries, in the order of folds and rounds.
+        base_ap: the same without the step.
+        validation_map: mAP of the validation queries.
+        settings: the changes of the recipe, or the settings of the re-ranking, that were chosen.
+        kept: whether later steps build on this one.
+        views: of the recipe.
+        search_ms: milliseconds to rank the gallery, per query.
+        prepare_ms: milliseconds to prepare the gallery, per photo.
     """
 
     ap: list[float] = field(default_factory=list)
@@ -119,7 +118,7 @@ class Step:
     prepare_ms: list[float] = field(default_factory=list)
 
     def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
-        """Add the results of one more fold."""
+        """Append the results of one fold."""
         self.ap.extend(trial.found.ap.tolist())
         self.base_ap.extend(base.found.ap.tolist())
         self.validation_map.append(float(trial.validation.mean()))
@@ -131,18 +130,18 @@ class Step:
 
 
 def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
-    """Rounds in which each photo is a query once, and no query is in the gallery.
+    """Plan rounds in which each photo is a query once, and no query is in the gallery.
 
-    In round r the r-th photo of each landmark is the query, if it has so many and at least two; all
-    other photos are the gallery.
+    The queries of round r are the r-th photos of all landmarks that have more than one; all other
+    photos are the gallery.
 
     Args:
         labels: (n,), the landmark of each photo.
-        queried: bool (n,), the photos that are to be queries; None: all. The others are in the
-            gallery of every round.
+        queried: bool (n,), the photos to use as queries; None: all. The others are in the gallery
+            of every round.
 
     Raises:
-        ValueError: no landmark that is to be searched has two photos.
+        ValueError: no queried photo has another photo of its landmark.
     """
     labels = pd.Series(np.asarray(labels))
     place = labels.groupby(labels).cumcount().to_numpy()
@@ -155,13 +154,13 @@ def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[
 
 
 def first_photo_rounds(labels: np.ndarray) -> list[Round]:
-    """One search for the first photo of each landmark among all other photos: INRIA Holidays.
+    """Plan one search per landmark, with its first photo among all others, as INRIA Holidays does.
 
     Jégou, Douze, Schmid, "Hamming Embedding and Weak Geometric Consistency for Large Scale Image
-    Search", ECCV 2008. Landmarks of one photo have nothing to find, and no query.
+    Search", ECCV 2008. Landmarks with a single photo have no query.
 
     Args:
-        labels: (n,), the landmark of each photo; the first of a landmark is its query.
+        labels: (n,), the landmark of each photo.
 
     Raises:
         ValueError: no landmark has two photos.
@@ -176,12 +175,12 @@ def first_photo_rounds(labels: np.ndarray) -> list[Round]:
 def describe_all(
     tower: keras.Model, photos_at: Callable[[int], np.ndarray], views: Sequence[View]
 ) -> dict[View, np.ndarray]:
-    """All views of photos, with a progress bar.
+    """Compute all views of photos, with a progress bar.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`.
-        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB.
-        views: which. All exponents and both sides of a size are made at once.
+        photos_at: size -> the photos, uint8 (n, size, size, 3) RGB.
+        views: the views to compute; those of the same size share a pass through the network.
 
     Returns:
         float32 (n, d) of unit norm for each view.
@@ -197,7 +196,7 @@ def describe_all(
 
 
 def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, float]:
-    """Milliseconds to embed one view of a photo, by its size: in batches, the best of three times.
+    """Measure the milliseconds per view of each size: in batches, the fastest of three runs.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`.
@@ -218,17 +217,17 @@ def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, fl
 
 
 def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Step]:
-    """Climb the ladder in each fold.
+    """Run all steps in each fold.
 
     Args:
-        folds: the test queries of all folds are put together.
-        options: what to choose from.
+        folds: the splits; their test queries are pooled.
+        options: the settings to choose from.
 
     Returns:
-        the steps by name: "as trained", those of ``options.steps()``, and those of
-        :func:`rerankings`. Of these, "no re-ranking" is the usual search of the best descriptors.
-        The last is "chosen on validation": the re-ranking that did best there, or none if it was
-        not proven to help.
+        the results by name: "as trained", the steps of ``options.steps()``, the methods of
+        :func:`rerankings` ("no re-ranking" is the plain search with the best descriptors), and
+        "chosen on validation": the re-ranking that was best there, or none if its gain was not
+        significant.
     """
     methods = rerankings(options)
     steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
@@ -257,16 +256,16 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Ste
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A step with the settings that did best on validation."""
+    """A step with the settings that were best on validation."""
 
     recipe: Recipe
     settings: dict[str, Any]
     validation: np.ndarray  # average precision of the validation queries
-    found: _Found  # in the test photos
+    found: _Found  # on the test photos
 
 
 def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
-    """The choice (recipe, re-ranking, its settings, settings to report) that validates best."""
+    """Run the choice (recipe, re-ranking, its settings, settings to report) best on validation."""
     labels = fold.known.labels
     described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
     validation = [
@@ -285,7 +284,7 @@ def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _T
 
 
 def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
-    """Whether a trial is better than another on validation, beyond chance."""
+    """Check whether a trial's gain over another on validation is significant."""
     labels = fold.known.labels
     rounds = [round_ for part in fold.validation for round_ in query_rounds(labels, part)]
     groups = np.concatenate([labels[queries] for queries, _ in rounds])
@@ -293,10 +292,7 @@ def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
 
 
 class _Descriptors:
-    """Descriptors of the known photos for each validation part, and of the test photos.
-
-    Each is whitened by what it may learn from, see :class:`Fold`.
-    """
+    """Descriptors of known photos for each validation part, and of test photos, see Fold."""
 
     def __init__(self, fold: Fold, recipe: Recipe):
         known, test = fold.known.described(recipe), fold.test.described(recipe)
@@ -317,7 +313,7 @@ def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> White
 
 
 class _Found(NamedTuple):
-    """Average precision of the queries, milliseconds per query, and per photo to prepare."""
+    """The result of a search; fields as in :class:`Step`, ``ap`` as an array."""
 
     ap: np.ndarray
     search_ms: float
@@ -345,7 +341,7 @@ def _search(
 def summarize(
     steps: Mapping[str, Step], groups: np.ndarray, view_ms: Mapping[int, float]
 ) -> pd.DataFrame:
-    """The ladder as a table.
+    """Summarize the steps in a table.
 
     Args:
         steps: from :func:`run_postprocessing`.
@@ -357,12 +353,11 @@ def summarize(
 
         * kind: "descriptor" or "re-ranking";
         * map, low, high: mAP of the test queries with its 95 % interval;
-        * gain, gain_low, gain_high, p_value: against what the step builds on, query by query;
-        * validation_map: mean over the folds;
-        * kept: in how many folds the following steps build on it;
-        * embedding_ms: to embed all views of the query, mean over the folds;
-        * search_ms, prepare_ms: per query, and per photo of the gallery;
-        * settings: as chosen, fold by fold.
+        * gain, gain_low, gain_high, p_value: paired by query, over the step it builds on;
+        * validation_map, search_ms, prepare_ms: means over the folds, see :class:`Step`;
+        * kept: number of folds in which later steps build on it;
+        * embedding_ms: to embed all views of a query, mean over the folds;
+        * settings: chosen in each fold.
     """
     rows, kind = [], "descriptor"
     for name, step in steps.items():

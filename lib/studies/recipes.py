@@ -1,4 +1,4 @@
-"""Names the descriptors and re-rankings among which the study of post-processing chooses.
+"""Lists the descriptors and re-rankings that the study of post-processing compares.
 
 recipe = Recipe((128, 181), mirrored=True, whitening="pca", dimension=64)
 method = rerankings(Options(128, ((128, 181),)))["query expansion"]
@@ -23,22 +23,22 @@ from lib.search.rerank import (
     rerank_superglobal,
 )
 
-# A view: side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
+# Side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
 View = tuple[int, bool, float | None]
 PLAIN = "no re-ranking"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The way to a photo's descriptor.
+    """How a photo's descriptor is computed.
 
     Attributes:
-        image_sizes: sides in pixels of the views.
-        mirrored: whether each size gives a mirrored view, too.
+        image_sizes: sides of the views in pixels.
+        mirrored: whether a mirrored view of each size is added.
         gem_p: GeM's exponent; None: the tower's own.
         scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
         whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
-        dimension: how many dimensions the whitening keeps; as many as there are, if there are less.
+        dimension: dimensions that the whitening keeps, capped at their number; None: all.
     """
 
     image_sizes: tuple[int, ...]
@@ -50,7 +50,7 @@ class Recipe:
 
     @property
     def views(self) -> list[View]:
-        """The views that the descriptor is made of."""
+        """The views that the descriptor aggregates."""
         sides = (False, True) if self.mirrored else (False,)
         return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
 
@@ -60,14 +60,14 @@ class Options:
     """The settings to choose from.
 
     Attributes:
-        image_size: at which the tower was trained.
+        image_size: side in pixels at which the tower was trained.
         image_sizes: sets of sizes to embed at.
-        gem_ps: exponents for GeM, besides the tower's own.
-        scale_ps: exponents for the mean over views.
+        gem_ps: exponents of GeM, besides the tower's own.
+        scale_ps: exponents of the mean over views.
         dimensions: of whitened descriptors.
-        neighbours: how many neighbours the re-rankings look at; about as many as a landmark has
-            photos, up to several times that.
-        candidates: how many photos SuperGlobal re-ranks.
+        neighbours: numbers of neighbours for the re-rankings, from about the photos per landmark to
+            several times that.
+        candidates: numbers of photos that SuperGlobal re-ranks.
     """
 
     image_size: int
@@ -80,12 +80,12 @@ class Options:
 
     @property
     def views(self) -> list[View]:
-        """All views that any recipe may ask for."""
+        """All views that any recipe uses."""
         sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
         return list(product(sizes, (False, True), (None, *self.gem_ps)))
 
     def steps(self) -> dict[str, list[dict[str, Any]]]:
-        """The steps to better descriptors: of each, by name, what it may change in the recipe."""
+        """List the steps that improve descriptors: name -> alternative changes of the recipe."""
         return {
             "mirrored": [{"mirrored": True}],
             "sizes": [{"image_sizes": sizes} for sizes in self.image_sizes],
@@ -101,12 +101,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Reranking:
-    """A way to rank that looks at neighbours.
+    """A re-ranking method; the defaults give the plain search.
 
     Attributes:
-        settings: what to choose from.
-        prepare: gallery (n, d) and settings -> what is made once per gallery.
-        scores: queries (q, d), gallery, what was prepared, and settings -> float32 (q, n).
+        settings: the settings to choose from.
+        prepare: (gallery (n, d), settings) -> data computed once per gallery.
+        scores: (queries (q, d), gallery, prepared data, settings) -> float32 (q, n).
     """
 
     settings: list[dict[str, Any]]
@@ -117,7 +117,7 @@ class Reranking:
 
 
 def rerankings(options: Options) -> dict[str, Reranking]:
-    """The re-rankings of :mod:`lib.search.rerank` by name, with the settings to choose from."""
+    """List the re-rankings of :mod:`lib.search.rerank` by name."""
     ks = options.neighbours
     expansion = _grid(k=ks, alpha=(0.0, 3.0))
     return {
