@@ -1,4 +1,4 @@
-"""Searches a folder of photos for those most similar to a photo.
+"""Finds the photos of a folder that are most similar to a query photo.
 
     engine = load_engine(run / ENGINE)
     gallery = open_gallery(engine, Path("Dataset/demo_world/unseen"), run / JOBS)
@@ -7,7 +7,7 @@
     answer.names, answer.similarities, answer.votes
 
 A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The name of
-a photo's folder is taken as its landmark. Neither TensorFlow nor Keras is needed.
+a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ RERANKINGS = ("none", "query expansion")
 log = logging.getLogger(__name__)
 
 _BATCH = 32  # photos between two reports of progress
-_NEIGHBOURS = 3  # for query expansion: a landmark often has no more photos
+_NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
 
 class SearchError(ValueError):
-    """A folder or a photo can't be used; the message names no path and may be shown to anybody."""
+    """A folder or photo can't be used; the message names no path and may be shown to anyone."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Question:
     """How to search.
 
     Attributes:
-        k: how many photos to find.
+        k: number of photos to find.
         kind: of index: "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph"
             (HNSW) compare only some of them, which is faster in large galleries.
-        rerank: "none", or "query expansion": search again with the mean of the query and its first
-            results, see :func:`lib.search.rerank.expand_queries`. The similarities are then those
-            to that mean.
+        rerank: "none", or "query expansion": search with the mean of the query and its nearest
+            neighbours, see :func:`lib.search.rerank.expand_queries`. The similarities are then to
+            that mean.
 
     Raises:
         ValueError: k below 1, or an unknown name.
@@ -73,11 +73,11 @@ class Answer:
     """The result of a search.
 
     Attributes:
-        names: of the k photos found, the most similar first.
+        names: of the k photos found, most similar first.
         similarities: float32 (k,), cosines from -1 to 1.
-        votes: the share of each landmark among these photos, weighted by similarity, the largest
-            first; the shares sum to 1. Empty if no photo lies in a landmark's folder.
-        seconds: to embed the photo and to search.
+        votes: landmark -> its share of these photos, weighted by similarity, largest first; shares
+            sum to 1. Empty if no photo lies in a landmark's folder.
+        seconds: to embed the query and to search.
     """
 
     names: list[str]
@@ -92,9 +92,9 @@ class Gallery:
 
     Attributes:
         folder: of the photos.
-        names: n paths within the folder.
+        names: n paths relative to the folder.
         embeddings: float32 (n, d) of unit norm.
-        unreadable: how many other photos could not be read.
+        unreadable: number of other photos, which could not be read.
     """
 
     folder: Path
@@ -103,10 +103,10 @@ class Gallery:
     unreadable: int
 
     def path(self, name: str) -> Path:
-        """The file of a photo.
+        """Locate the file of a photo.
 
         Raises:
-            SearchError: a link leads from there to a place outside the folder.
+            SearchError: a link on its path leads outside the folder.
         """
         path = self.folder / name
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
@@ -114,20 +114,20 @@ class Gallery:
         return path
 
     def landmarks(self) -> list[str]:
-        """The names of the folders that the photos lie in, sorted."""
+        """List the landmarks of the photos, sorted."""
         return sorted({landmark_of(name) for name in self.names} - {""})
 
 
 def landmark_of(name: str) -> str:
-    """The landmark of a photo, by its name: that of its folder; "" without a folder."""
+    """Derive a photo's landmark from its name: its folder's name; "" without a folder."""
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
 def folder_below(root: Path, typed: str) -> Path:
-    """The folder that a user typed, after all links are resolved.
+    """Find the folder that a user typed, with all links resolved.
 
     Args:
-        root: only folders below it are accepted, without names that begin with a dot.
+        root: the folder must be below it, and no name on the way may begin with a dot.
         typed: a path, absolute or relative to ``root``.
 
     Raises:
@@ -155,13 +155,13 @@ def open_gallery(
     Args:
         engine: from :func:`lib.network.engine.load_engine`.
         folder: of photos.
-        jobs: keeps the embeddings: a folder for each set of photos.
+        jobs: folder to store embeddings in, with a subfolder for each set of photos.
         on_progress: see :func:`lib.search.embedding.embed_job`.
 
     Raises:
         SearchError: there is no photo, or none that can be read.
-        EmbeddingJobError: another process embeds the same photos (its subclass ``JobBusyError``),
-            or their stored embeddings can't be used.
+        JobBusyError: another process embeds the same photos.
+        EmbeddingJobError: the stored embeddings can't be used.
     """
     try:
         source = photos_below(folder)
@@ -176,13 +176,13 @@ def open_gallery(
 
 
 class Search:
-    """Searches a gallery. Each index is built at its first use."""
+    """Searches a gallery; each index is built at its first use."""
 
     def __init__(self, engine: Engine, gallery: Gallery):
-        """Prepare the search; no index is built yet.
+        """Prepare the search.
 
         Args:
-            engine: that embedded the gallery.
+            engine: the one that embedded the gallery.
             gallery: from :func:`open_gallery`.
         """
         self.engine, self.gallery = engine, gallery
@@ -194,7 +194,7 @@ class Search:
         Args:
             photo: uint8 (s, s, 3), see :func:`lib.app.upload.read_upload`.
             question: how to search.
-            without: name of a photo to leave out: the query itself, if it is in the gallery.
+            without: the query's name if it is in the gallery; it is left out of the results.
         """
         start = time.perf_counter()
         index = self._index(question.kind)
@@ -210,7 +210,7 @@ class Search:
         return Answer(names, similarities, votes, time.perf_counter() - start)
 
     def photo(self, name: str) -> np.ndarray:
-        """A photo of the gallery as the network sees it, uint8 (s, s, 3).
+        """Read a photo of the gallery as the network's input, uint8 (s, s, 3).
 
         Raises:
             SearchError: it can no longer be read.
@@ -222,7 +222,7 @@ class Search:
             raise SearchError("This photo can no longer be read.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the parts that make two photos, uint8 (s, s, 3), similar to the network.
+        """Explain what makes two photos, uint8 (s, s, 3), similar to the network.
 
         Returns:
             a heat map of each, float32 (g, g), see :func:`lib.evaluation.explain.occlusion_heat`.
@@ -247,14 +247,14 @@ class Search:
         return self._indexes[kind]
 
     def _others(self, without: str) -> np.ndarray:
-        """All embeddings except the query's, which must not vote for itself."""
+        """Select all embeddings except the query's, which must not expand itself."""
         if not without:
             return self.gallery.embeddings
         return self.gallery.embeddings[[name != without for name in self.gallery.names]]
 
 
 def _settings(kind: str, n: int) -> IndexSettings:
-    """Settings of an index of n photos; Faiss warns below 39 training vectors per list."""
+    """Choose the settings for n photos; Faiss warns below 39 training vectors per list."""
     if kind == "exact":
         return IndexSettings()
     if kind == "graph":

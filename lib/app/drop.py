@@ -1,9 +1,9 @@
-"""A widget to hand a photo over: drop it, paste it, or choose a file.
+"""A widget to upload a photo: drop it, paste it, or choose a file.
 
 drop = PhotoDrop(on_photo=lambda content: ..., on_refused=lambda message: ...)
 
-The file input is a real one: it can be reached by Tab and opened by the space bar. A file travels
-in pieces, since Jupyter's servers close a connection on a message of more than 10 MB.
+It contains a real file input, which Tab reaches and the space bar opens. Files are sent in pieces,
+since Jupyter's servers close the connection on a message of more than 10 MB.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lib.app.web import STATIC
 
 
 class PhotoDrop(anywidget.AnyWidget):
-    """A place to drop a photo on."""
+    """A widget that passes the photos uploaded to it to a callback."""
 
     _esm = STATIC / "drop.js"
     _css = STATIC / "drop.css"
     most_bytes = traitlets.Int(MOST_BYTES).tag(sync=True)
 
     def __init__(self, on_photo: Callable[[bytes], None], on_refused: Callable[[str], None]):
-        """Make one.
+        """Set the callbacks.
 
         Args:
-            on_photo: gets the bytes of each file that is handed over.
-            on_refused: gets what to say about one that is too large.
+            on_photo: called with the bytes of each uploaded file.
+            on_refused: called with a message for the user when a file is too large.
         """
         super().__init__()
         self._on_photo, self._on_refused = on_photo, on_refused
@@ -38,7 +38,7 @@ class PhotoDrop(anywidget.AnyWidget):
         self.on_msg(self._on_message)
 
     def _on_message(self, _: Any, content: Any, buffers: list[memoryview]) -> None:
-        """Put the pieces together; what does not fit is dropped: a browser may send anything."""
+        """Join the pieces; ignore those that do not fit, since a browser may send anything."""
         match content:
             case {"refused": int(size)}:
                 self._on_refused(too_large(size))

@@ -1,4 +1,4 @@
-"""Label a test set of one's own: click the photos that show the query's landmark, and save.
+"""A widget to label a test set: choose the query, click its positives, and save.
 
 Labeller(Path("Test_set"), names, embeddings)  # the last line of a notebook's cell
 
@@ -21,8 +21,8 @@ from lib.app.web import load, picture_uri
 from lib.data.photos import GROUND_TRUTH, read_test_set
 from lib.files import replacing, show_path
 
-PAGE = 24  # photos shown at a time, however many there are
-SIDE = 150  # pixels of a photo's side
+PAGE = 24  # photos per page
+SIDE = 150  # side of a photo in pixels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -32,22 +32,22 @@ SIDE = 150  # pixels of a photo's side
 
 @dataclass
 class Labels:
-    """Which photo is searched for, and which others show its landmark.
+    """The query of a test set, and the other photos of its landmark.
 
     Attributes:
         query: a file name.
-        positives: file names; the query is none of them.
+        positives: file names, without the query.
     """
 
     query: str
     positives: set[str] = field(default_factory=set)
 
     def copy(self) -> Labels:
-        """The same labels, not changed when these are."""
+        """Copy the labels, including the set of positives."""
         return Labels(self.query, set(self.positives))
 
     def toggle(self, name: str) -> None:
-        """Make a photo a positive, or no longer one.
+        """Add a photo to the positives, or remove it.
 
         Raises:
             ValueError: it is the query.
@@ -57,13 +57,13 @@ class Labels:
         self.positives ^= {name}
 
     def make_query(self, name: str) -> set[str]:
-        """Search for another photo.
+        """Make another photo the query.
 
-        A positive shows the same landmark: the old query takes its place among the positives. Any
-        other photo may show another landmark: the positives, which were the old query's, go.
+        A positive shows the same landmark: it changes places with the old query. Any other photo
+        may show another landmark, so all positives are removed.
 
         Returns:
-            the positives that are forgotten.
+            the positives that were removed.
         """
         forgotten: set[str] = set()
         if name in self.positives:
@@ -75,16 +75,15 @@ class Labels:
 
 
 def read_labels(folder: Path, names: Sequence[str], query: int, positives: np.ndarray) -> Labels:
-    """The labels of a test set whose ground truth :func:`lib.data.photos.read_test_set` has
-    accepted.
+    """Read the labels of a test set that :func:`lib.data.photos.read_test_set` has accepted.
 
-    Positives that can't be read at the moment are among them, so that saving does not lose them.
+    Positives whose photo can't be read now are included, so that saving does not lose them.
 
     Args:
         folder: holds ``ground_truth.csv``.
-        names: n file names, those of the photos that can be read.
-        query: index of the query.
-        positives: bool (n,).
+        names: n file names, of the photos that can be read.
+        query: index of the query in ``names``.
+        positives: bool (n,), the positives among ``names``.
     """
     table = pd.read_csv(folder / GROUND_TRUTH, dtype=str, keep_default_na=False)
     unreadable = table[(table["role"] == "positive") & ~table["image"].isin(names)]
@@ -93,19 +92,19 @@ def read_labels(folder: Path, names: Sequence[str], query: int, positives: np.nd
 
 
 def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
-    """Write ``ground_truth.csv``, atomically: a row for each photo, sorted by name.
+    """Write ``ground_truth.csv`` atomically, a row per photo, sorted by name.
 
     Args:
         folder: of the photos.
-        names: file names of all photos; what is neither query nor positive is a distractor.
-        labels: of these photos.
+        names: file names of all photos; those without a label are distractors.
+        labels: query and positives.
 
     Returns:
         the file's path.
 
     Raises:
-        OSError: it can't be written.
-        UnicodeEncodeError: a file's name is no valid Unicode.
+        OSError: the file can't be written.
+        UnicodeEncodeError: a name is not valid Unicode.
     """
     path = Path(folder) / GROUND_TRUTH
     roles = dict.fromkeys(names, "distractor") | dict.fromkeys(labels.positives, "positive")
@@ -123,26 +122,25 @@ def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
 
 
 class Labeller(widgets.VBox):
-    """A widget to choose the query and its positives, and to save them.
+    """The widget.
 
-    The photos stand in the order of their similarity to the query, so that most positives are on
-    the first page.
+    Photos are sorted by similarity to the query, so that most positives are on the first page.
 
     Attributes:
-        labels: as they are chosen at the moment, saved or not.
+        labels: the current choice, saved or not.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], embeddings: np.ndarray):
-        """Read the photos and, if there is one, the ground truth to go on from.
+        """Read the photos, and their ground truth if there is one.
 
         Args:
             folder: of photos.
-            names: m file names that include all photos of the folder that can be read.
+            names: m file names, which include all readable photos of the folder.
             embeddings: float (m, d) of unit norm, in the order of ``names``.
 
         Raises:
-            TestSetError: no readable photo, or a ground truth that does not fit them.
-            ValueError: a photo without an embedding, or embeddings that are not (m, d) and finite.
+            TestSetError: no photo can be read, or the ground truth does not match the photos.
+            ValueError: a photo has no embedding, or ``embeddings`` is not (m, d) and finite.
         """
         self._folder = Path(folder)
         test_set = read_test_set(self._folder, SIDE)
@@ -160,14 +158,14 @@ class Labeller(widgets.VBox):
 
         self._history: list[Labels] = []
         self._style, self._head, self._status = (widgets.HTML() for _ in range(3))
-        self._style.layout.display = "none"  # a style sheet works from there as well
+        self._style.layout.display = "none"  # a hidden style sheet still applies
         self._previous = widgets.Button(description="Previous page")
         self._next = widgets.Button(description="Next page")
         self._where = widgets.HTML()
         self._save = widgets.Button(description="Save", button_style="primary")
         self._undo = widgets.Button(description="Undo", disabled=True)
         self._cells: dict[int, widgets.VBox] = {}
-        # It scrolls by itself, so that the query and what has been chosen stay in sight.
+        # The grid scrolls separately, so that the query and the chosen photos stay in sight.
         self._grid_layout = widgets.Layout(
             grid_template_columns=f"repeat(auto-fill, {SIDE}px)",
             grid_gap="8px",
@@ -194,10 +192,10 @@ class Labeller(widgets.VBox):
         chosen = len(self.labels.positives & set(self._names))
         return f"{chosen} positive{'' if chosen == 1 else 's'}"
 
-    # ---- What is shown
+    # ---- Display
 
     def _rank(self) -> None:
-        """Put the photos in the order of their similarity to the query, and show the first page."""
+        """Sort the photos by similarity to the query, and show the first page."""
         query = self._names.index(self.labels.query)
         self._similarities = self._embeddings @ self._embeddings[query]
         order = np.argsort(-self._similarities, kind="stable")
@@ -223,17 +221,18 @@ class Labeller(widgets.VBox):
             self._draw_cell(i)
         cells = [self._cells[i] for i in self._shown]
         *others, old = self.children
-        self.children = (*others, widgets.GridBox(cells, layout=self._grid_layout))  # at its top
+        # A new grid, since an old one would keep its scroll position.
+        self.children = (*others, widgets.GridBox(cells, layout=self._grid_layout))
         old.close()
 
     def _photo_class(self, i: int) -> str:
         return f"labeller-{self.model_id}-{i}"  # two labellers may stand on one page
 
     def _new_cell(self, i: int) -> widgets.VBox:
-        """A photo and what can be done with it.
+        """Build a photo's buttons.
 
-        Each photo has widgets of its own: a click that comes late, when another page is shown
-        already, still counts for the photo that was clicked.
+        They are not reused for other photos, so a click that arrives after a change of page still
+        counts for the photo that was clicked.
         """
         toggle = widgets.ToggleButton()
         toggle.add_class("labeller-photo")
@@ -254,7 +253,7 @@ class Labeller(widgets.VBox):
             toggle.tooltip = f"{name}, similarity {self._similarities[i]:.2f}"
 
     def _draw_head(self) -> None:
-        """The query, and all positives: those of the other pages are seen here."""
+        """Show the query and the positives of all pages."""
         chosen = [i for i in self._order if self._names[i] in self.labels.positives]
         self._head.value = (
             f'<div class="labeller-head">{self._img(self.labels.query, "query")}'
@@ -271,16 +270,16 @@ class Labeller(widgets.VBox):
         return f'<img class="{kind}" src="{uri}" alt="{what}" title="{what}">'
 
     def _tell(self, text: str, failed: bool = False) -> None:
-        """Show a line below the buttons, which a screen reader reads out."""
+        """Show a message below the buttons; screen readers announce it."""
         role = 'role="alert" class="labeller-failed"' if failed else 'role="status"'
         self._status.value = f"<div {role}>{_html(text)}</div>"
 
-    # ---- What happens on a click
+    # ---- Callbacks
 
     def _on_toggle(self, i: int, chosen: bool) -> None:
         name = self._names[i]
         if name == self.labels.query or chosen == (name in self.labels.positives):
-            return  # not a click: it is being drawn
+            return  # not a click: _draw_cell set the value
         self._remember()
         self.labels.toggle(name)
         self._draw_cell(i)
@@ -339,7 +338,7 @@ class Labeller(widgets.VBox):
 def _embeddings_of(
     photos: Sequence[str], names: Sequence[str], embeddings: np.ndarray
 ) -> np.ndarray:
-    """The rows of the embeddings that belong to the photos, in their order."""
+    """Select the embeddings of the photos, in their order."""
     embeddings = np.asarray(embeddings, dtype=np.float32)
     if embeddings.ndim != 2 or len(embeddings) != len(names) or not np.isfinite(embeddings).all():
         raise ValueError(f"embeddings must be finite and ({len(names)}, d), not {embeddings.shape}")
@@ -351,7 +350,7 @@ def _embeddings_of(
 
 
 def _text(name: str) -> str:
-    """A file's name as text that can be sent: one from an old system may be no valid Unicode."""
+    """Make a file name valid Unicode, which old names may not be, so that it can be sent."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 

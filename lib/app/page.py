@@ -1,10 +1,10 @@
 """Serves the search app as a web page: ``python -m lib.app.page``, or ``make app``.
 
-Voila serves the cells of notebook 06 that are tagged ``parameters`` or ``app``. The exported tower
-and the embeddings of the gallery are made first where the run lacks them.
+Voila serves the cells of notebook 06 that are tagged ``parameters`` or ``app``. First, the exported
+tower and the gallery's embeddings are made if the run lacks them.
 
-The page is for this machine alone. It listens on 127.0.0.1, its address holds a secret token, a
-request under another host's name is refused, and browsers can't send code to the kernel.
+The page is for this machine only: it listens on 127.0.0.1, its address contains a secret token,
+requests for another host name are refused, and browsers can't send code to the kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lib.search.embedding import EmbeddingJobError
 
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
-READY = 1  # kernels started in advance, for the next visitor
+READY = 1  # kernels started in advance
 MOST_KERNELS = 8  # of some 260 MB each; more pages are refused
 
-_IDLE = 180  # seconds until the kernel of a page ends that vanished without a word
+_IDLE = 180  # seconds until a kernel ends whose page vanished without closing it
 _FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
 
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise FileNotFoundError(f"there is no folder {show_path(gallery)} (--gallery)")
         try:
             open_gallery(engine, gallery, run / JOBS)
-        except SearchError as error:  # it names no path, as visitors may see it
+        except SearchError as error:  # its message names no path
             raise SearchError(f"{show_path(gallery)} (--gallery): {error}") from None
     except (OSError, SearchError, EngineError, EmbeddingJobError) as error:
         print(f"app: {error}", file=sys.stderr)
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gallery_dir": options.gallery,
         "folders_root": options.folders_root,
     }
-    # Each process has its own: a shared one would hand its gallery and folders to all visitors.
+    # Not shared between processes, since the notebook contains this one's gallery and folders.
     with tempfile.TemporaryDirectory(prefix="search_app_") as folder:
         page = Path(folder) / "search_app.ipynb"
         write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root)
@@ -73,10 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_engine(run: Path) -> Engine:
-    """Load the exported tower of a run; export it first if the run has only the model.
+    """Load the exported tower of a run, after exporting it if need be.
 
     Raises:
-        FileNotFoundError: the run has neither.
+        FileNotFoundError: the run has neither an exported tower nor a model.
         EngineError: the exported tower is damaged.
     """
     if not (run / ENGINE).is_file():
@@ -94,13 +94,13 @@ def open_engine(run: Path) -> Engine:
 def write_page_notebook(
     notebook: Path, path: Path, parameters: dict, start_in: Path | None = None
 ) -> Path:
-    """Write the cells of a notebook that make the page.
+    """Write the notebook of the page.
 
     Args:
-        notebook: of its cells, those tagged ``parameters`` or ``app`` are kept.
+        notebook: its cells tagged ``parameters`` or ``app`` are copied.
         path: to write to.
-        parameters: values for the page, set after the cell ``parameters``.
-        start_in: folder that the page computes in; None: that of ``path``.
+        parameters: values to set after the cell tagged ``parameters``.
+        start_in: working directory of the page; None: the folder of ``path``.
     """
     import nbformat  # here: its checks of formats compile a grammar, which takes seconds
 
@@ -123,15 +123,15 @@ def write_page_notebook(
 
 
 def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> None:
-    """Serve a notebook as a page until the process is told to end.
+    """Serve a notebook as a page until the process is terminated.
 
     Args:
         notebook: from :func:`write_page_notebook`.
         templates: a data folder of Jupyter with Voila's template ``search_app``.
         port: to listen on; the next free one if it is taken.
-        open_browser: whether to show the page.
+        open_browser: whether to open the page in a browser.
     """
-    # Voila finds its templates and kernels by these.
+    # Voila finds templates and kernels by these variables.
     os.environ["JUPYTER_PATH"] = str(templates)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     import tornado.web
@@ -158,7 +158,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
 
     class Page(Voila):
         def launch_browser(self) -> None:
-            webbrowser.open(self.display_url)  # Voila's own leaves out the token
+            webbrowser.open(self.display_url)  # Voila's own method omits the token
 
         def init_handlers(self) -> list:
             return [

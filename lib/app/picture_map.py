@@ -1,4 +1,4 @@
-"""A map of photos to look at with the mouse: a web page in one string, which needs no network.
+"""Draws an interactive map of photos as one self-contained web page.
 
 page = picture_map(points, photos, labels, title="t-SNE of the embeddings")
 Path("map.html").write_text(page, encoding="utf-8")
@@ -23,21 +23,21 @@ SIZE = 1000  # the map's longer side, in its own units
 def picture_map(
     points: np.ndarray, photos: np.ndarray, labels: Sequence[object], *, title: str
 ) -> str:
-    """A web page with a dot for each photo, coloured by landmark.
+    """Build a web page with a dot for each photo, coloured by landmark.
 
-    Pointing at a dot, or going to it with the arrow keys, shows its photo and its landmark, and
-    brings out the other dots of that landmark. All photos are one WebP picture within the page;
-    500 of 64 pixels take 300 to 400 KB. The same input gives the same string.
+    Pointing at a dot, or moving to it with the arrow keys, shows its photo and landmark, and
+    highlights the other dots of the landmark. The page embeds all photos as one WebP picture: 500
+    photos of 64 pixels take 300 to 400 KB. The same input gives the same string.
 
     Args:
-        points: float (n, 2), where the photos lie, by t-SNE for instance.
-        photos: uint8 (n, s, s, 3), RGB. The page shows them 192 pixels wide.
+        points: float (n, 2), positions of the photos, from t-SNE for instance.
+        photos: uint8 (n, s, s, 3), RGB; shown 192 pixels wide.
         labels: n landmarks, shown as text.
-        title: a heading.
+        title: heading of the page.
 
     Raises:
-        ValueError: no points, points that are not (n, 2) and finite, another number of photos or
-            labels, or more photos than one WebP picture can hold (16383 pixels each way).
+        ValueError: ``points`` is empty, not (n, 2) or not finite; the numbers of photos or labels
+            differ from n; or the photos exceed one WebP picture (16383 pixels each way).
     """
     points, labels = np.asarray(points, dtype=float), np.asarray(labels)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
@@ -60,17 +60,17 @@ def picture_map(
         "columns": columns,
         "sprite": _sprite(photos[order], columns),
     }
-    # In a script, "</script>" would end it even within a string.
+    # "</script>" would end the script even within a string.
     texts = {"DATA": json.dumps(data).replace("<", "\\u003c"), "TITLE": html.escape(title)}
     return re.sub("@(DATA|TITLE)@", lambda match: texts[match[1]], load("picture_map.html"))
 
 
 def framed(page: str, height: int = 560) -> str:
-    """A page as a part of another, in a notebook or a report: neither's script or style meets.
+    """Embed a page in a notebook or report, with scripts and styles isolated from it.
 
     Args:
         page: from :func:`picture_map`.
-        height: in pixels; the width is all there is.
+        height: in pixels; the width is that of the surrounding element.
     """
     return (
         '<div><iframe title="Picture map" sandbox="allow-scripts" '
@@ -80,7 +80,7 @@ def framed(page: str, height: int = 560) -> str:
 
 
 def _sprite(photos: np.ndarray, columns: int) -> str:
-    """All photos in one picture, row by row, as a data URI."""
+    """Combine all photos in one picture, row by row, as a data URI."""
     n, side = photos.shape[:2]
     rows = -(-n // columns)
     tiles = np.full((rows * columns, side, side, 3), 255, dtype=np.uint8)

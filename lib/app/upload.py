@@ -1,10 +1,10 @@
-"""Reads an uploaded photo: checked before it is decoded, refused in plain words.
+"""Reads uploaded photos: checks them before decoding, and refuses them in plain words.
 
     upload = read_upload(content, engine.image_size)
     upload.square, upload.picture
 
-Any bytes give a photo or an :class:`UploadError`, whose message may be shown to anybody: it names
-no path and quotes no decoder.
+Any bytes give a photo or an :class:`UploadError`, whose message names no path and quotes no
+decoder.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from PIL import Image, UnidentifiedImageError
 from lib.data.photos import open_picture, picture_of, square_of
 
 MOST_BYTES = 20 * 2**20
-MOST_PIXELS = 100_000_000  # decoding that many takes 0.4 GB, however small the file is
-SHOWN = 480  # pixels of the longer side of the picture that is shown
+MOST_PIXELS = 100_000_000  # decoding them takes 0.4 GB, however small the file is
+SHOWN = 480  # longer side in pixels of the picture that is shown
 
-_SHRUNK = ("JPEG", "MPO")  # decoded only as large as needed, so once for each of the two sizes
+_SHRUNK = ("JPEG", "MPO")  # decoded at reduced size, so once for each of the two sizes
 
 log = logging.getLogger(__name__)
 
 
 class UploadError(ValueError):
-    """The upload can't be used; the message may be shown to anybody."""
+    """The upload can't be used; the message may be shown to anyone."""
 
 
 class Upload(NamedTuple):
-    """An uploaded photo, in the two sizes that the app needs.
+    """An uploaded photo in two sizes.
 
     Attributes:
         square: uint8 (s, s, 3) RGB, the network's input.
-        picture: uint8 (h, w, 3) RGB, upright, aspect ratio kept, to be shown.
+        picture: uint8 (h, w, 3) RGB for display, upright, with the aspect ratio kept.
     """
 
     square: np.ndarray
@@ -47,7 +47,7 @@ def read_upload(content: bytes, image_size: int) -> Upload:
     """Read the bytes of a picture file.
 
     Args:
-        content: bytes of a picture file; not trusted.
+        content: untrusted bytes.
         image_size: s, the side of the network's input in pixels.
 
     Raises:
@@ -74,14 +74,14 @@ def read_upload(content: bytes, image_size: int) -> Upload:
         raise UploadError(
             "This is no picture that can be read. JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF can."
         ) from None
-    except Image.DecompressionBombError:  # so many that Pillow refuses to open it
+    except Image.DecompressionBombError:  # raised by Pillow before the check above
         raise UploadError("This picture has far too many pixels to be searched with.") from None
-    except Exception as error:  # decoders of damaged files raise whatever they like
+    except Exception as error:  # decoders raise errors of any type on damaged files
         log.info("an upload could not be decoded: %s", error)
         raise UploadError("This picture is damaged: its file can't be decoded.") from None
 
 
 def too_large(size: int) -> str:
-    """The message that refuses a file of ``size`` bytes."""
+    """Write the message that refuses a file of ``size`` bytes."""
     most = MOST_BYTES / 2**20
     return f"This file has {size / 2**20:.0f} MB; up to {most:.0f} MB can be searched with."

@@ -2,8 +2,8 @@
 
 SearchApp(engine, gallery, jobs=run / JOBS)        # the last line of a notebook's cell
 
-It runs in JupyterLab, and as a page of its own, which ``make app`` serves (:mod:`lib.app.page`).
-An error is shown as one line, with its traceback in the log, and the app goes on.
+It runs in JupyterLab, and as a web page, which ``make app`` serves (:mod:`lib.app.page`). An error
+is shown as one line, with its traceback in the log, and the app goes on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lib.search.embedding import EmbeddingJobError, JobBusyError
 
 SAMPLES = 8  # photos offered as queries
 NUMBERS = (4, 8, 12, 24)  # of results
-SIDE = 240  # pixels of a result's longer side
+SIDE = 240  # longer side of a result in pixels
 VOTES = 3  # landmarks shown
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ class Query:
     """The query photo.
 
     Attributes:
-        square: uint8 (s, s, 3), for the network.
-        picture: uint8 (h, w, 3), for people.
-        name: in the gallery; "" for a photo from outside.
+        square: uint8 (s, s, 3), the network's input.
+        picture: uint8 (h, w, 3), for display.
+        name: in the gallery; "" for an uploaded photo.
     """
 
     square: np.ndarray
@@ -62,7 +62,7 @@ class Query:
 
 
 def _guarded(method: Callable) -> Callable:
-    """Show the user a line if a callback raises anything."""
+    """Show the user a message if a callback raises an exception."""
 
     @wraps(method)
     def guarded(self: SearchApp, *arguments) -> None:
@@ -81,7 +81,7 @@ class SearchApp(widgets.VBox):
     """The app.
 
     Attributes:
-        search: of the gallery that is chosen.
+        search: of the chosen gallery.
         answer: the last answer; None before the first.
     """
 
@@ -93,14 +93,14 @@ class SearchApp(widgets.VBox):
         title: str = "the gallery",
         folders_root: Path | None = None,
     ):
-        """Lay out the app and show the first samples.
+        """Lay out the app and show the samples.
 
         Args:
             engine: from :func:`lib.network.engine.load_engine`.
             gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
-            jobs: folder that keeps the embeddings of folders.
+            jobs: folder that stores the embeddings of galleries.
             title: of the gallery.
-            folders_root: only folders below it can be searched in; None: the user's home folder.
+            folders_root: users can search in the folders below it; None: the home folder.
         """
         self._jobs = Path(jobs)
         self._folders_root = Path.home() if folders_root is None else Path(folders_root)
@@ -208,13 +208,13 @@ class SearchApp(widgets.VBox):
         self._searches[title] = search = Search(self.search.engine, gallery)
         self._where.options = list(self._searches)
         self._where.value = title
-        if self.search is not search:  # the same title as before: no change is reported
+        if self.search is not search:  # the title was already chosen, so no event was sent
             self._on_where()
 
     # ---- Display
 
     def _show_gallery(self) -> None:
-        """Show the chosen gallery, without an answer."""
+        """Show the chosen gallery, and clear the last answer."""
         gallery = self.search.gallery
         landmarks = gallery.landmarks()
         photos = _count(len(gallery.names), "photo")
@@ -238,7 +238,7 @@ class SearchApp(widgets.VBox):
         self._tell(f"{photos} ready.{skipped} Drop a photo, or choose one of the samples.")
 
     def _ask(self, query: Query) -> None:
-        """Search, and show the answer."""
+        """Search with a photo, and show the answer."""
         self._query = query
         question = Question(self._k.value, self._kind.value, self._rerank.value)
         self.answer = answer = self.search.answer(query.square, question, query.name)
@@ -260,7 +260,7 @@ class SearchApp(widgets.VBox):
         )
 
     def _new_cell(self, rank: int) -> widgets.Box:
-        """A cell of the grid; it is reused for each answer."""
+        """Build a cell of the grid, which is reused for each answer."""
         more = widgets.Button(description="More like this")
         why = widgets.Button(description="Why?")
         more.on_click(lambda _: self._on_gallery_photo(self.answer.names[rank]))
@@ -280,7 +280,7 @@ class SearchApp(widgets.VBox):
         why.tooltip = f"Show what matched in result {rank + 1}, {title}"
 
     def _new_sample(self, name: str) -> widgets.Box:
-        # A photo is the background of a real button, as in lib.app.labeller.
+        # The photo is the background of a real button, so that the keyboard reaches it.
         title = _title(landmark_of(name)) or _title(name)
         button = widgets.Button(description=f"Sample: {title}", tooltip=f"Search with {title}")
         style = f"sample-{button.model_id}"
@@ -298,7 +298,7 @@ class SearchApp(widgets.VBox):
         )
 
     def _tell(self, text: str, failed: bool = False) -> None:
-        """Show a line above the results; screen readers announce it."""
+        """Show a message above the results; screen readers announce it."""
         role = 'role="alert" class="status failed"' if failed else 'role="status" class="status"'
         self._status.value = f"<div {role}>{html.escape(text)}</div>"
 
@@ -309,7 +309,7 @@ class SearchApp(widgets.VBox):
 
 
 def _box(name: str, *children: widgets.Widget) -> widgets.Box:
-    """A box that the style sheet knows by its name."""
+    """Build a box with a class name for the style sheet."""
     box = widgets.Box(children)
     box.add_class(f"app-{name}")
     return box
@@ -320,7 +320,7 @@ def _dropdown(description: str, options, value) -> widgets.Dropdown:
 
 
 def _samples(gallery: Gallery) -> list[str]:
-    """Names of photos of different landmarks, spread over the gallery."""
+    """Choose photos of different landmarks, spread over the gallery."""
     first: dict[str, str] = {}
     for name in gallery.names:
         first.setdefault(landmark_of(name) or name, name)
@@ -334,12 +334,12 @@ def _count(number: int, what: str) -> str:
 
 
 def _title(name: str) -> str:
-    """A file's or folder's name as text; names from old systems may not be valid Unicode."""
+    """Make a file or folder name readable; old names may not be valid Unicode."""
     return name.encode("utf-8", "replace").decode("utf-8").replace("_", " ")
 
 
 def _bar(share: float) -> str:
-    """A bar from 0 to 1, hidden from screen readers, which read the number beside it."""
+    """Draw a bar from 0 to 1, hidden from screen readers, which read the number beside it."""
     width = 100 * min(max(share, 0.0), 1.0)
     return f'<div class="bar" aria-hidden="true"><div style="width: {width:.0f}%"></div></div>'
 
@@ -364,7 +364,7 @@ def _jpeg(picture: np.ndarray) -> str:
 
 
 def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
-    """A photo of the gallery for people, uint8 (h, w, 3); a grey one if it can't be read."""
+    """Read a photo of the gallery for display, uint8 (h, w, 3); grey if it can't be read."""
     try:
         with open_picture(gallery.path(name)) as image:
             return np.asarray(picture_of(image, longest))
@@ -378,7 +378,7 @@ def _thumbnail(gallery: Gallery, name: str) -> str:
 
 
 def _warm(picture: np.ndarray, heat: np.ndarray) -> str:
-    """A photo with its heat map, as a data URI; without heat it is the photo itself."""
+    """Overlay a heat map on a photo, as a data URI; an all-zero map gives the photo itself."""
     from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
 
     return _jpeg(overlay(picture[None], heat[None])[0] if heat.max() > 0 else picture)
