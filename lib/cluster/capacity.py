@@ -1,4 +1,4 @@
-"""Estimates time, memory, machines and money for many photos, from measured rates.
+"""Estimates time, memory, machines and cost for many photos, from measured rates.
 
 capacity([4_100_000], workers=8, embedded_per_second=181, trained_per_second=25, worker_price=2)
 """
@@ -32,27 +32,28 @@ def capacity(
     node_price: float = 1.5,
     storage_price: float = 0.023,
 ) -> pd.DataFrame:
-    """Estimate what numbers of photos take. The defaults are round numbers, to be replaced.
+    """Estimate the resources for each number of photos; replace the defaults by your own numbers.
 
     Args:
-        photos: numbers of photos, a row of the result each.
+        photos: numbers of photos.
         workers: machines or GPUs that train and embed together.
-        embedded_per_second, trained_per_second: photos per second of one worker.
-        worker_price, node_price: of a worker and of a search node, per hour.
-        efficiency: throughput of all workers over ``workers`` times that of one, at most 1.
-        epochs: how often training sees each photo.
-        trained_share: share of the photos that is trained on.
+        embedded_per_second, trained_per_second: photos per second and worker.
+        worker_price, node_price: per hour, of a worker and of a search node.
+        efficiency: throughput of all workers relative to ``workers`` times that of one, at most 1.
+        epochs: of the training.
+        trained_share: share of the photos used for training, at most 1.
         photo_bytes: size of a stored photo.
         dimension: of an embedding, stored in float32.
         index_bytes: bytes per dimension in the index: 4 for float32, 1 for 8-bit codes.
-        index_overhead: memory of the index over that of its vectors.
+        index_overhead: memory of the index relative to that of its vectors.
         replicas: copies of the index.
-        node_memory: bytes that a search node has for the index.
+        node_memory: bytes per search node for the index.
         storage_price: per 10^9 bytes and month.
 
     Returns:
-        index: photos. Columns: training_worker_hours, embedding_worker_hours (of all workers
-        together); training_hours, embedding_hours (elapsed); photo_bytes, embedding_bytes (stored);
+        a row per number of photos (the index): training_worker_hours, embedding_worker_hours (of
+        all workers); training_hours, embedding_hours (elapsed); photo_bytes, embedding_bytes
+        (storage);
         index_bytes (memory of all replicas); search_nodes; once (price of training and embedding);
         monthly (price of storage and search nodes).
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on one machine, to try things out.
+"""Emulates a Ray cluster of several nodes on one machine, for tests and demonstrations.
 
 with emulated_cluster(nodes=2) as cluster:      # this process is connected to it
     found = lib.cluster.ray.embed(...)
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_OBJECT_STORE = 150_000_000  # bytes of shared memory per node of an emulated cluster
+_OBJECT_STORE = 150_000_000  # bytes of shared memory per node
 
 
 class ClusterError(RuntimeError):
-    """The cluster can't do the work; the message says why and what to change."""
+    """The cluster can't do the work; the message says why, and what to change."""
 
 
 def import_ray():
@@ -47,18 +47,16 @@ def import_ray():
 
 @contextlib.contextmanager
 def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
-    """A Ray cluster of several nodes on this machine, to try things out.
+    """Start an emulated cluster, connect this process to it, and stop it at the end of the block.
 
-    It listens on 127.0.0.1 only, has no dashboard, and keeps its files in a temporary folder that
-    is deleted at the end. In the block, this process is connected to it.
+    It listens on 127.0.0.1 only, has no dashboard, and uses a temporary folder.
 
     Args:
         nodes: number of nodes besides the head, which does no work.
         cpus: cores that each node reports.
 
     Yields:
-        Ray's ``Cluster``: ``remove_node(node, allow_graceful=False)`` kills one of its
-        ``worker_nodes``.
+        Ray's ``Cluster``.
 
     Raises:
         ClusterError: Ray is not installed, or this process is already connected to a cluster.
@@ -70,7 +68,7 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
 
         if ray.is_initialized():
             raise ClusterError("this process is connected to a Ray cluster: call ray.shutdown()")
-        # As RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, should Ray have been imported before.
+        # Has the effect of RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER even if Ray was imported before.
         enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         cluster = Cluster()
         try:
@@ -87,21 +85,21 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _local_environment() -> Iterator[None]:
-    """Variables that keep Ray to this machine; the only settings that reach all its processes."""
-    # The folder will hold sockets, whose paths must be short.
+    """Set environment variables that keep Ray local; no other settings reach all its processes."""
+    # In /tmp, since the folder will hold sockets, whose paths must be short.
     home = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
     os.mkdir(Path(home) / "ray")
     local = {
         "RAY_TMPDIR": home,
-        # Makes Ray use 127.0.0.1 as this machine's address, as it does on a Mac.
+        # Makes Ray use 127.0.0.1 as this machine's address, as on a Mac.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_TOKEN_PATH": str(Path(home) / "token"),
         "RAY_worker_niceness": "0",  # the default gives every other process precedence
-        # By default, a node with few cores ends idle workers and starts new ones for each task.
+        # By default, a node with few cores starts new workers for each task.
         "RAY_num_workers_soft_limit": "8",
-        # Ray reports every dead process at length; here they are killed on purpose.
+        # Without it, Ray reports every dead process at length; here they are killed on purpose.
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-        # How long the others wait for a worker that was killed while it trained.
+        # How long the other workers wait for one that was killed during training.
         "JAX_DISTRIBUTED_SHUTDOWN_TIMEOUT_S": "2",
     }
     before = {name: os.environ.get(name) for name in local}
@@ -118,7 +116,7 @@ def _local_environment() -> Iterator[None]:
 
 
 def busy_processes(kind: str) -> list[int]:
-    """Process ids of an emulated cluster's actors, so that one can be killed for a demonstration.
+    """List the process ids of an emulated cluster's actors, for instance to kill one.
 
     Args:
         kind: Ray's name of the actor: "RayTrainWorker" trains, "MapWorker" embeds.

@@ -1,4 +1,4 @@
-"""A search index on a Milvus server, for more photos than one machine holds.
+"""A search index on a Milvus server, for more photos than fit on one machine.
 
     index = MilvusIndex.build(embeddings, names, fingerprint(tower), "http://milvus:19530")
     index = MilvusIndex.load(fingerprint(tower), "http://milvus:19530")
@@ -7,12 +7,12 @@
     index.remove(names[0])
 
 It is used like a :class:`lib.search.photo_index.PhotoIndex`. Milvus spreads a collection over its
-machines and replaces those that die. A path ending in ``.db`` in place of the URI opens Milvus
-Lite, a stand-in that runs in this process, for tests and prototypes.
+machines and replaces those that die. Instead of a URI, a path ending in ``.db`` opens Milvus Lite,
+which runs in this process, for tests and prototypes.
 
-Photos are written by name (*upsert*), so sending them again after a lost answer makes no doubles.
-The Parquet files of :func:`lib.cluster.ray.embed` stay the source of truth, from which a collection
-can be rebuilt. pymilvus comes with the extra ``milvus`` (``make cluster``).
+Photos are written by name (*upsert*), so sending them again after an error makes no duplicates. A
+collection can be rebuilt from the Parquet files of :func:`lib.cluster.ray.embed`. pymilvus comes
+with the extra ``milvus`` (``make cluster``).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _MOST_FOUND = 16_384  # Milvus' limit of k
 
 @dataclass(frozen=True)
 class MilvusSettings:
-    """The type of a collection's index, and how it is searched.
+    """The type of a collection's index, and its parameters.
 
     Attributes:
         kind: Milvus' ``index_type``: "FLAT" is exact; "HNSW", "IVF_SQ8", "DISKANN" and others are
             approximate.
         build: parameters of that type, such as {"M": 32, "efConstruction": 200}.
         search: parameters of a search, such as {"ef": 128}.
-        shards: number of parts that writes are spread over.
+        shards: number of parts over which writes are spread.
     """
 
     kind: str = "FLAT"
@@ -51,7 +51,7 @@ class MilvusSettings:
 
 
 class MilvusIndex:
-    """Photos by name in a Milvus collection, found by embeddings of unit norm.
+    """An index of named photos in a Milvus collection, searched by embeddings of unit norm.
 
     Attributes:
         model: fingerprint of the model that made the embeddings.
@@ -80,13 +80,13 @@ class MilvusIndex:
         """Create a collection.
 
         Args:
-            embeddings: float32 (n, d) of unit norm, which may be memory-mapped; n may be 0.
+            embeddings: float32 (n, d) of unit norm, may be memory-mapped; n may be 0.
             names: n unique names of up to 1024 bytes.
             model: :func:`lib.network.tower.fingerprint` of the tower that made the embeddings.
             uri: of the server, "http://host:19530"; or a path ending in ``.db``, for Milvus Lite.
             collection: its name on the server.
-            settings: see :class:`MilvusSettings`.
-            token: "user:password" or an API key, if the server requires one.
+            settings: of the index.
+            token: "user:password" or an API key, if the server requires it.
 
         Raises:
             ValueError: as :meth:`lib.search.photo_index.PhotoIndex.build`, or a name is too long.
@@ -114,7 +114,7 @@ class MilvusIndex:
             schema=schema,
             index_params=kind,
             num_shards=settings.shards,
-            # A search finds everything added before it, as with a PhotoIndex.
+            # A search finds everything added before it, as in a PhotoIndex.
             consistency_level="Strong",
             properties={_MODEL: model, _FORMAT_KEY: _FORMAT},
         )
@@ -136,12 +136,12 @@ class MilvusIndex:
         Args:
             model: fingerprint of the tower that will embed the queries.
             uri, collection, token: see :meth:`build`.
-            settings: only its ``search`` is used.
+            settings: only ``search`` is used.
 
         Raises:
             FileNotFoundError: there is no such collection.
-            UnusableIndexError: it was not made by :meth:`build`, or its embeddings are another
-                model's.
+            UnusableIndexError: it was not made by :meth:`build`, or its embeddings come from
+                another model.
             ImportError: pymilvus is not installed.
         """
         client = _connect(uri, token)
@@ -174,11 +174,11 @@ class MilvusIndex:
         return int(row["count(*)"])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], np.ndarray]:
-        """Find the k most similar photos of each query, the most similar first.
+        """Find the k most similar photos of each query, most similar first.
 
         Args:
             queries: float32 (q, d) of unit norm.
-            k: number of photos, 1 to 16384; capped at n, the number in the index.
+            k: number of photos, 1 to 16384; capped at n, the size of the index.
 
         Returns:
             q lists of min(k, n) names, and the cosine similarities, float32 (q, min(k, n)).
@@ -210,17 +210,16 @@ class MilvusIndex:
         return names, similarities.reshape(len(queries), max(counts, default=0))
 
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
-        """Add photos, or replace those of the same name; Milvus has stored them when this returns.
+        """Add photos, or replace those of the same name, unlike a PhotoIndex.
 
-        Unlike a PhotoIndex, it accepts names it already has: after an error or a kill, sending the
-        same photos again leaves no doubles.
+        Milvus has stored them when this returns.
 
         Args:
             names: n unique names.
             embeddings: float32 (n, d) of unit norm, by the same model.
 
         Raises:
-            ValueError: as :meth:`build`, or the embeddings have another dimension.
+            ValueError: as :meth:`build`, or the dimension differs.
         """
         vectors, names = checked_vectors(embeddings, names)
         checked(vectors[:1], dimension=self.dimension)
@@ -271,7 +270,7 @@ def _connect(uri: str, token: str) -> Any:
             f"{error.name} is not installed: it comes with the extra milvus, by `make cluster` or "
             "pip install '.[milvus]'"
         ) from None
-    # A new connection of its own. pymilvus would reuse an old one, and gRPC makes all connections
-    # to an address share their retry delay: a server that is back would seem gone for a while.
+    # pymilvus would reuse an old connection, and gRPC shares the retry delay among all connections
+    # to an address: a restarted server would seem gone for a while.
     options = {"grpc.use_local_subchannel_pool": 1}
     return MilvusClient(uri, token=token, dedicated=True, grpc_options=options)

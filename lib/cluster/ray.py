@@ -1,13 +1,13 @@
-"""Training and embedding on many machines with Ray.
+"""Trains and embeds on many machines with Ray.
 
     cluster = ClusterSettings(address="auto", workers=8, gpus=1)
     history = train(tower, handler, validation, settings, Path("/shared/run"), cluster=cluster)
     found = embed(Path("/shared/run/model.keras"), source, Path("/shared/photos"), cluster=cluster)
 
 Training: Ray Train runs ``lib.training.stages.train`` in every worker, and Keras' JAX backend sums
-their gradients (:mod:`lib.data_parallel`). When a worker dies, all restart from the last epoch.
-Embedding: Ray Data hands out the pictures, and those of a dead worker again. Folders, shards and
-photos must have the same paths on all machines. On one machine Ray is no faster: see
+the gradients (:mod:`lib.data_parallel`). When a worker dies, all restart from the last epoch.
+Embedding: Ray Data distributes the pictures, and reassigns those of a dead worker. Folders, shards
+and photos must have the same paths on all machines. On a single machine Ray is no faster: see
 ``python -m benchmarks.cluster``. Ray and JAX come with the extra ``cluster`` (``make cluster``).
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # not needed for embedding
     from lib.training.features import FeatureCache
     from lib.training.stages import TrainingSettings
 
-PARTS = "parts"  # a job's folder of Parquet files
+PARTS = "parts"  # folder of a job's Parquet files
 
 _MOST_BATCHES = 64  # per Parquet file
 
@@ -48,11 +48,11 @@ class ClusterSettings:
     """Which cluster to use, and how much of it.
 
     Attributes:
-        address: "auto" for the Ray cluster this machine belongs to, or "host:port". "": the cluster
-            this process is connected to, or else an emulated one that ends with the call.
+        address: "auto" for the Ray cluster of this machine, or "host:port". "": the cluster this
+            process is connected to, or else an emulated one that ends with the call.
         workers: number of processes that train or embed together.
-        gpus: GPUs per worker; 0: workers compute on processors.
-        restarts: how often a training may lose workers and restart.
+        gpus: GPUs per worker; 0: workers compute on the CPU.
+        restarts: maximum number of restarts of a training.
         share_of_processor: cores that Ray reserves per worker; an exported tower uses as many
             threads.
 
@@ -72,13 +72,13 @@ class ClusterSettings:
 
     @property
     def threads(self) -> int:
-        """Threads that a worker without a GPU computes on."""
+        """Number of threads of a worker without a GPU."""
         return max(1, round(self.share_of_processor))
 
 
 @contextlib.contextmanager
 def _connected(settings: ClusterSettings) -> Iterator[Any]:
-    """Connect to the cluster of the settings; yields the module ``ray``."""
+    """Connect to the cluster of the settings; yield the module ``ray``."""
     ray = import_ray()
     if settings.address:
         with connected_to(ray, settings.address):
@@ -100,23 +100,23 @@ def train(
     cache: FeatureCache | None = None,
     cluster: ClusterSettings = ClusterSettings(),
 ) -> pd.DataFrame:
-    """Train as :func:`lib.training.stages.train` does, on several processes.
+    """Train as :func:`lib.training.stages.train`, in several processes.
 
-    Batches, losses and files are the same as with one process: ``handler.settings.batch_size``
-    counts the rows of all workers together, and an interrupted training can continue with another
-    number of workers, or without Ray. When a worker dies, all restart from the last epoch.
+    Batches, losses and files are the same as in one process: ``handler.settings.batch_size`` counts
+    the rows of all workers together. An interrupted training can continue with another number of
+    workers, or without Ray.
 
     Args:
-        tower: its weights are the start of the training; it gets those of the best epoch. Its Keras
-            backend may be any; the workers train on JAX.
+        tower: in any Keras backend, though workers use JAX. Training starts from its weights, and
+            sets them to those of the best epoch.
         handler, validation, settings, cache: see :func:`lib.training.stages.train`.
         run: folder for checkpoint, history, model and log, on a disk that all machines share.
-        cluster: see :class:`ClusterSettings`.
+        cluster: the workers.
 
     Raises:
-        ClusterError: Ray is not installed; a batch can't be divided among the workers; workers died
-            or failed more often than ``restarts``.
-        TrainingError: as :func:`lib.training.stages.train` does.
+        ClusterError: Ray is not installed; a batch can't be divided evenly among the workers; or
+            workers failed more often than ``restarts``.
+        TrainingError: as :func:`lib.training.stages.train`.
     """
     from lib.network.tower import save_tower
     from lib.training.stages import train as train_here
@@ -136,7 +136,7 @@ def train(
     with _connected(cluster) as ray:
         task = ray.put((saved, handler, validation, settings, run, cache))
         _run_workers(ray, task, run, cluster)
-    # All epochs are done: this only reads the results.
+    # All epochs are done, so this only reads the results.
     return train_here(tower, handler, validation, settings, run, cache)
 
 
@@ -153,7 +153,7 @@ def _run_workers(ray, task: Any, run: Path, cluster: ClusterSettings) -> None:
         JaxTrainer(
             _train_in_worker,
             train_loop_config={"task": task, "workers": cluster.workers},
-            # Also without a GPU: otherwise Ray Train lets each worker train alone.
+            # True even without a GPU: otherwise Ray Train lets each worker train alone.
             jax_config=JaxConfig(use_gpu=True),
             scaling_config=ScalingConfig(
                 num_workers=cluster.workers,
@@ -183,7 +183,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _train_in_worker(config: dict) -> None:
-    """What each worker runs; all run it at the same time."""
+    """Train in a worker; all workers run this at the same time."""
     import jax
     import ray
 
@@ -196,8 +196,8 @@ def _train_in_worker(config: dict) -> None:
     if (found := jax.process_count()) != config["workers"]:
         raise ClusterError(f"{found} processes train together, not {config['workers']}")
     with together(handler.settings.seed) as number, tempfile.TemporaryDirectory() as own:
-        # Only the first process writes to the run's folder; all hold the same weights. The others
-        # use folders of their own, and a copy of the checkpoint, as the first may be writing it.
+        # Only the first process writes to the run's folder, since all hold the same weights. The
+        # others use temporary folders, with a copy of the checkpoint, which the first may replace.
         path = run / CHECKPOINT
         known = from_the_first(path.read_bytes() if number == 0 and path.is_file() else b"")
         if number:
@@ -215,7 +215,7 @@ def _train_in_worker(config: dict) -> None:
 
 
 class _Embedder:
-    """A worker that embeds: loads the tower once, then embeds batch after batch."""
+    """A worker that loads the tower once, and then embeds batch after batch."""
 
     def __init__(self, tower: str, source: Any, precision: str, threads: int):
         import ray
@@ -243,13 +243,13 @@ class _Embedder:
 
 
 def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
-    """Load a tower on this machine, and check that it computes in the precision asked for."""
+    """Load a tower, and check that it computes in ``precision`` on this machine."""
     if tower.suffix == ".keras":
         from lib.network.tower import load_tower
 
         engine = keras_engine(load_tower(tower))
     else:
-        asked = precision if precision in PRECISIONS else "auto"  # float16 comes by "auto" alone
+        asked = precision if precision in PRECISIONS else "auto"  # only "auto" gives float16
         engine = load_engine(tower, asked, threads)
     found = _precision(engine)
     if precision not in ("auto", found):
@@ -272,29 +272,28 @@ def embed(
     cluster: ClusterSettings = ClusterSettings(),
     precision: str = "auto",
 ) -> Embedded:
-    """Embed pictures as :func:`lib.search.embedding.embed_job` does, on several processes.
+    """Embed pictures as :func:`lib.search.embedding.embed_job`, in several processes.
 
-    Rows go to Parquet files (number of the picture, name, embedding, and why it was skipped), from
-    which an index can be built at any time. An interrupted job continues with the pictures that
-    have no row yet.
+    Rows are written to Parquet files: number of the picture, name, embedding, and the reason if it
+    was skipped. An interrupted job continues with the pictures that have no row yet.
 
     Args:
-        tower: file of an exported tower, for processors, or a ``.keras`` file, for Keras' backend
-            and its GPU.
+        tower: file of an exported tower, for the CPU; or a ``.keras`` file, for Keras' backend and
+            its GPU.
         source, batch_size: see :func:`lib.search.embedding.embed_job`.
-        out_folder: used by this job only, on a disk that all machines share; made if absent.
-        cluster: see :class:`ClusterSettings`.
-        precision: that all workers compute in: "float32", "bfloat16", or "auto": the one that is
-            fast on the machine of this call (of a ``.keras`` file, its own). It identifies the job.
+        out_folder: for this job only, on a disk that all machines share; created if missing.
+        cluster: the workers.
+        precision: of all workers: "float32", "bfloat16", or "auto": the fast one on this machine
+            (for a ``.keras`` file, its own). It is part of the job's identity.
 
     Returns:
-        all rows in memory, in the order of the source. For more than fit there, use
+        all rows in memory, in the order of the source. If they do not fit, use
         :func:`embedded_parts`.
 
     Raises:
-        ClusterError: Ray is not installed; an exported tower with workers that have GPUs; a machine
+        ClusterError: Ray is not installed; the tower is exported but workers have GPUs; a machine
             does not compute in the precision; or rows are missing at the end.
-        EmbeddingJobError: as :func:`lib.search.embedding.embed_job` does.
+        EmbeddingJobError: as :func:`lib.search.embedding.embed_job`.
     """
     folder, tower = Path(out_folder).resolve(), Path(tower).resolve()
     if cluster.gpus and tower.suffix != ".keras":
@@ -325,8 +324,8 @@ def _embed_on(
 ) -> None:
     from ray.data import ActorPoolStrategy
 
-    # A block is what a dead worker loses, and becomes one file: a few per worker, none too large.
-    # Blocks come from this process: tasks that read them would wait for the workers' cores.
+    # A block becomes one file, and is lost if its worker dies: hence a few per worker, none large.
+    # Blocks come from this process, since tasks that read them would wait for the workers' cores.
     batches = -(-len(missing) // batch_size)
     blocks = max(min(batches, 4 * cluster.workers), -(-batches // _MOST_BATCHES))
     rows = ray.data.from_arrow(
@@ -341,7 +340,7 @@ def _embed_on(
         num_gpus=cluster.gpus or None,
     )
     try:
-        # Nor does writing wait for a core.
+        # 0 cores, so that writing does not wait for them either.
         rows.write_parquet(str(parts), ray_remote_args={"num_cpus": 0})
     except ray.exceptions.RayError as error:
         raise ClusterError(f"a worker failed: {_last_line(error)}") from error
@@ -352,20 +351,20 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _missing(folder: Path, pictures: int) -> np.ndarray:
-    """The pictures without a row, int64; deletes unfinished files."""
+    """Find the pictures without a row, int64, and delete unfinished files."""
     has_row = np.zeros(pictures, bool)
     for path in _files(folder):
         try:
             has_row[pq.read_table(path, columns=["number"])["number"].to_numpy()] = True
         except (pa.ArrowInvalid, OSError) as error:
-            if getattr(error, "errno", None):  # the disk's error: the file may be whole
+            if getattr(error, "errno", None):  # an I/O error: the file may be intact
                 raise
             path.unlink()  # its writer was killed
     return np.flatnonzero(~has_row)
 
 
 def embedded_parts(folder: Path) -> Iterator[Embedded]:
-    """Read the results of :func:`embed` file by file: each picture once, in no order.
+    """Read the results of :func:`embed` file by file; each picture once, in any order.
 
     Args:
         folder: the job's ``out_folder``.
@@ -374,13 +373,13 @@ def embedded_parts(folder: Path) -> Iterator[Embedded]:
     for path in _files(folder):
         table = pq.read_table(path)
         numbers = enumerate(table["number"].to_pylist())
-        # A worker may have died after it wrote its rows, and another have written them again.
+        # If a worker died after writing its rows, another has written them again.
         first = [row for row, n in numbers if n not in seen and not seen.add(n)]
         yield _embedded(table, np.array(first, int))
 
 
 def _embedded(table: pa.Table, rows: np.ndarray) -> Embedded:
-    """Some rows of a table, int (n,), in this order."""
+    """Select rows of a table, int (n,), in this order."""
     column = table["embedding"].combine_chunks()
     vectors = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
     names, skipped = (np.array(table[c].to_pylist(), object)[rows] for c in ("name", "skipped"))
