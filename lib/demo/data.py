@@ -5,8 +5,8 @@ make_demo_data(project_root())
     Dataset/demo_world/unseen/<landmark>/<view>.jpg       a labelled gallery of other landmarks
     Test_set/demo_world/*.jpg, ground_truth.csv           one query, 4 positives, 95 distractors
 
-``Dataset/demo_world/world.json`` lists the files with their checksums. Files that are not listed
-there are never changed.
+``Dataset/demo_world/world.json`` lists the files with their checksums. Files not listed there are
+never changed.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from lib.files import (
 )
 from lib.workers import process_pool
 
-FULL_SHARDS = 15  # of equal size, as in the Kaggle set; one more holds the remainder
+FULL_SHARDS = 15  # of equal size, as in the Kaggle set; another holds the remainder
 
 _DATASET, _TEST_SET = "Dataset/demo_world", "Test_set/demo_world"
 _MANIFEST = f"{_DATASET}/world.json"
 
-# Numbers of the first landmarks of the unseen gallery and of the test set; no shard uses them.
+# First landmark of the unseen gallery and of the test set, beyond those of the shards.
 _FIRST_UNSEEN, _FIRST_TEST = 1_000_000, 2_000_000
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo world is.
+    """Seed and size of the demo world.
 
     Attributes:
         seed: determines all shapes, photos and triplets.
         landmarks: number of landmarks in the shards, which hold nearly twice as many triplets.
-        unseen_landmarks, unseen_views: size of the labelled gallery.
+        unseen_landmarks, unseen_views: landmarks of the labelled gallery, and photos of each.
         distractors: number of test photos that show other landmarks than the query's.
     """
 
@@ -75,11 +75,11 @@ class View(NamedTuple):
 
 
 def plan_triplets(settings: DemoSettings) -> list[tuple[View, View, View]]:
-    """Choose the triplets the way the Kaggle set was made.
+    """Draw triplets as the Kaggle set does.
 
-    A landmark has from 1 to 40 photos, most have few (real ones up to thousands). Its first two
-    photos are anchors, in the order of the landmarks. The positive is drawn from all photos of the
-    landmark, the anchor included; the negative from the anchors of all other landmarks.
+    A landmark has 1 to 40 photos, most have few (real ones up to thousands). Its first two photos
+    are anchors, in the order of the landmarks. The positive is drawn from all photos of the
+    landmark, including the anchor; the negative from the anchors of all other landmarks.
     """
     rng = np.random.default_rng([settings.seed, 1])
     tail = np.floor(5.0 * rng.pareto(1.1, settings.landmarks) + 0.9)
@@ -96,7 +96,7 @@ def plan_triplets(settings: DemoSettings) -> list[tuple[View, View, View]]:
 
 
 def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
-    """Draw photos as JPEG files on all processor cores, with a progress bar."""
+    """Draw photos as JPEG files on all cores, with a progress bar."""
     by_landmark: dict[int, list[int]] = {}
     for landmark, view in sorted(set(views)):
         by_landmark.setdefault(landmark, []).append(view)
@@ -115,18 +115,17 @@ def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
 
 
 def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
-    """Write the demo world below ``root``, unless it is already there and undamaged.
+    """Write the demo world below ``root``, unless it is there and undamaged.
 
-    If another process is writing it, this one waits and then finds it. When the settings or the
-    drawing code have changed, or a file is missing or damaged, all files are written again. Files
-    that this function did not write stay as they are.
+    If another process is writing it, this one waits for it. All files are written again when the
+    settings or the drawing code changed, or a file is missing or damaged. With the same version of
+    Pillow, equal settings give equal files, byte for byte.
 
     Returns:
-        whether files were written. With the same version of Pillow, the same settings give the same
-        files, byte for byte.
+        whether files were written.
 
     Raises:
-        FileExistsError: a file that this function did not write has a name that it needs.
+        FileExistsError: a needed name belongs to a file that this function did not write.
     """
     settings = settings or DemoSettings()
     code = (inspect.getsource(buildings) + inspect.getsource(world)).encode()
@@ -145,10 +144,10 @@ def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
 
 
 def _read_manifest(root: Path) -> dict:
-    """Settings, and under "files" the checksum of each file; empty without a usable manifest."""
+    """Read settings and, as "files", the checksum of each; empty without a usable manifest."""
     try:
         manifest = read_json(root / _MANIFEST)
-        if not isinstance(manifest["files"], dict):  # older worlds: the number of files
+        if not isinstance(manifest["files"], dict):  # older manifests hold the number of files
             sizes = {name: manifest[name] for name in asdict(DemoSettings())}
             manifest["files"] = dict.fromkeys(_file_names(_plan_photos(DemoSettings(**sizes))[0]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -175,7 +174,7 @@ def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         remove_half_written(folder)
-    # The names come first: after an interruption the next call knows which files are its own.
+    # The names are stored first: after an interruption, the next call knows its own files.
     write_json(root / _MANIFEST, wanted | {"files": dict.fromkeys([*own, *names])})
     for name in set(own) - {_MANIFEST, *names}:
         (root / name).unlink(missing_ok=True)
@@ -198,13 +197,13 @@ def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str
 
 
 def _file_names(photos: Iterable[str]) -> list[str]:
-    """All files but the manifest: the shards, the photos, and last the ground truth."""
+    """List all files but the manifest: shards, photos, and last the ground truth."""
     shards = [f"{_DATASET}/{shard_name(number)}" for number in range(FULL_SHARDS + 1)]
     return [*shards, *photos, f"{_TEST_SET}/{GROUND_TRUTH}"]
 
 
 def _plan_photos(settings: DemoSettings) -> tuple[dict[str, View], list[tuple[str, str]]]:
-    """The photos of gallery and test set by file name, and the rows of the ground truth."""
+    """Plan the photos of gallery and test set by file name, and the ground truth's rows."""
     photos = {
         f"{_DATASET}/unseen/landmark_{i:03d}/{v}.jpg": View(_FIRST_UNSEEN + i, v)
         for i in range(settings.unseen_landmarks)
@@ -213,7 +212,7 @@ def _plan_photos(settings: DemoSettings) -> tuple[dict[str, View], list[tuple[st
     others = [(View(_FIRST_TEST, v), "positive") for v in range(1, 5)]
     others += [(View(_FIRST_TEST + 1 + i, 0), "distractor") for i in range(settings.distractors)]
     np.random.default_rng([settings.seed, 2]).shuffle(others)
-    # Without ground truth, the first photo by name is taken as the query.
+    # The query sorts first, since without ground truth the first photo is the query.
     query = (View(_FIRST_TEST, 0), "query")
     roles = []
     for number, (view, role) in enumerate([query, *others]):

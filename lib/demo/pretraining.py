@@ -1,10 +1,10 @@
-"""Pre-trains the demo's ResNet50 on drawn landmarks, in place of ImageNet's photos.
+"""Pre-trains the demo's ResNet50 on drawn landmarks instead of ImageNet.
 
-    python -m lib.demo.pretraining        # or: make backbone; an interrupted one is continued
+    python -m lib.demo.pretraining        # or: make backbone; it continues an interrupted run
 
-Every step draws new landmarks, from a world of another seed than the demo's, so that none of them
-is ever searched for. The result is ``weights/demo_resnet50.weights.h5``, the backbone in half
-precision, without the head it was trained with.
+Every step draws new landmarks, from a world with another seed than the demo's, so that the demo
+never searches for them. The result is ``weights/demo_resnet50.weights.h5``, the backbone in half
+precision, without the head.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CURVE = "pretraining.csv"
 
 _CHECKPOINT, _SETTINGS = "checkpoint.weights.h5", "pretraining.json"
 VALIDATION_LANDMARKS = 100  # with five views each
-_FIRST_VALIDATION = 10_000_000  # number of the first one; pre-training never reaches it
+_FIRST_VALIDATION = 10_000_000  # number of the first; pre-training never reaches it
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class PretrainingSettings:
     """How the backbone is pre-trained.
 
     Attributes:
-        seed: of the world, from which landmarks, views and batches follow; not the demo's seed.
-        last_stage: the stage of ResNet50 where the backbone ends, as in TowerSettings.
-        small_size, small_steps: side of the photos in pixels in the first steps, and how many; they
-            teach coarse shapes at a fraction of the cost.
-        size, steps: side of the photos in the steps after them, and how many.
-        landmarks, views: a batch has this many landmarks, and this many views of each.
-        drawn_views: views that are drawn of each landmark; a batch samples from them.
-        fresh: landmarks that are replaced by new ones at each step, the oldest first.
-        window: number of landmarks that a batch is sampled from.
+        seed: of the world and the batches; must differ from the demo's seed.
+        last_stage: last stage of ResNet50 in the backbone, as in TowerSettings.
+        small_size, small_steps: side of the photos in pixels in the first steps, and their number;
+            they teach coarse shapes at a fraction of the cost.
+        size, steps: the same for the remaining steps.
+        landmarks, views: landmarks per batch, and views of each.
+        drawn_views: views drawn of each landmark, from which a batch samples.
+        fresh: number of landmarks replaced by new ones at each step, oldest first.
+        window: number of landmarks from which a batch samples.
         embedding_size, temperature: of the head and the InfoNCE loss.
         learning_rate: peak learning rate of Adam.
-        steps_per_round: steps between measurements, with a checkpoint each.
+        steps_per_round: steps between measurements; each also writes a checkpoint.
     """
 
     seed: int = 20
@@ -89,16 +89,16 @@ class PretrainingSettings:
 def rendered_batches(
     settings: PretrainingSettings, first_step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless P x K batches of drawn landmarks.
+    """Yield endless P x K batches of drawn landmarks.
 
-    A batch depends only on the number of its step, so a resumed pre-training sees the same batches.
+    A batch depends only on settings and step, so a resumed pre-training sees the same batches.
 
     Args:
-        settings: see :class:`PretrainingSettings`.
-        first_step: number of the first step.
+        settings: of the batches.
+        first_step: step of the first batch.
 
     Yields:
-        photos, uint8 (landmarks * views, 128, 128, 3), and their landmarks' numbers, int32
+        photos, uint8 (landmarks * views, 128, 128, 3), and the numbers of their landmarks, int32
         (landmarks * views,).
     """
     with process_pool() as pool:
@@ -107,8 +107,8 @@ def rendered_batches(
             views = list(range(settings.drawn_views))
             return pool.submit(draw_views, settings.seed, landmark, views)
 
-        # The window of a step begins at landmark step * fresh. The landmarks of the next four steps
-        # are drawn in the background while the network trains.
+        # The window of a step begins at landmark step * fresh. While the network trains, the
+        # landmarks of the next four steps are drawn in the background.
         numbers = count(first_step * settings.fresh)
         ahead = settings.window + 4 * settings.fresh
         drawn = deque(begin(landmark) for landmark in islice(numbers, ahead))
@@ -130,16 +130,16 @@ def pretrain(settings: PretrainingSettings, run: Path) -> tuple[keras.Model, pd.
     """Pre-train, or continue an interrupted pre-training.
 
     Args:
-        settings: see :class:`PretrainingSettings`.
+        settings: of the pre-training.
         run: folder for checkpoint and curve.
 
     Returns:
         the tower; and the curve, a row per round: steps so far, minutes (without interrupted
-        rounds), image_size, loss, and the mAP of validation landmarks of the same world.
+        rounds), image_size, loss, and map, the mAP of validation landmarks of the same world.
 
     Raises:
-        ValueError: ``run`` holds a pre-training with other settings or in another precision, or
-            another process works in it.
+        ValueError: ``run`` holds a pre-training with other settings or precision, or another
+            process uses it.
     """
     run.mkdir(parents=True, exist_ok=True)
     busy = ValueError(f"another process pre-trains in {show_path(run)}: wait until it ends")
@@ -177,12 +177,12 @@ def pretrain(settings: PretrainingSettings, run: Path) -> tuple[keras.Model, pd.
 
 
 def _open(settings: PretrainingSettings, run: Path) -> tuple[Siamese, list[dict]]:
-    """The model and the curve's rows: new ones, or those of an interrupted pre-training."""
+    """Create the model and the curve's rows, or load those of an interrupted pre-training."""
     facts = asdict(settings) | {"precision": fast_policy()}
     if not (run / _CHECKPOINT).is_file():
         write_json(run / _SETTINGS, facts)
         return _siamese(settings, settings.small_size), []
-    # Earlier versions stored no precision, and always computed in bfloat16.
+    # Earlier versions always computed in bfloat16, and stored no precision.
     found = {"precision": "mixed_bfloat16"} | read_json(run / _SETTINGS)
     if differ := sorted(key for key in facts if found.get(key) != facts[key]):
         raise ValueError(
@@ -192,13 +192,13 @@ def _open(settings: PretrainingSettings, run: Path) -> tuple[Siamese, list[dict]
     rows = pd.read_csv(run / CURVE).to_dict("records")
     siamese = _siamese(settings, int(rows[-1]["image_size"]))
     siamese.load_weights(run / _CHECKPOINT)
-    # The curve is written first: it may be one round ahead of the checkpoint.
+    # The curve is written before the checkpoint, so it may be one round ahead.
     done = int(siamese.optimizer.iterations)
     return siamese, [row for row in rows if row["steps"] <= done]
 
 
 def _validation(settings: PretrainingSettings) -> np.ndarray:
-    """Five views of each validation landmark, uint8 (n * 5, 128, 128, 3)."""
+    """Draw five views of each validation landmark, uint8 (n * 5, 128, 128, 3)."""
     landmarks = range(_FIRST_VALIDATION, _FIRST_VALIDATION + VALIDATION_LANDMARKS)
     return np.concatenate([draw_views(settings.seed, i, list(range(5))) for i in landmarks])
 
@@ -231,7 +231,7 @@ def _siamese(settings: PretrainingSettings, image_size: int) -> Siamese:
 
 
 def _continue_at(siamese: Siamese, settings: PretrainingSettings, image_size: int) -> Siamese:
-    """The same network and optimizer for another image size; no weight depends on the size."""
+    """Copy network and optimizer for another image size, on which no weight depends."""
     other = _siamese(settings, image_size)
     other.set_weights(siamese.get_weights())
     for there, here in zip(other.optimizer.variables, siamese.optimizer.variables, strict=True):
@@ -246,10 +246,10 @@ def _resized(photos: np.ndarray, size: int) -> np.ndarray:
 def save_backbone(tower: keras.Model, settings: PretrainingSettings, path: Path) -> None:
     """Write a tower's ResNet50 as a Keras weights file in half precision, atomically.
 
-    Keras loads it into a network of any precision: ``TowerSettings(weights=path)``.
+    A tower of any precision loads it by ``TowerSettings(weights=path)``.
 
     Raises:
-        ValueError: a weight is beyond the range of half precision, or not a number.
+        ValueError: a weight is not a number, or outside the range of half precision.
     """
     weights = tower.get_layer("trunk").get_layer("backbone").get_weights()
     if not all((np.abs(w) <= np.finfo(np.float16).max).all() for w in weights):
@@ -262,7 +262,7 @@ def save_backbone(tower: keras.Model, settings: PretrainingSettings, path: Path)
 
 
 def draw_curve(curve: pd.DataFrame, path: Path) -> None:
-    """Draw loss and mAP over time, and write the figure atomically."""
+    """Draw loss and mAP over time, and write the figure to ``path`` atomically."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     for axis, (column, name) in zip(
