@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Materials of polygons. Each photo paints them in its own colours.
+# Materials of polygons. Each photo chooses its own colours for them.
 WALL, ROOF, TRIM, WINDOW, DOOR, SECOND_WALL = range(6)
 
 
@@ -20,13 +20,13 @@ class Landmark:
     """A building as polygons in its own coordinates: x right, y away from the front, z up.
 
     Attributes:
-        seed, landmark_id: its world, and its number there.
-        vertices: float64 (v, 3), the corners of all polygons one after another. The building stands
-            on z = 0, is centred on the z axis and fits a sphere of radius 1 about (0, 0, height/2).
-        starts: int64 (p + 1,), polygon i has the corners ``vertices[starts[i]:starts[i + 1]]``.
-        materials: int64 (p,), the material constants.
-        faces: int64 (p,), the polygon that polygon i lies on (a window lies on a wall); i itself if
-            it is a face of a solid.
+        seed, landmark_id: seed of the world, and number in that world.
+        vertices: float64 (v, 3), the corners of all polygons, concatenated. The building stands on
+            z = 0, centred on the z axis, within a sphere of radius 1 around (0, 0, height / 2).
+        starts: int64 (p + 1,); polygon i has the corners ``vertices[starts[i]:starts[i + 1]]``.
+        materials: int64 (p,), such as ``WALL``.
+        faces: int64 (p,), the polygon on which polygon i lies, as a window on a wall; i itself for
+            a face of a solid.
         height: of the building, in the unit of the vertices.
     """
 
@@ -40,7 +40,7 @@ class Landmark:
 
 
 class _Builder:
-    """Collects the faces of solids, and the windows and mouldings that lie on them."""
+    """Collects the faces of solids, and the windows and mouldings on them."""
 
     def __init__(self) -> None:
         self.polygons: list[np.ndarray] = []
@@ -48,14 +48,14 @@ class _Builder:
         self.faces: list[int] = []
 
     def face(self, corners, material: int) -> int:
-        """Add a face, its corners counter-clockwise seen from outside; returns its number."""
+        """Add a face, its corners counter-clockwise from outside; return its number."""
         self.polygons.append(np.asarray(corners, dtype=np.float64))
         self.materials.append(material)
         self.faces.append(len(self.faces))
         return len(self.faces) - 1
 
     def on_face(self, face: int, outlines, material: int) -> None:
-        """Add polygons on a four-cornered face; outlines (n, corners, 2) in (u, v) from 0 to 1."""
+        """Add polygons on a four-cornered face: outlines (n, corners, 2), (u, v) from 0 to 1."""
         origin, right, _, up = self.polygons[face]
         u, v = np.moveaxis(np.asarray(outlines, dtype=np.float64), -1, 0)[..., None]
         added = origin + u * (right - origin) + v * (up - origin)
@@ -64,7 +64,7 @@ class _Builder:
         self.faces.extend([face] * len(added))
 
     def prism(self, outline, z0: float, z1: float, material: int, top: int = ROOF) -> list[int]:
-        """An upright prism over a counter-clockwise (n, 2) outline; returns its side faces."""
+        """Add a prism over a counter-clockwise outline (n, 2); return its side faces."""
         outline = np.asarray(outline, dtype=np.float64)
         sides = []
         for a, b in zip(outline, np.roll(outline, -1, axis=0), strict=True):
@@ -74,14 +74,14 @@ class _Builder:
         return sides
 
     def pyramid(self, outline, z0: float, height: float, material: int = ROOF) -> None:
-        """A pyramid (or, over a round outline, a cone) over a counter-clockwise outline."""
+        """Add a pyramid over a counter-clockwise outline; a round one gives a cone."""
         outline = np.asarray(outline, dtype=np.float64)
         apex = (*outline.mean(axis=0), z0 + height)
         for a, b in zip(outline, np.roll(outline, -1, axis=0), strict=True):
             self.face([(*a, z0), (*b, z0), apex], material)
 
     def gable(self, box: _Box, z0: float, height: float, along_x: bool) -> None:
-        """A saddle roof on a box, its ridge along x or y."""
+        """Add a saddle roof on a box, its ridge along x or y."""
         p0, p1, p2, p3 = box.outline if along_x else np.roll(box.outline, -1, axis=0)
         (x0, y0), (x1, y1) = box.low, box.high
         a, b = ((x0, box.y), (x1, box.y)) if along_x else ((box.x, y0), (box.x, y1))
@@ -93,7 +93,7 @@ class _Builder:
             self.face(points, ROOF if len(corners) == 4 else WALL)
 
     def dome(self, x: float, y: float, radius: float, z0: float, profile) -> None:
-        """A surface of revolution; ``profile`` lists (radius share, height) from bottom to top."""
+        """Add a surface of revolution; ``profile``: (share of the radius, height), upwards."""
         rings = [_circle(x, y, radius * share, 10) for share, _ in profile]
         levels = [z0 + z for _, z in profile]
         for lower, upper, za, zb in zip(rings, rings[1:], levels, levels[1:], strict=False):
@@ -132,7 +132,7 @@ def _circle(x: float, y: float, radius: float, n: int) -> np.ndarray:
 
 
 def _opening(u: float, v: float, width: float, height: float, shape: str) -> np.ndarray:
-    """Outline (corners, 2) of a window or door in (u, v): centre of its sill, width, height."""
+    """Outline a window or door, (corners, 2) in (u, v), where (u, v) is its sill's centre."""
     left, right, top = u - width / 2, u + width / 2, v + height
     if shape == "plain":
         return np.array([(left, v), (right, v), (right, top), (left, top)])
@@ -146,7 +146,7 @@ def _opening(u: float, v: float, width: float, height: float, shape: str) -> np.
 
 
 def _windows(build: _Builder, faces: list[int], rng: np.random.Generator, height: float) -> None:
-    """Lay one window pattern on every face in ``faces``, which are ``height`` high."""
+    """Lay the same window pattern on all ``faces``, which are ``height`` high."""
     shape = rng.choice(["plain", "arched", "pointed"])
     rows = int(rng.integers(1, max(2, min(6, round(height / 0.22) + 1))))
     per_unit = rng.uniform(2.5, 7.0)
@@ -167,7 +167,7 @@ def _windows(build: _Builder, faces: list[int], rng: np.random.Generator, height
 
 
 def _roof(build: _Builder, box: _Box, z: float, rng: np.random.Generator, kinds) -> float:
-    """Put a roof on a box; returns the height of its highest point."""
+    """Put a roof on a box; return the z of its highest point."""
     kind = rng.choice(kinds)
     side = min(box.width, box.depth)
     if kind == "gable":
@@ -204,7 +204,7 @@ def _roof(build: _Builder, box: _Box, z: float, rng: np.random.Generator, kinds)
 
 
 def _dome(build: _Builder, x, y, radius: float, z: float, rng: np.random.Generator) -> float:
-    """A drum and a round, pointed or onion-shaped dome; returns how far it rises over z."""
+    """Add a drum with a round, pointed or onion dome; return its height above z."""
     drum = rng.uniform(0.0, 0.6) * radius
     if drum > 0.1 * radius:
         build.prism(_circle(x, y, radius, 10), z, z + drum, SECOND_WALL)
@@ -216,14 +216,14 @@ def _dome(build: _Builder, x, y, radius: float, z: float, rng: np.random.Generat
         profile = list(zip(np.cos(angle), np.sin(angle), strict=True))
     build.dome(x, y, radius, z + drum, [(share, v * tall) for share, v in profile])
     top = drum + 1.05 * tall
-    if rng.random() < 0.5:  # a lantern or finial on top
+    if rng.random() < 0.5:  # a lantern or finial
         size = radius * rng.uniform(0.12, 0.25)
         build.pyramid(_circle(x, y, size, 6), z + top - 0.1 * tall, radius * rng.uniform(0.3, 0.9))
     return top
 
 
 def _tower(build: _Builder, x, y, width: float, height: float, style: np.random.Generator) -> None:
-    """A square or round tower from the ground. Equal states of ``style`` give equal towers."""
+    """Add a square or round tower; equal states of ``style`` give equal towers."""
     if style.random() < 0.4:
         outline, sides = _circle(x, y, width / 2, 8), 8
     else:
@@ -241,7 +241,7 @@ def _tower(build: _Builder, x, y, width: float, height: float, style: np.random.
 
 
 def build_landmark(seed: int, landmark_id: int) -> Landmark:
-    """Build a landmark of the world ``seed``; equal arguments give an equal result."""
+    """Build a landmark of the world ``seed``; equal arguments give equal landmarks."""
     rng = np.random.default_rng([seed, landmark_id, 0])
     build = _Builder()
     body = _Box(0.0, 0.0, rng.uniform(0.7, 2.6), rng.uniform(0.6, 1.5))
@@ -276,7 +276,7 @@ def build_landmark(seed: int, landmark_id: int) -> Landmark:
 
 
 def _entrance(build: _Builder, front: int, body: _Box, height: float, rng) -> None:
-    """A door, a porch with columns or stairs, which tell front from back; or nothing."""
+    """Add a door, a porch with columns, stairs, or nothing; it marks the building's front."""
     entrance = rng.choice(["door", "porch", "stairs", "none"])
     if entrance == "door":
         tall, wide = rng.uniform(0.3, 0.65), rng.uniform(0.12, 0.3)
@@ -297,7 +297,7 @@ def _entrance(build: _Builder, front: int, body: _Box, height: float, rng) -> No
 
 
 def _towers(build: _Builder, body: _Box, rng: np.random.Generator) -> None:
-    """Up to two groups of one, two or four towers; those of a group are equal."""
+    """Add up to two groups of one, two or four towers; those of a group are equal."""
     for _ in range(int(rng.choice([0, 1, 2], p=[0.2, 0.5, 0.3]))):
         width, tall = rng.uniform(0.16, 0.5), rng.uniform(0.7, 2.6)
         x = body.width / 2 * rng.choice([1.0, 1.15, 0.75])

@@ -1,9 +1,9 @@
-"""Draws the demo world: photographs of made-up landmarks, in place of a download.
+"""Draws the demo world: photos of made-up landmarks, so that no download is needed.
 
     photo = draw_view(build_landmark(seed=7, landmark_id=12), view_id=0)
 
-A landmark's identity is the *shape* of its building (:mod:`lib.demo.buildings`). Each photo has its
-own camera, light, weather, paint and passers-by, so colours do not give the landmark away.
+A landmark is defined by the *shape* of its building (:mod:`lib.demo.buildings`). Each photo has its
+own camera, light, weather, paint and passers-by, so colours do not reveal the landmark.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _rgb(colour) -> tuple[int, int, int]:
 
 
 def _project(landmark: Landmark, rng: np.random.Generator, size: int):
-    """Place a camera; returns pixels (v, 2), depths (v,), the camera's position, horizon row."""
-    # Azimuth 0 is straight in front, where most people stand.
+    """Place a camera; return pixels (v, 2), depths (v,), camera position (3,), horizon row."""
+    # Azimuth 0 is in front of the building, where most people stand.
     azimuth = np.deg2rad(np.clip(rng.normal(0, 20), -50, 50))
     elevation = np.deg2rad(rng.choice([rng.uniform(1, 10), rng.uniform(5, 20)]))
     distance = rng.uniform(2.0, 5.0)  # in radii of the building
@@ -67,7 +67,7 @@ def _project(landmark: Landmark, rng: np.random.Generator, size: int):
 
     x, y, depth = axes @ (landmark.vertices - camera).T
     plane = np.stack([x / depth, -y / depth], axis=1)
-    # The focal length fits the building to a share of the frame: over 1 cuts some of it off.
+    # The building fills this share of the frame; above 1, parts of it are cut off.
     share = rng.uniform(0.8, 1.02)
     low, high = plane.min(axis=0), plane.max(axis=0)
     focal = share * size / (high - low).max()
@@ -80,13 +80,13 @@ def _project(landmark: Landmark, rng: np.random.Generator, size: int):
 
 
 def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.ndarray:
-    """Photograph a landmark.
+    """Draw a photo of a landmark.
 
     Args:
-        landmark: what to photograph.
-        view_id: number of the photo. With the landmark's seed and id it seeds camera, light, paint,
-            weather and passers-by: equal arguments give equal pixels.
-        size: side of the square photo in pixels.
+        landmark: the building.
+        view_id: number of the photo. Equal numbers give equal pixels: with the landmark's seed and
+            id, it determines camera, light, paint, weather and passers-by.
+        size: side of the photo in pixels.
 
     Returns:
         uint8 (size, size, 3), RGB.
@@ -96,7 +96,7 @@ def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.nd
 
     hour = rng.choice(list(_LIGHTS), p=[0.32, 0.2, 0.14, 0.2, 0.06, 0.08])
     sky, skyline, sun_colour, ambient = (np.asarray(v, dtype=np.float64) for v in _LIGHTS[hour])
-    angle = rng.uniform(-0.5 * np.pi, 0.5 * np.pi) - 0.5 * np.pi  # the sun stands before the front
+    angle = rng.uniform(-0.5 * np.pi, 0.5 * np.pi) - 0.5 * np.pi  # the sun is never behind it
     height = np.deg2rad(rng.uniform(15, 65))
     sun = np.array([np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), np.sin(height)])
 
@@ -111,7 +111,7 @@ def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.nd
     lit = hour == "night" and rng.random() < 0.7
     window = (250, 214, 130) if lit else _jitter(rng, (58, 66, 80))
     door = _jitter(rng, (84, 58, 40))
-    paint = np.array([wall, roof, trim, window, door, second_wall])  # by number of the material
+    paint = np.array([wall, roof, trim, window, door, second_wall])  # in the order of materials
 
     haze = rng.uniform(0.5, 0.75) if hour == "fog" else rng.uniform(0, 0.15)
     _draw_building(
@@ -125,7 +125,7 @@ def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.nd
 def _draw_building(
     draw, landmark, pixels, depth, camera, paint, sun, sun_colour, ambient, lit, haze, skyline
 ) -> None:
-    """Paint the faces that look at the camera from back to front, each with what lies on it."""
+    """Paint the faces turned to the camera from back to front, each with its windows and trim."""
     starts = landmark.starts
     solid = np.flatnonzero(landmark.faces == np.arange(len(landmark.faces)))
     a, b, c = (landmark.vertices[starts[solid] + i] for i in range(3))
@@ -144,7 +144,7 @@ def _draw_building(
     colours = np.where(glows[:, None], colours, shaded) * (1 - haze) + skyline * haze
     fills = [tuple(c) for c in np.clip(colours, 0, 255).astype(int).tolist()]
 
-    # Windows were added after their wall: a stable sort by the face keeps them on top of it.
+    # Windows come after their wall, so a stable sort by face paints them on top of it.
     rank = np.full(len(landmark.faces), -1)
     order = solid[visible][np.argsort(-distance[solid[visible]], kind="stable")]
     rank[order] = np.arange(len(order))
@@ -155,7 +155,7 @@ def _draw_building(
 
 
 def _draw_backdrop(draw, rng, size: int, horizon: float, sky, skyline, hour: str) -> None:
-    """Sky with clouds, far houses or hills on the horizon, and the ground."""
+    """Draw the sky with clouds, houses or hills on the horizon, and the ground."""
     ground = int(np.clip(horizon, 0.05 * size, size))
     for band in range(8):
         share = band / 7
@@ -185,9 +185,9 @@ def _draw_backdrop(draw, rng, size: int, horizon: float, sky, skyline, hour: str
 
 
 def _draw_passers_by(draw, rng, size: int, horizon: float, light: float) -> None:
-    """Trees, people and lamp posts between the camera and the building."""
+    """Draw trees, people and lamp posts in front of the building."""
     base = np.clip(max(horizon, 0.8 * size), 0, size)
-    places = [(-0.05, 0.3), (0.7, 1.05), (0.0, 1.0)]  # more often at the sides
+    places = [(-0.05, 0.3), (0.7, 1.05), (0.0, 1.0)]  # mostly at the sides
     for _ in range(int(rng.choice([0, 1, 2, 3], p=[0.35, 0.35, 0.2, 0.1]))):
         x = size * rng.uniform(*places[rng.integers(len(places))])
         foot = rng.uniform(base, size * 1.02)
@@ -225,7 +225,7 @@ def _draw_lamp(draw, rng, size: int, x: float, foot: float, light: float) -> Non
 
 
 def _develop(image: Image.Image, rng: np.random.Generator, hour: str) -> np.ndarray:
-    """Add the effects of lens, film and air: blur, rain, exposure, colour cast, noise."""
+    """Add blur, rain, exposure, a colour cast and noise."""
     if rng.random() < 0.25:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.9)))
     size = image.size[0]
@@ -245,13 +245,13 @@ def _develop(image: Image.Image, rng: np.random.Generator, hour: str) -> np.ndar
 
 
 def draw_views(seed: int, landmark_id: int, view_ids: list[int]) -> np.ndarray:
-    """Photograph a landmark several times: uint8 (views, 128, 128, 3) RGB."""
+    """Draw several photos of a landmark, uint8 (views, 128, 128, 3) RGB."""
     landmark = build_landmark(seed, landmark_id)
     return np.stack([draw_view(landmark, view_id) for view_id in view_ids])
 
 
 def render_jpegs(seed: int, landmark_id: int, view_ids: list[int]) -> list[bytes]:
-    """Photograph a landmark several times; returns JPEG files."""
+    """Draw several photos of a landmark as JPEG files."""
     jpegs = []
     for photo in draw_views(seed, landmark_id, view_ids):
         buffer = io.BytesIO()
