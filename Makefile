@@ -213,7 +213,7 @@ report: setup ## Write report.html, one page about the newest run, anew
 	$(PY) -m tools.report
 
 backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
-	$(PY) -m lib.demo.pretraining
+	$(PY) -m tools.pretraining
 
 lint: setup ## Check imports and workflows, and bring code and notebooks into the common style
 	$(PY) -m ruff check --fix .

@@ -37,7 +37,7 @@ IMAGE_ID, LANDMARK_ID = "image/id", "landmark_id"
 HOW_TO_GET_THE_DATA = (
     "Get the shards train00.tfrec ... train15.tfrec from "
     "https://www.kaggle.com/datasets/mattbast/google-landmarks-2020-tfrecords: "
-    "python -m lib.data.download fetches and checks them, Dataset/README.md says more"
+    "python -m tools.download fetches and checks them, Dataset/README.md says more"
 )
 
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 bytes

@@ -30,6 +30,6 @@ def test_near_duplicates_against_brute_force(rng):
 
 def test_the_data_package_loads_neither_faiss_nor_seaborn_nor_keras():
     # The catalogue imported Faiss by way of lib.search, so sampling did, too.
-    code = "import sys, lib.data.catalogue, lib.data.sampling, lib.data.convert, lib.data.photos; "
+    code = "import sys, lib.data.catalogue, lib.data.sampling, tools.convert, lib.data.photos; "
     code += "sys.exit(sorted({'faiss', 'seaborn', 'keras', 'tensorflow'} & {*sys.modules}) or 0)"
     assert subprocess.run([sys.executable, "-c", code], cwd=project_root()).returncode == 0

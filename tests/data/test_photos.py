@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from lib.data.convert import encode_photo
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
@@ -24,6 +23,7 @@ from lib.data.photos import (
     read_test_set,
 )
 from lib.files import project_root
+from tools.convert import encode_photo
 
 
 def save(path, colour=(200, 30, 60), size=(40, 30), mode="RGB", **options):
@@ -172,7 +172,7 @@ def test_postscript_named_like_a_photo_never_reaches_ghostscript(tmp_path, monke
 
 def test_importing_sets_nothing_global():
     # Importing lib.data.photos silenced a warning of Pillow for the whole process.
-    code = "import warnings, PIL.Image as i, lib.data.convert, lib.data.download; "
+    code = "import warnings, PIL.Image as i, tools.convert, tools.download; "
     code += "bomb = i.DecompressionBombWarning; assert i.MAX_IMAGE_PIXELS == 2**30 // 12; "
     code += "assert all(f[0] != 'ignore' or f[2] is not bomb for f in warnings.filters)"
     assert subprocess.run([sys.executable, "-c", code], cwd=project_root()).returncode == 0

@@ -4,7 +4,7 @@
     report = convert(photos, Path("Dataset/own"), ConversionSettings(size=256))
     verify(Path("Dataset/own"))                   # reads everything again
 
-The same from a shell: ``python -m lib.data.convert photos Dataset/own``. The folder then holds
+The same from a shell: ``python -m tools.convert photos Dataset/own``. The folder then holds
 
     conversion.json      settings and a digest of the plan, to recognise the conversion
     train00.tfrec ...    the records, with image/id and landmark_id (lib/data/records.py)
@@ -388,7 +388,7 @@ def verify(target_dir: Path) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lib.data.convert",
+        prog="python -m tools.convert",
         description="Turn labelled photos into triplet shards. The same command continues.",
     )
     parser.add_argument("photos", type=Path, help="a folder with a folder of photos per landmark")

@@ -2,8 +2,8 @@
 
 Each shard is checked before it is moved into the folder. ``SHA256SUMS`` there keeps the checksums:
 
-    download(Path("Dataset"))   # missing shards; or: python -m lib.data.download
-    verify(Path("Dataset"))     # fetches nothing; or: python -m lib.data.download --verify
+    download(Path("Dataset"))   # missing shards; or: python -m tools.download
+    verify(Path("Dataset"))     # fetches nothing; or: python -m tools.download --verify
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def verify(
     if problems := [f"{row['shard']} {row['problem']}" for row in rows if row["problem"]]:
         raise DownloadError(
             f"{show_path(dataset_dir)}: {'; '.join(problems)}. Take such a shard away, and "
-            "python -m lib.data.download fetches it anew; if it is as you want it, delete "
+            "python -m tools.download fetches it anew; if it is as you want it, delete "
             f"{CHECKSUMS}."
         )
     table = pd.DataFrame(rows).set_index("shard").drop(columns="problem")
@@ -215,7 +215,7 @@ def _explain(error: Exception, name: str, dataset_dir: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lib.data.download", description=f"Fetch {KAGGLE_PAGE} and check it."
+        prog="python -m tools.download", description=f"Fetch {KAGGLE_PAGE} and check it."
     )
     parser.add_argument("--dataset-dir", type=Path, help="default: the project's folder Dataset")
     parser.add_argument("--verify", action="store_true", help="check what is there, fetch nothing")

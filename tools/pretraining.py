@@ -1,6 +1,6 @@
 """Pre-trains the demo's ResNet50 on drawn landmarks instead of ImageNet.
 
-    python -m lib.demo.pretraining        # or: make backbone; it continues an interrupted run
+    python -m tools.pretraining        # or: make backbone; it continues an interrupted run
 
 Every step draws new landmarks, from a world with another seed than the demo's, so that the demo
 never searches for them. The result is ``weights/demo_resnet50.weights.h5``, the backbone in half
@@ -278,7 +278,7 @@ def draw_curve(curve: pd.DataFrame, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lib.demo.pretraining", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pretraining", description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/backbone"))
     for field in fields(PretrainingSettings):
         option = f"--{field.name.replace('_', '-')}"

@@ -7,17 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import lib.demo.pretraining
+import tools.pretraining
 from lib.data.photos import read_gallery
 from lib.demo.data import DemoSettings
-from lib.demo.pretraining import (
-    CURVE,
-    WEIGHTS,
-    PretrainingSettings,
-    pretrain,
-    rendered_batches,
-    save_backbone,
-)
 from lib.demo.world import draw_views
 from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import only_writer, project_root
@@ -28,6 +20,14 @@ from lib.network.tower import (
     build_tower,
     compute_precision,
     fast_policy,
+)
+from tools.pretraining import (
+    CURVE,
+    WEIGHTS,
+    PretrainingSettings,
+    pretrain,
+    rendered_batches,
+    save_backbone,
 )
 
 TINY = PretrainingSettings(
@@ -69,7 +69,7 @@ def test_its_world_is_not_the_demos():
 
 
 def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.demo.pretraining, "VALIDATION_LANDMARKS", 3)
+    monkeypatch.setattr(tools.pretraining, "VALIDATION_LANDMARKS", 3)
     tower, curve = pretrain(TINY, tmp_path / "straight")
     assert curve["steps"].tolist() == [2, 4, 6]
     assert curve["image_size"].tolist() == [32, 32, 40]
@@ -85,7 +85,7 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
         raise Interrupt
 
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(lib.demo.pretraining, "rendered_batches", failing)
+        patch.setattr(tools.pretraining, "rendered_batches", failing)
         pretrain(TINY, tmp_path / "broken")
     assert len(pd.read_csv(tmp_path / "broken" / CURVE)) == 1
     resumed, again = pretrain(TINY, tmp_path / "broken")
@@ -97,7 +97,7 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
         pretrain(replace(TINY, steps=3), tmp_path / "broken")
     other = {"float32": "mixed_bfloat16", "mixed_bfloat16": "float32"}[fast_policy()]
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"settings \(precision\)"):
-        patch.setattr(lib.demo.pretraining, "fast_policy", lambda: other)
+        patch.setattr(tools.pretraining, "fast_policy", lambda: other)
         pretrain(TINY, tmp_path / "broken")
     with only_writer(tmp_path / "broken", None), pytest.raises(ValueError, match="another process"):
         pretrain(TINY, tmp_path / "broken")

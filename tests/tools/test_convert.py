@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lib.data import convert as module
-from lib.data.convert import ConversionSettings, convert, encode_photo, main, verify
 from lib.data.labelled import ConversionError, plan_triplets, read_csv, read_folder
 from lib.data.records import parse_triplet, read_message, read_triplets, scan_frames, write_shard
 from lib.files import project_root
+from tools import convert as module
+from tools.convert import ConversionSettings, convert, encode_photo, main, verify
 
 
 def save(path, colour=(200, 30, 60), size=(24, 16), mode="RGB", **options):
@@ -579,7 +579,7 @@ def test_killed_at_any_moment_it_continues(tmp_path, source):
     photos, whole = source
     # Its children begin where the imports are done, so that kills hit the conversion.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lib.data.convert"])
+    context.set_forkserver_preload(["tools.convert"])
 
     # Without a lock between processes for its bar, which a kill would leave behind.
     code = "import threading, tqdm; tqdm.tqdm.set_lock(threading.RLock()); run()"
@@ -663,12 +663,12 @@ def test_command_line(tmp_path, capsys):
 
 def test_the_module_is_light_and_runs_as_a_command(tmp_path):
     heavy = "{'tensorflow', 'keras', 'faiss', 'torch'}"
-    code = f"import sys, lib.data.convert; print({heavy} & {{*sys.modules}})"
+    code = f"import sys, tools.convert; print({heavy} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project_root(), capture_output=True, text=True
     )
     assert done.stdout == "set()\n"
-    command = [sys.executable, "-m", "lib.data.convert", str(tmp_path), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tools.convert", str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

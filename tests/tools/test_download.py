@@ -20,8 +20,8 @@ import kagglehub
 import pytest
 from kagglehub.exceptions import UnauthenticatedError
 
-from lib.data.download import CHECKSUMS, KAGGLE_COUNTS, DownloadError, download, main, verify
 from lib.data.records import DatasetNotFoundError, Triplet, write_shard
+from tools.download import CHECKSUMS, KAGGLE_COUNTS, DownloadError, download, main, verify
 
 EXPECTED = {0: 5, 1: 5, 2: None}
 NAMES = ["train00.tfrec", "train01.tfrec", "train02.tfrec"]
@@ -334,7 +334,7 @@ def test_counts_of_the_real_set():
 
 
 def test_command_line(kaggle, folder, monkeypatch, capsys):
-    monkeypatch.setattr("lib.data.download.KAGGLE_COUNTS", EXPECTED)
+    monkeypatch.setattr("tools.download.KAGGLE_COUNTS", EXPECTED)
     assert main(["--dataset-dir", str(folder)]) == 0
     assert "13 records" in capsys.readouterr().out
     assert main(["--dataset-dir", str(folder), "--verify"]) == 0
@@ -349,7 +349,7 @@ def test_an_interruption_is_no_traceback(folder, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lib.data.download.download", interrupt)
+    monkeypatch.setattr("tools.download.download", interrupt)
     assert main(["--dataset-dir", str(folder)]) == 1
     assert capsys.readouterr().err.startswith("interrupted: run this again")
 
@@ -357,7 +357,7 @@ def test_an_interruption_is_no_traceback(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("argument", ["--verify", None])
 def test_command_line_fails_in_one_line(tmp_path, argument):
     """As a process of its own, without a network: nothing listens where the proxy should be."""
-    command = [sys.executable, "-m", "lib.data.download", "--dataset-dir", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "tools.download", "--dataset-dir", str(tmp_path / "none")]
     proxies = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     environment = os.environ | proxies | {"no_proxy": "", "NO_PROXY": "", "HOME": str(tmp_path)}
     done = subprocess.run(
