@@ -43,18 +43,19 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def show_path(path: Path) -> str:
-    """A path for messages: relative to this project if it lies inside, else absolute.
+    """A path for messages: relative to the project if it lies inside, else absolute.
 
-    It never raises, since error handlers call it; bytes of a name that are not UTF-8 are escaped.
+    The project is that of the working directory or, elsewhere, the one this file belongs to. It
+    never raises, since error handlers call it; bytes of a name that are not UTF-8 are escaped.
     """
-    try:
+    # The working directory was deleted; a null byte in the path; no project.
+    with contextlib.suppress(OSError, ValueError):
         # realpath, as Path.resolve() raises on links that form a loop.
         path = Path(os.path.realpath(path))
-        root = Path(__file__).resolve().parent.parent
-        if path.is_relative_to(root) and (root / "environment.yml").is_file():
-            path = path.relative_to(root)
-    except (OSError, ValueError):  # the working directory was deleted; a null byte in the path
-        pass
+        for start in (None, Path(__file__)):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                path = path.relative_to(project_root(start))
+                break
     return Path(path).as_posix().encode(errors="backslashreplace").decode()
 
 
@@ -130,8 +131,8 @@ def remove_half_written(folder: Path, subfolders: bool = False) -> None:
 
     found = folder.rglob(f"{_PART}*") if subfolders else folder.glob(f"{_PART}*")
     for part in {Path(str(path).removesuffix(".lock")) for path in found if path.is_file()}:
-        # PermissionError: the folder is read-only, or a reader has the file open on Windows.
-        with contextlib.suppress(filelock.Timeout, PermissionError), _sign_of_life(part):
+        # OSError: the folder is read-only, or a reader has the file open on Windows.
+        with contextlib.suppress(filelock.Timeout, OSError), _sign_of_life(part):
             part.unlink(missing_ok=True)
 
 

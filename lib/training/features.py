@@ -274,6 +274,7 @@ def build_cache(
     made_of = _identity(trunk, frozen, handler, pictures, variants)
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     cache = FeatureCache(handler, Path(folder) / name, pictures, variants, trunk.output_shape[1:])
+    remove_half_written(cache.folder)
     if len(_whole_files(cache)) == len(cache.files):
         return cache
     shown = show_path(cache.folder)
@@ -356,7 +357,6 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
 
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
     """Compute the missing files in turn."""
-    remove_half_written(cache.folder)
     whole = _whole_files(cache)
     todo = [(name, rows) for name, rows in cache.files if name not in whole]
     missing = cache.variants * sum(len(cache.pictures[rows]) for _, rows in todo)

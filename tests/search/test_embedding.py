@@ -363,6 +363,7 @@ def test_an_error_of_the_engine_loses_nothing(tmp_path, engine):
 # No Keras, and so no threads of its own that a fork would lose.
 KILLED = """
 import json, os, random, signal, sys, time
+import filelock  # embed_job imports it when needed: no kill may come before it starts
 from pathlib import Path
 import numpy as np
 from lib.search.embedding import PhotoSource, embed_job
