@@ -14,8 +14,6 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-POOLINGS = ("gem", "gem-per-channel", "average", "max", "rmac")
-
 EPSILON = 1e-6  # smallest activation, as in the paper: the gradient of log 0 is infinite
 LARGEST_P = 100.0  # GeM is then at least 97 % of the maximum, over 4 x 4 places
 # Shorter vectors count as zero: the gradient of L2 normalization grows as 1 / length and would
@@ -31,8 +29,7 @@ def gem(feature_maps, p):
         p: exponent, at least 1: a number, a scalar tensor, or (c,), one exponent per channel.
 
     Returns:
-        float (n, c), each value between the channel's average and its maximum. Maps in half
-        precision give float32, since x^3 would soon overflow.
+        float (n, c), float32 for maps in half precision, where x^3 would soon overflow.
     """
     # x^p = exp(p log x) is several times faster than a power and its gradient. logsumexp subtracts
     # the maximum before exp, so nothing overflows or vanishes, whatever p is.
@@ -44,14 +41,9 @@ def gem(feature_maps, p):
 
 
 def contribution(feature_maps, p: float):
-    """Each place's share of GeM's sum.
+    """Each place's share of GeM's sum, the mean over the channels; the larger p, the fewer decide.
 
-    Args:
-        feature_maps: float (n, h, w, c), not negative.
-        p: GeM's exponent; the larger, the fewer places decide.
-
-    Returns:
-        float (n, h, w), the mean over the channels of x^p over its sum; each map sums to 1.
+    float (n, h, w, c), not negative -> float (n, h, w); each map sums to 1.
     """
     return ops.mean(ops.softmax(p * _log(feature_maps), axis=(1, 2)), axis=-1)
 
@@ -69,8 +61,7 @@ class GeM(keras.layers.Layer):
     Args:
         p: exponent to start from, 1 to 100; the paper's 3.
         p_trainable: whether training may change it, within the same bounds.
-        per_channel: whether each channel has its own exponent; the paper got better results
-            with a shared one.
+        per_channel: one exponent for each channel; the paper got better results with a shared one.
 
     Input float (n, h, w, c), output float32 (n, c) whatever the policy.
     """
@@ -84,9 +75,7 @@ class GeM(keras.layers.Layer):
                 f"GeM's exponent p must be at least 1 (the average) and at most {LARGEST_P:g} "
                 f"(as good as the maximum), got {p}"
             )
-        self.initial_p = float(p)
-        self.p_trainable = p_trainable
-        self.per_channel = per_channel
+        self.initial_p, self.p_trainable, self.per_channel = float(p), p_trainable, per_channel
 
     def build(self, input_shape):
         self.p = self.add_weight(
@@ -99,9 +88,6 @@ class GeM(keras.layers.Layer):
 
     def call(self, feature_maps):
         return gem(feature_maps, self.p)
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], input_shape[-1])
 
     def get_config(self):
         return super().get_config() | {
@@ -116,8 +102,7 @@ class Clip(keras.constraints.Constraint):
     """Keeps a weight between ``low`` and ``high``."""
 
     def __init__(self, low: float, high: float):
-        self.low = low
-        self.high = high
+        self.low, self.high = low, high
 
     def __call__(self, weight):
         return ops.clip(weight, self.low, self.high)
@@ -129,17 +114,13 @@ class Clip(keras.constraints.Constraint):
 def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:
     """The square regions of R-MAC.
 
-    Level l has regions of side 2 min(height, width) / (l + 1), rounded down, spread evenly: l along
-    the short side and l + m - 1 along the long one. m is 1 for a square map. Otherwise it is from 2
-    to 7, whichever brings the overlap of the largest regions closest to 40 %. A level whose side
-    would be less than one place is left out.
-
-    Args:
-        height, width: of the map in places.
-        levels: number of levels, the paper's 3.
+    Level l of ``levels`` (the paper's 3) has regions of side 2 min(height, width) / (l + 1),
+    rounded down, spread evenly: l along the short side and l + m - 1 along the long one. m is 1 for
+    a square map. Otherwise it is from 2 to 7, whichever brings the overlap of the largest regions
+    closest to 40 %. A level whose side would be less than one place is left out.
 
     Returns:
-        (top, left, side) of each region. On a small map, regions may coincide and count twice.
+        (top, left, side) of each region, in places. On a small map, regions may coincide.
     """
     short, long = sorted((height, width))
     m = 1
@@ -167,14 +148,12 @@ class RMac(keras.layers.Layer):
     The paper also whitens the vector of each region before the sum. Here the head's projection,
     which is learned, takes that part.
 
-    Args:
-        levels: number of levels of :func:`rmac_regions`; the paper's 3.
-
     Input float (n, h, w, c) with h and w known in advance, output float32 (n, c) whatever the
     policy. Vectors shorter than 1e-4 count as zero; if all are, the output is zero.
 
     Raises:
-        ValueError: fewer than one level, or maps of unknown size.
+        ValueError: fewer than one of the ``levels`` of :func:`rmac_regions`, or maps of unknown
+            size.
     """
 
     def __init__(self, levels: int = 3, **kwargs):
@@ -197,9 +176,6 @@ class RMac(keras.layers.Layer):
         ]
         return _unit(ops.sum(_unit(ops.stack(maxima, axis=1)), axis=1))
 
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], input_shape[-1])
-
     def get_config(self):
         return super().get_config() | {"levels": self.levels}
 
@@ -212,26 +188,24 @@ def _unit(vectors):
     return ops.where(alive, vectors / ops.sqrt(ops.where(alive, squares, 1.0)), 0.0)
 
 
-def make_pooling(kind: str, p: float = 3.0, p_trainable: bool = True) -> keras.layers.Layer:
-    """The pooling layer ``kind``, (n, h, w, c) -> float32 (n, c), named "pooling".
+# name -> a function (p, p_trainable) -> layer
+POOLINGS = {
+    "gem": lambda *p: GeM(*p, name="pooling"),
+    "gem-per-channel": lambda *p: GeM(*p, per_channel=True, name="pooling"),
+    "average": lambda *_: keras.layers.GlobalAveragePooling2D(dtype="float32", name="pooling"),
+    "max": lambda *_: keras.layers.GlobalMaxPooling2D(dtype="float32", name="pooling"),
+    "rmac": lambda *_: RMac(name="pooling"),
+}
 
-    Args:
-        kind: "gem", "gem-per-channel", "average", "max" or "rmac".
-        p: exponent of GeM to start from; the others have none.
-        p_trainable: whether GeM learns its exponent.
+
+def make_pooling(kind: str, p: float = 3.0, p_trainable: bool = True) -> keras.layers.Layer:
+    """The pooling layer ``kind`` of ``POOLINGS``, (n, h, w, c) -> float32 (n, c), named "pooling".
+
+    ``p`` and ``p_trainable`` are :class:`GeM`'s; the others have no exponent.
 
     Raises:
         ValueError: an unknown kind, or p out of GeM's range.
     """
-    match kind:
-        case "gem":
-            return GeM(p, p_trainable, name="pooling")
-        case "gem-per-channel":
-            return GeM(p, p_trainable, per_channel=True, name="pooling")
-        case "average":
-            return keras.layers.GlobalAveragePooling2D(dtype="float32", name="pooling")
-        case "max":
-            return keras.layers.GlobalMaxPooling2D(dtype="float32", name="pooling")
-        case "rmac":
-            return RMac(name="pooling")
-    raise ValueError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")
+    if kind not in POOLINGS:
+        raise ValueError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")
+    return POOLINGS[kind](p, p_trainable)

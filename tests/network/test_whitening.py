@@ -1,27 +1,17 @@
-"""Whitenings against other implementations, what they are good for, and folded into a head."""
+"""Whitenings against other implementations, and what they are good for."""
 
 from itertools import combinations
 
-import keras
 import numpy as np
 import pytest
 import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keras import ops
 from sklearn.covariance import oas
 from sklearn.decomposition import PCA
 
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.network.pooling import POOLINGS
-from lib.network.tower import TowerSettings, build_head, build_tower, embed, resized
-from lib.network.whitening import (
-    Whitening,
-    fold,
-    learn_pca_whitening,
-    learn_supervised_whitening,
-    projected,
-)
+from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
 from tests.conftest import unit
 
 
@@ -202,89 +192,24 @@ def test_bad_input_is_refused(rng):
     x = rng.normal(size=(20, 6))
     labels = np.arange(20) // 2
     for learn in (learn_pca_whitening, lambda x, *a: learn_supervised_whitening(x, labels=labels)):
-        with pytest.raises(ValueError, match="at least 2 descriptors, got 1"):
+        with pytest.raises(ValueError, match=r"1 sample\(s\).* while a minimum of 2 is required"):
             learn(x[:1])
-        with pytest.raises(ValueError, match=r"must be \(n, d\)"):
+        with pytest.raises(ValueError, match="Expected 2D array, got 1D"):
             learn(x[0])
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match="contains NaN"):
             learn(np.where(x > 1, np.nan, x))
         with pytest.raises(ValueError, match="only 0 of 6 directions"):
             learn(np.ones((20, 6)))
     for dimension in (0, 7):
-        with pytest.raises(ValueError, match="from 1 to the 6 of the descriptors"):
+        with pytest.raises(ValueError, match=f"dimension == {dimension}, must be"):
             learn_pca_whitening(x, dimension)
-        with pytest.raises(ValueError, match="from 1 to the 6 of the descriptors"):
+        with pytest.raises(ValueError, match=f"dimension == {dimension}, must be"):
             learn_supervised_whitening(x, labels=labels, dimension=dimension)
-    with pytest.raises(ValueError, match="shrinkage must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"'shrinkage'.* in the range \[0.0, 1.0\]. Got 1.5"):
         learn_pca_whitening(x, shrinkage=1.5)
     with pytest.raises(ValueError, match="no matching pair: no label occurs twice"):
         learn_supervised_whitening(x, labels=np.arange(20))
-    with pytest.raises(ValueError, match="one label for each of the 20"):
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[20, 19\]"):
         learn_supervised_whitening(x, labels=labels[:-1])
     with pytest.raises(ValueError, match="for descriptors of 6 dimensions, got 5"):
         learn_pca_whitening(x).apply(x[:, :5])
-
-
-def trained(head: keras.Model, rng) -> keras.Model:
-    """Give a head's centring statistics, as training would."""
-    centring = head.get_layer("centring")
-    centring.moving_mean.assign(rng.normal(size=centring.moving_mean.shape))
-    centring.moving_variance.assign(rng.uniform(0.2, 3.0, centring.moving_variance.shape))
-    return head
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_folded_head_embeds_as_the_whitening_does(pooling, rng, tmp_path):
-    settings = TowerSettings(embedding_size=12, pooling=pooling, weights="")
-    head = trained(build_head((4, 5, 24), settings), rng)
-    maps = np.maximum(rng.normal(size=(80, 4, 5, 24)), 0).astype(np.float16)
-    descriptors = projected(head, maps)
-    assert descriptors.shape == (80, 12) and descriptors.dtype == np.float32
-    np.testing.assert_allclose(unit(descriptors), head.predict(maps, verbose=0), atol=1e-6)
-
-    whitening = learn_supervised_whitening(descriptors, labels=np.arange(80) // 4, dimension=7)
-    before = [np.array(weight) for weight in head.get_weights()]
-    folded = fold(head, whitening)
-    assert folded.name == "head" and folded.input_shape == head.input_shape
-    names = [layer.name for layer in folded.layers[1:]]
-    assert names == ["pooling", "projection", "l2_normalization"]
-    expected = whitening.apply(descriptors)
-    np.testing.assert_allclose(folded.predict(maps, verbose=0), expected, atol=1e-5)
-
-    folded.save(tmp_path / "head.keras")
-    loaded = keras.saving.load_model(tmp_path / "head.keras", safe_mode=True)
-    np.testing.assert_allclose(loaded.predict(maps, verbose=0), expected, atol=1e-5)
-    for old, kept in zip(before, head.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, kept)  # the given head stays as it was
-    with pytest.raises(ValueError, match="folded into it already"):
-        fold(folded, whitening)
-    other = learn_pca_whitening(rng.normal(size=(40, 11)))
-    with pytest.raises(ValueError, match="11 dimensions, the head's have 12"):
-        fold(head, other)
-
-
-def test_a_whitening_is_folded_into_a_head_without_projection(rng):
-    head = build_head((4, 5, 24), TowerSettings(embedding_size=0, weights=""))
-    maps = np.maximum(rng.normal(size=(80, 4, 5, 24)), 0).astype(np.float16)
-    descriptors = projected(head, maps)
-    assert descriptors.shape == (80, 24)
-    whitening = learn_pca_whitening(descriptors, 7)
-    folded = fold(head, whitening).predict(maps, verbose=0)
-    np.testing.assert_allclose(folded, whitening.apply(descriptors), atol=1e-5)
-
-
-def test_a_folded_tower_keeps_its_parts_and_survives_saving(rng, tmp_path):
-    tower = build_tower(TowerSettings(image_size=32, embedding_size=8, last_stage=3, weights=""))
-    trained(tower.get_layer("head"), rng)
-    photos = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-    maps = ops.convert_to_numpy(tower.get_layer("trunk")(photos))
-    whitening = learn_pca_whitening(projected(tower.get_layer("head"), maps), 5)
-    expected = whitening.apply(projected(tower.get_layer("head"), maps))
-    folded = fold(tower, whitening)
-    np.testing.assert_allclose(embed(folded, photos), expected, atol=1e-5)
-    assert [layer.name for layer in folded.layers] == [layer.name for layer in tower.layers]
-    assert resized(folded, 40).output_shape == (None, 5)  # which Keras refused
-    folded.save(tmp_path / "tower.keras")
-    loaded = keras.saving.load_model(tmp_path / "tower.keras", safe_mode=True)
-    np.testing.assert_allclose(embed(loaded, photos), expected, atol=1e-5)
-    assert loaded.get_layer("trunk").output_shape == tower.get_layer("trunk").output_shape
