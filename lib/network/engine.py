@@ -4,11 +4,10 @@
     engine = load_engine(Path("runs/latest/tower.engine"))     # about a second
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
-The file is a ZIP archive of OpenVINO's network, preprocessing included (``network.xml`` and
-``network.bin``), and ``manifest.json``. Processors with bfloat16 instructions compute in bfloat16
-by default: twice as fast, with nearly the same ranking (``python -m benchmarks.embedding``).
-:func:`keras_engine` gives a tower in memory the same interface, for a GPU or a machine
-without OpenVINO.
+The file is a ZIP archive of OpenVINO's network (``network.xml`` and ``network.bin``) and
+``manifest.json``. Processors with bfloat16 instructions compute in bfloat16 by default: twice as
+fast, with nearly the same ranking (``python -m benchmarks.embedding``). :func:`keras_engine` gives
+a tower in memory the same interface, for a GPU or a machine without OpenVINO.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ import numpy as np
 import xxhash
 
 from lib.files import checksum, replacing, show_error, show_path
-from lib.network.openvino import (
-    NETWORK_FILES,
-    compile_network,
-    export_network,
-    import_openvino,
-)
+from lib.network.openvino import NETWORK_FILES, compile_network, export_network, import_openvino
 
 if TYPE_CHECKING:  # an exported tower runs without Keras
     import keras
@@ -56,7 +50,7 @@ class Engine:
         compute: up to 64 photos, uint8 (n, s, s, 3), to embeddings, float32 (n, d).
         image_size: s, side of the square photos in pixels.
         dimension: d, of the embeddings.
-        fingerprint: of the tower, see :func:`lib.network.tower.fingerprint`.
+        fingerprint: :func:`lib.network.tower.fingerprint` of the tower.
         name: library and precision, such as "openvino bfloat16".
     """
 
@@ -100,16 +94,10 @@ def keras_engine(tower: keras.Model) -> Engine:
 
 
 def export_engine(tower: keras.Model, path: Path) -> None:
-    """Write a tower as one file, atomically, for :func:`load_engine`.
-
-    Before the file is put in place, it is loaded and its embeddings are compared with the tower's.
-
-    Args:
-        tower: from :func:`lib.network.tower.load_tower`, on Keras' TensorFlow or PyTorch backend.
-        path: of the file.
+    """Write a tower as one file, atomically, on Keras' TensorFlow or PyTorch backend.
 
     Raises:
-        EngineError: the exported network's embeddings differ from the tower's.
+        EngineError: the exported network's embeddings differ from the tower's; nothing is written.
     """
     from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
 
@@ -128,7 +116,10 @@ def export_engine(tower: keras.Model, path: Path) -> None:
                 for name in NETWORK_FILES:
                     archive.write(Path(folder) / name, name)
                 archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        photos = _pictures(tower.input_shape[1])
+        # Large patches of random colours: noise would give nearly equal embeddings.
+        patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
+        place = np.arange(manifest["image_size"]) * 5 // manifest["image_size"]
+        photos = patches[:, place][:, :, place]
         pairs = load_engine(part, "float32").embed(photos), embed(tower_in_float32, photos)
         cosine = float(np.einsum("nd,nd->n", *pairs).min())
         if not cosine >= _LEAST_COSINE:
@@ -143,9 +134,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
 
     Args:
         path: of the file.
-        precision: "float32", "bfloat16", or "auto": the fast one on this processor.
-        threads: number of threads, at least 1; None: one per core, bound to it. Set it where
-            several processes share a machine.
+        precision, threads: see :func:`lib.network.openvino.compile_network`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,38 +148,28 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         raise FileNotFoundError(
             f"no exported tower at {path}: lib.network.engine.export_engine writes one"
         )
-    size_on_disk = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in (_MANIFEST, *NETWORK_FILES):
-                entry = archive.getinfo(name)
+            for entry in archive.infolist():
                 # Without compression, reading takes no more memory than the file has bytes.
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size_on_disk:
-                    raise ValueError(f"{name} is compressed or larger than the file")
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.file_size > path.stat().st_size
+                ):
+                    raise ValueError(f"{entry.filename} is compressed or larger than the file")
             manifest = json.loads(archive.read(_MANIFEST))
-            xml, weights = (archive.read(name) for name in NETWORK_FILES)
-        found = {
-            name: xxhash.xxh3_128_hexdigest(content)
-            for name, content in zip(NETWORK_FILES, (xml, weights), strict=True)
-        }
+            network = {name: archive.read(name) for name in NETWORK_FILES}
+        found = {name: xxhash.xxh3_128_hexdigest(content) for name, content in network.items()}
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']}, not {_FORMAT}")
         if manifest["files"] != found:
             raise ValueError("the network has another checksum than the manifest says")
         size = manifest["image_size"]
-        compute, name = compile_network(
-            ov.Core().read_model(xml, weights), (size, size, 3), precision, threads
-        )
+        model = ov.Core().read_model(*network.values())
+        compute, name = compile_network(model, (size, size, 3), precision, threads)
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
     except Exception as error:  # damage raises errors of zipfile, json and OpenVINO
         raise EngineError(
             f"{show_path(path)} is no exported tower, or a damaged one ({show_error(error)}): "
             "export it anew"
         ) from None
-
-
-def _pictures(size: int) -> np.ndarray:
-    """Large patches of random colours, uint8 (4, size, size, 3), to compare embeddings of."""
-    patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
-    place = np.arange(size) * 5 // size
-    return np.ascontiguousarray(patches[:, place][:, :, place])

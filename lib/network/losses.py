@@ -23,6 +23,7 @@ import numpy as np
 from keras import ops
 
 from lib.network.mining import (
+    MINERS,
     NOTHING,
     BatchAll,
     BatchHard,
@@ -32,23 +33,18 @@ from lib.network.mining import (
     SemiHard,
     Tensor,
     compare,
-    make_miner,
     unit_vectors,
 )
-
-LOSSES = ("triplet", "soft-margin", "infonce", "multi-similarity", "arcface")
 
 # Each loss maps the pairs of a batch to the mean loss, a float32 scalar; without any triplet, pair
 # or anchor to average over, to 0. The state is what :class:`MetricLoss` keeps for some losses.
 
 
 def margin_loss(positive: Tensor, negative: Tensor, margin: float | None) -> Tensor:
-    """The loss of each triplet: max(0, d(a, p) - d(a, n) + margin).
+    """The loss of each triplet: max(0, d(a, p) - d(a, n) + margin); FaceNet (2015), equation 3.
 
-    Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015,
-    equation 3. A margin of None is the soft margin of Hermans et al., "In Defense of the Triplet
-    Loss for Person Re-Identification", 2017, section 2: log(1 + exp(d(a, p) - d(a, n))), which
-    decays smoothly and never reaches 0.
+    A margin of None is the soft margin log(1 + exp(d(a, p) - d(a, n))), which never reaches 0;
+    Hermans et al. (2017), section 2. The miners' docstrings have both references in full.
     """
     if margin is None:
         return ops.softplus(positive - negative)
@@ -98,9 +94,9 @@ class InfoNCE:
     a temperature t. The closer a negative, the larger its gradient, which does not vanish at the
     start of a training, when all distances are alike.
 
-    The loss of an anchor is the mean over its positives, outside the logarithm as in Khosla et al.,
-    "Supervised Contrastive Learning", NeurIPS 2020, equation 2 (whose denominators contain the
-    other positives too). The loss of the batch is the mean over the anchors.
+    The mean over an anchor's positives is outside the logarithm as in Khosla et al., "Supervised
+    Contrastive Learning", NeurIPS 2020, equation 2 (whose denominators contain the other positives
+    too); then follows the mean over the anchors.
 
     Attributes:
         temperature: t, above 0; a smaller one gives the nearest negatives more weight.
@@ -188,18 +184,12 @@ class ArcFace:
 
     def __post_init__(self):
         if not 0 <= self.margin < math.pi:
-            raise ValueError(
-                f"ArcFace's margin is an angle from 0 to pi in radians, got {self.margin}"
-            )
+            raise ValueError(f"the margin is an angle from 0 to pi in radians, got {self.margin}")
         _check_positive(self, "scale")
 
     def __call__(self, pairs: Pairs, state: Tensor) -> Tensor:
+        classes = ops.cast(pairs.group, "int32")
         cosines = ops.matmul(pairs.photos, ops.transpose(unit_vectors(state)))
-        return self.of_cosines(cosines, pairs.group)
-
-    def of_cosines(self, cosines: Tensor, classes: Tensor) -> Tensor:
-        """The mean loss of float32 (m, c) cosines with the centres, and int (m,) right classes."""
-        classes = ops.cast(classes, "int32")
         cosine = ops.take_along_axis(cosines, classes[:, None], axis=1)
         # The floor keeps the gradient finite where an embedding equals its centre.
         sine = ops.sqrt(ops.maximum(1.0 - ops.square(cosine), 1e-9))
@@ -222,27 +212,26 @@ def make_loss(
     """Build a loss from a name and numbers.
 
     Args:
-        name: one of ``LOSSES``.
-        mining: of "triplet" and "soft-margin", one of :data:`lib.network.mining.MININGS`.
+        name: "triplet", "soft-margin", "infonce", "multi-similarity" or "arcface".
+        mining: of "triplet" and "soft-margin", one of :data:`lib.network.mining.MINERS`.
         margin: of "triplet".
         temperature: of "infonce".
 
     Raises:
         ValueError: an unknown loss or mining, or a number out of range.
     """
-    miner = make_miner(mining)
-    match name:
-        case "triplet":
-            return TripletLoss(margin, mining=miner)
-        case "soft-margin":
-            return TripletLoss(None, mining=miner)
-        case "infonce":
-            return InfoNCE(temperature)
-        case "multi-similarity":
-            return MultiSimilarity()
-        case "arcface":
-            return ArcFace()
-    raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(LOSSES)}")
+    if mining not in MINERS:
+        raise ValueError(f"unknown mining {mining!r}; choose one of {', '.join(MINERS)}")
+    makers = {
+        "triplet": lambda: TripletLoss(margin, mining=MINERS[mining]),
+        "soft-margin": lambda: TripletLoss(None, mining=MINERS[mining]),
+        "infonce": lambda: InfoNCE(temperature),
+        "multi-similarity": MultiSimilarity,
+        "arcface": ArcFace,
+    }
+    if name not in makers:
+        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(makers)}")
+    return makers[name]()
 
 
 class MetricLoss(keras.layers.Layer):
@@ -256,8 +245,7 @@ class MetricLoss(keras.layers.Layer):
         n_groups: number of ArcFace's classes; groups then go from 0 to n_groups - 1.
 
     Call arguments:
-        groups: numbers (n, 3) or (m,), see :mod:`lib.network.mining`.
-        embeddings: float (n, 3, d) or (m, d).
+        groups, embeddings: as for :func:`lib.network.mining.compare`.
 
     Raises:
         ValueError: ArcFace without n_groups; mining "stored" of a P x K batch; shapes of neither
@@ -325,32 +313,25 @@ def negative_distance(y_true: Tensor, y_pred: Tensor) -> Tensor:
     return _mean_where(pairs.is_negative, pairs.distances)
 
 
-def active_share_within(margin: float, squared: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """A metric: the share of anchors whose hardest triplet violates ``margin``.
+def active_share_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """A metric: the share of anchors whose hardest triplet violates the margin.
 
     Only these have a gradient in a triplet loss. Near 0, the batches are solved; if it stays at 1,
-    the network is not learning.
+    the network is not learning. Margin and distance are the loss's, or 0.3 and squared.
     """
+    margin = loss.margin if isinstance(loss, TripletLoss) and loss.margin is not None else 0.3
 
     def active_share(y_true, y_pred):
-        positive, negative, exists = BatchHard()(compare(y_true, y_pred, squared))
+        pairs = compare(y_true, y_pred, getattr(loss, "squared", True))
+        positive, negative, exists = BatchHard()(pairs)
         active = margin_loss(positive, negative, margin) > 0
         return _mean_where(exists, ops.cast(active, "float32"))
 
     return active_share
 
 
-def active_share_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """:func:`active_share_within` the margin of a triplet loss, or 0.3 for a loss without one."""
-    margin = getattr(loss, "margin", None) if isinstance(loss, TripletLoss) else None
-    return active_share_within(0.3 if margin is None else margin, getattr(loss, "squared", True))
-
-
 def embedding_spread(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    """Mean squared distance of the batch's embeddings from their centre, from 0 to 1.
-
-    0 is a collapse to one point; embeddings spread evenly over the sphere reach 1.
-    """
+    """Mean squared distance of embeddings from their centre: 0 collapsed, 1 evenly spread."""
     photos = ops.reshape(unit_vectors(y_pred), (-1, y_pred.shape[-1]))
     from_centre = photos - ops.mean(photos, axis=0, keepdims=True)
     return ops.mean(ops.sum(ops.square(from_centre), axis=-1))
@@ -366,9 +347,8 @@ def active_triplets(
         margin: how much farther than the positive a negative must be.
 
     Returns:
-        int64 (t, 3), the anchor, positive and negative photo of each, as numbers from 0 to m - 1
-        (photo 3i + r of stored triplets has role r in row i), and float32 (t,), their losses, all
-        above 0.
+        int64 (t, 3), the anchor, positive and negative photo of each, as rows of the matrices; and
+        float32 (t,), their losses, all above 0.
     """
     distances, is_positive, is_negative = map(
         ops.convert_to_numpy, compare(groups, embeddings, squared)[:3]

@@ -47,10 +47,7 @@ class Pairs(NamedTuple):
     squared: bool  # whether the distances are squared
 
     def at_positives(self, matrix: Tensor) -> Tensor:
-        """The columns that may hold positives, (m, m) -> (m, p).
-
-        p is m in a P x K batch and 1 for stored triplets, which saves a factor of m.
-        """
+        """The columns that may hold positives, (m, m) -> (m, p): all, or 1 for stored triplets."""
         if self.partner is None:
             return matrix
         return ops.take_along_axis(matrix, self.partner[:, None], axis=1)
@@ -78,15 +75,12 @@ class Triplets(NamedTuple):
 
 
 def compare(groups: Tensor, embeddings: Tensor, squared: bool = True) -> Pairs:
-    """Compare all photos of a batch.
+    """Compare all photos of a batch; photo 3i + r of stored triplets has role r in row i.
 
     Args:
         groups: numbers (n, 3) or (m,), see the module's docstring.
         embeddings: float (n, 3, d) or (m, d), of any precision and length.
         squared: squared Euclidean distances, or plain ones.
-
-    Returns:
-        the (m, m) matrices; photo 3i + r of stored triplets has role r in row i.
 
     Raises:
         ValueError: shapes that are neither arrangement.
@@ -110,8 +104,7 @@ def compare(groups: Tensor, embeddings: Tensor, squared: bool = True) -> Pairs:
     is_negative = ops.not_equal(group[:, None], group[None, :])
     if stored:
         role = number % 3
-        to_partner = ops.where(role == ANCHOR, 1, ops.where(role == POSITIVE, -1, 0))
-        partner = number + to_partner
+        partner = number + ops.where(role == ANCHOR, 1, ops.where(role == POSITIVE, -1, 0))
         is_positive = is_other & ops.equal(partner[:, None], number[None, :])
     else:
         partner, is_positive = None, is_other & ops.logical_not(is_negative)
@@ -122,14 +115,11 @@ def compare(groups: Tensor, embeddings: Tensor, squared: bool = True) -> Pairs:
 
 
 def stored_distances(embeddings: Tensor, squared: bool = True) -> tuple[Tensor, Tensor]:
-    """Distances within stored triplets, (n, 3, d) -> two float32 (n,): anchor to positive and
-    anchor to negative."""
+    """From anchor to positive and to negative of stored triplets, (n, 3, d) -> two float32 (n,)."""
     photos = unit_vectors(embeddings)
-    positive, negative = (
-        ops.sum(ops.square(photos[:, ANCHOR] - photos[:, role]), axis=-1)
-        for role in (POSITIVE, NEGATIVE)
-    )
-    return (positive, negative) if squared else (_root(positive), _root(negative))
+    others = (photos[:, POSITIVE], photos[:, NEGATIVE])
+    distances = (ops.sum(ops.square(photos[:, ANCHOR] - other), axis=-1) for other in others)
+    return tuple(distances if squared else map(_root, distances))
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -154,11 +144,7 @@ def _root(squared):
 
 @dataclass(frozen=True)
 class Stored:
-    """The triplets of the rows, without mining; shape (n,).
-
-    Raises:
-        ValueError: the batch is P x K.
-    """
+    """The triplets of the rows, without mining; shape (n,). A P x K batch raises a ValueError."""
 
     name: str = field(default="stored", init=False)
 
@@ -167,7 +153,7 @@ class Stored:
             raise ValueError(
                 'mining "stored" needs batches of stored triplets, groups (n, 3), and got a P x K '
                 "batch: set pictures_per_landmark=0 in DataSettings, or choose another mining of "
-                f"{', '.join(MININGS[1:])}"
+                f"{', '.join(name for name in MINERS if name != self.name)}"
             )
         photos = ops.reshape(pairs.photos, (-1, 3, pairs.photos.shape[-1]))
         group = ops.reshape(pairs.group, (-1, 3))
@@ -181,9 +167,9 @@ class SemiHard:
 
         n = argmin d(a, n)   over the negatives with   d(a, n) > d(a, p)
 
-    Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", CVPR 2015,
-    section 3.2. The hardest negatives, which are nearer, can make an untrained network collapse to
-    one point. If no negative lies beyond the positive, the farthest is taken.
+    or the farthest negative if there is none. The hardest, which are nearer than the positive, can
+    make an untrained network collapse to one point. Schroff et al., "FaceNet: A Unified Embedding
+    for Face Recognition and Clustering", CVPR 2015, section 3.2.
     """
 
     name: str = field(default="semi-hard", init=False)
@@ -282,19 +268,7 @@ class DistanceWeighted:
 
 
 Miner = Stored | SemiHard | BatchHard | BatchAll | DistanceWeighted
-_MINERS = {
+MINERS: dict[str, Miner] = {
     miner.name: miner
     for miner in (Stored(), SemiHard(), BatchHard(), BatchAll(), DistanceWeighted())
 }
-MININGS = tuple(_MINERS)
-
-
-def make_miner(name: str) -> Miner:
-    """The miner of a name in ``MININGS``, with its default settings.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in _MINERS:
-        raise ValueError(f"unknown mining {name!r}; choose one of {', '.join(MININGS)}")
-    return _MINERS[name]

@@ -5,8 +5,7 @@
     compute, name = compile_network(network, (64, 64, 3))   # name: "openvino bfloat16"
     embeddings = compute(photos)                            # uint8 (n, 64, 64, 3) -> float32
 
-By default OpenVINO computes in bfloat16 on processors with instructions for it. Importing this
-module loads neither OpenVINO nor Keras.
+Importing this module loads neither OpenVINO nor Keras.
 """
 
 from __future__ import annotations
@@ -43,15 +42,10 @@ def fast_precision() -> str:
 
 
 def export_network(model: keras.Model, folder: Path) -> Path:
-    """Write the forward pass of a Keras model as ``network.xml`` and ``network.bin``.
+    """Write a Keras model as ``network.xml``, whose path is returned, and ``network.bin``.
 
-    Args:
-        model: computes in float32 (see :func:`lib.network.tower.in_float32`), on Keras' TensorFlow
-            or PyTorch backend.
-        folder: where to write.
-
-    Returns:
-        the path of ``network.xml``.
+    The model must compute in float32 (see :func:`lib.network.tower.in_float32`), on Keras'
+    TensorFlow or PyTorch backend.
     """
     path = Path(folder) / NETWORK_FILES[0]
     import_openvino()
@@ -70,7 +64,8 @@ def compile_network(
         network: read by OpenVINO, with one input and one output.
         shape: of one input row, without the batch dimension.
         precision: "float32", "bfloat16", or "auto": :func:`fast_precision`.
-        threads: number of threads, at least 1; None: one per core, bound to it.
+        threads: number of threads, at least 1; None: one per core, bound to it. Set it where
+            several processes share a machine.
 
     Returns:
         the function from a batch, uint8 (n, *shape), to float32 (n, ...), which threads may share;

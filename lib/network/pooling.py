@@ -82,7 +82,7 @@ class GeM(keras.layers.Layer):
             name="p",
             shape=(input_shape[-1],) if self.per_channel else (),
             initializer=keras.initializers.Constant(self.initial_p),
-            constraint=Clip(1.0, LARGEST_P),
+            constraint=lambda p: ops.clip(p, 1.0, LARGEST_P),
             trainable=self.p_trainable,
         )
 
@@ -95,20 +95,6 @@ class GeM(keras.layers.Layer):
             "p_trainable": self.p_trainable,
             "per_channel": self.per_channel,
         }
-
-
-@keras.saving.register_keras_serializable(package="image_retrieval")
-class Clip(keras.constraints.Constraint):
-    """Keeps a weight between ``low`` and ``high``."""
-
-    def __init__(self, low: float, high: float):
-        self.low, self.high = low, high
-
-    def __call__(self, weight):
-        return ops.clip(weight, self.low, self.high)
-
-    def get_config(self):
-        return {"low": self.low, "high": self.high}
 
 
 def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:

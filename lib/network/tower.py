@@ -13,12 +13,13 @@ module uses ``keras.ops`` only and runs on Keras' TensorFlow, JAX and PyTorch ba
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,23 +30,18 @@ from keras import ops
 from lib.files import replacing, show_error, show_path
 from lib.network.losses import MetricLoss
 from lib.network.openvino import fast_precision
-from lib.network.pooling import make_pooling
+from lib.network.pooling import GeM, make_pooling
 
-# ResNet50's stages: name of the last layer, side in pixels of the photo per place of the map.
-STAGES = {
-    3: ("conv3_block4_out", 8),
-    4: ("conv4_block6_out", 16),
-    5: ("conv5_block3_out", 32),
-}
+# The last layer of ResNet50's stages. A place of the map has 2^stage pixels on each side.
+STAGES = {3: "conv3_block4_out", 4: "conv4_block6_out", 5: "conv5_block3_out"}
 
-# Every network of keras.applications; only constructors begin with a capital letter.
-BACKBONES = tuple(sorted(name for name in dir(keras.applications) if name[0].isupper()))
+# Constructors of all networks of keras.applications; they alone begin with a capital letter.
+BACKBONES = {name: c for name, c in sorted(vars(keras.applications).items()) if name[0].isupper()}
 
 # Entries of a Keras configuration that :func:`structure` leaves out: names, and entries that follow
 # from others or do not change the embeddings.
 _NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "trainable"}
-
-_LOWEST_DIP = -0.4  # lowest activation that GeM may count as zero
+_REFERENCES = {"keras_history", "input_layers", "output_layers"}  # to layers, by name
 
 POLICIES = ("float32", "mixed_bfloat16")
 
@@ -101,7 +97,8 @@ class TowerSettings:
                 f"keras.applications has no backbone {self.backbone!r}; choose one of "
                 + ", ".join(BACKBONES)
             )
-        if self.width != 1 and "alpha" not in inspect.signature(self.constructor).parameters:
+        constructor = BACKBONES[self.backbone]
+        if self.width != 1 and "alpha" not in inspect.signature(constructor).parameters:
             raise ValueError(f"{self.backbone} has one width only: leave width at 1")
         if self.backbone != "ResNet50" and self.last_stage != 5:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
@@ -113,14 +110,9 @@ class TowerSettings:
             )
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
-        smallest = STAGES[self.last_stage][1]
+        smallest = 2**self.last_stage
         if self.image_size < smallest:
             raise ValueError(f"image_size must be at least {smallest}, got {self.image_size}")
-
-    @property
-    def constructor(self) -> Callable[..., keras.Model]:
-        """The function of ``keras.applications`` that builds the backbone."""
-        return getattr(keras.applications, self.backbone)
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
@@ -130,17 +122,13 @@ class Preprocessing(keras.layers.Layer):
     It calls ``preprocess_input`` of the backbone's module in ``keras.applications``: for ResNet50,
     BGR order minus ImageNet's mean colour, not scaled.
 
-    Args:
-        backbone: name of the network in ``keras.applications``.
-
     Input uint8 or float (n, h, w, 3), output float32 of the same shape.
     """
 
     def __init__(self, backbone: str, **kwargs):
         super().__init__(**kwargs)
         self.backbone = backbone
-        module = inspect.getmodule(getattr(keras.applications, backbone))
-        self._preprocess = module.preprocess_input
+        self._preprocess = inspect.getmodule(BACKBONES[backbone]).preprocess_input
 
     def call(self, photos):
         return self._preprocess(ops.cast(photos, "float32"))
@@ -153,7 +141,7 @@ class Preprocessing(keras.layers.Layer):
 
 
 def build_tower(settings: TowerSettings) -> keras.Model:
-    """Build the network that embeds a photo: a trunk (preprocessing, backbone) and a head.
+    """Build the network that embeds a photo.
 
     Input uint8 RGB (n, image_size, image_size, 3); output float32 (n, embedding_size) of unit L2
     norm. ``tower.get_layer("trunk")`` computes feature maps, ``tower.get_layer("head")`` embeddings
@@ -177,18 +165,16 @@ def build_tower(settings: TowerSettings) -> keras.Model:
 
 
 def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
-    """Refuse a backbone with signed maps, since GeM counts negative activations as zero.
-
-    Swish, hard-swish and GELU are accepted: they go no lower than -0.375. A final layer
-    normalization (ConvNeXt) makes half of the activations negative, as large as the positive ones.
-    """
+    """Refuse a backbone with signed maps, since GeM counts negative activations as zero."""
     last = trunk.get_layer("backbone").layers[-1]
     activation = getattr(last, "activation", None)
     if isinstance(last, keras.layers.ReLU) or activation is keras.activations.relu:
         return
     noise = np.random.default_rng(0).integers(0, 256, (1, *trunk.input_shape[1:]), np.uint8)
     maps = ops.convert_to_numpy(ops.cast(trunk(noise), "float32"))
-    if maps.min() < _LOWEST_DIP:
+    # Swish, hard-swish and GELU go no lower than -0.375. A final layer normalization (ConvNeXt)
+    # makes half of the activations negative, as large as the positive ones.
+    if maps.min() < -0.4:
         raise ValueError(
             f"the feature maps of {backbone} are signed ({(maps < 0).mean():.0%} of the "
             f'activations are negative, down to {maps.min():.1f}): choose pooling="average", '
@@ -219,7 +205,7 @@ def computing_in(precision: str) -> Iterator[None]:
 
 
 def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
-    """Build the head, from feature maps to embeddings: pooling, projection, L2 normalization.
+    """Build the head: pooling, projection, L2 normalization.
 
     Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size), or
     (n, c) if the embedding size is 0.
@@ -228,28 +214,32 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
     maps = keras.Input(map_shape, name="feature_maps")
     x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
     if size := settings.embedding_size:
+        x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
         # ReLU maps are positive, so all embeddings would point the same way. Batch normalization
         # subtracts their mean; without a learned shift it can't add one back.
-        x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
-        centring = keras.layers.BatchNormalization
-        x = centring(momentum=0.9, center=False, scale=False, name="centring")(x)
+        x = keras.layers.BatchNormalization(
+            momentum=0.9, center=False, scale=False, name="centring"
+        )(x)
     x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
     return keras.Model(maps, x, name="head")
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:
-    """Build the backbone (ResNet50 up to ``last_stage``): preprocessed photos to feature maps.
+    """Build the backbone (ResNet50 up to ``last_stage``), from preprocessed photos to maps.
 
     Raises:
-        WeightsUnavailableError: the weights asked for can't be fetched or read.
-        ValueError: the photos are too small for this backbone.
+        WeightsUnavailableError, ValueError: as in :func:`build_tower`.
     """
-    whole = _build_whole(settings, weights=None)
+    size, options = settings.image_size, {} if settings.width == 1 else {"alpha": settings.width}
+    build = functools.partial(
+        BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
+    )
+    whole = build(weights=None)
     if settings.weights == "imagenet":
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds; without it, an unresponsive network hangs forever
         try:
-            whole = _build_whole(settings, weights="imagenet")
+            whole = build(weights="imagenet")
         except Exception as error:  # of urllib, socket or Keras
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {settings.backbone} could not be fetched "
@@ -262,35 +252,25 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         _prepare_random_weights(whole)
     output = whole.output
     if settings.backbone == "ResNet50":
-        output = whole.get_layer(STAGES[settings.last_stage][0]).output
+        output = whole.get_layer(STAGES[settings.last_stage]).output
     backbone = keras.Model(whole.input, output, name="backbone")
     if settings.weights not in ("", "imagenet"):
         _load_weights(whole, backbone, settings)
     return backbone
 
 
-def _build_whole(settings: TowerSettings, weights: str | None) -> keras.Model:
-    size = settings.image_size
-    alpha = {} if settings.width == 1 else {"alpha": settings.width}
-    return settings.constructor(
-        include_top=False, weights=weights, input_shape=(size, size, 3), **alpha
-    )
-
-
 def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSettings) -> None:
     """Load a weights file of ``backbone``, or of the ``whole`` network that it is cut from."""
-    try:
-        backbone.load_weights(settings.weights)
-        return
-    except (OSError, ValueError):
-        pass  # may be a file of the whole network
-    try:
-        whole.load_weights(settings.weights)
-    except (OSError, ValueError) as error:
-        raise WeightsUnavailableError(
-            f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
-            f"without top ({show_error(error)})"
-        ) from None
+    for network in (backbone, whole):
+        try:
+            network.load_weights(settings.weights)
+            return
+        except (OSError, ValueError) as error:
+            reason = show_error(error)
+    raise WeightsUnavailableError(
+        f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
+        f"without top ({reason})"
+    )
 
 
 def _prepare_random_weights(network: keras.Model) -> None:
@@ -357,22 +337,13 @@ def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.n
 
 
 def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
-    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c), which saves memory.
-
-    Raises:
-        ValueError: a value beyond float16's range, or not a number.
-    """
-    batch = photos.reshape(-1, *photos.shape[-3:])
-    maps = tower.get_layer("trunk").predict(batch, batch_size=128, verbose=0)
-    return to_float16(np.asarray(maps)).reshape(*photos.shape[:-3], *maps.shape[1:])
+    """The trunk's maps: uint8 (..., s, s, 3) -> float16 (..., h, w, c); see :func:`to_float16`."""
+    maps = to_float16(embed(tower.get_layer("trunk"), photos.reshape(-1, *photos.shape[-3:])))
+    return maps.reshape(*photos.shape[:-3], *maps.shape[1:])
 
 
 def to_float16(maps: np.ndarray) -> np.ndarray:
-    """Feature maps, float (...), as float16.
-
-    Raises:
-        ValueError: a value beyond float16's range, or not a number.
-    """
+    """Feature maps as float16; a ValueError if one is NaN or beyond its range."""
     peak, largest = np.abs(maps).max(initial=0), float(np.finfo(np.float16).max)
     if not peak <= largest:
         raise ValueError(
@@ -385,10 +356,7 @@ def to_float16(maps: np.ndarray) -> np.ndarray:
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
     """The layers of a model, with nested models replaced by their layers."""
     for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from layers_of(layer)
-        else:
-            yield layer
+        yield from layers_of(layer) if isinstance(layer, keras.Model) else [layer]
 
 
 def compute_precision(model: keras.Model) -> str:
@@ -404,20 +372,19 @@ def in_float32(model: keras.Model) -> keras.Model:
     """
     if compute_precision(model) == "float32":
         return model
-
-    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return layer.from_config(layer.get_config() | {"dtype": "float32"})
-
-    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    copy = keras.models.clone_model(
+        model,
+        clone_function=lambda x: x.from_config(x.get_config() | {"dtype": "float32"}),
+        recursive=True,
+    )
     copy.set_weights(model.get_weights())
     return copy
 
 
 def gem_exponent(tower: keras.Model) -> float:
     """The exponent p of a tower's or head's GeM layer, the mean over channels; NaN without GeM."""
-    head = tower if tower.name == "head" else tower.get_layer("head")
-    p = getattr(head.get_layer("pooling"), "p", None)
-    return float("nan") if p is None else float(np.mean(ops.convert_to_numpy(p)))
+    found = [ops.convert_to_numpy(x.p) for x in layers_of(tower) if isinstance(x, GeM)]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def fingerprint(model: keras.Model) -> str:
@@ -441,28 +408,19 @@ def structure(model: keras.Model) -> str:
     return json.dumps(_without_names(model.get_config()), sort_keys=True)
 
 
-def _without_names(config, places: dict[str, int] | None = None):
-    """A Keras configuration that refers to layers by position, not by name."""
+def _without_names(config, places: dict[str, int] | None = None, is_reference: bool = False):
+    """The configuration with references to layers by position, not by name."""
     if isinstance(config, dict):
         if "layers" in config:
-            names = (layer["config"]["name"] for layer in config["layers"])
-            places = {name: place for place, name in enumerate(names)}
+            places = {layer["config"]["name"]: i for i, layer in enumerate(config["layers"])}
         return {
-            key: _with_places(value, places)
-            if key in ("keras_history", "input_layers", "output_layers")
-            else _without_names(value, places)
+            key: _without_names(value, places, key in _REFERENCES)
             for key, value in config.items()
             if key not in _NO_STRUCTURE
         }
     if isinstance(config, list | tuple):
-        return [_without_names(value, places) for value in config]
-    return config
-
-
-def _with_places(reference, places: dict[str, int]):
-    if isinstance(reference, list | tuple):
-        return [_with_places(value, places) for value in reference]
-    return places.get(reference, reference)
+        return [_without_names(value, places, is_reference) for value in config]
+    return places.get(config, config) if is_reference else config
 
 
 def save_tower(tower: keras.Model, path: Path) -> None:

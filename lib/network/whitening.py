@@ -110,7 +110,7 @@ def learn_supervised_whitening(
 
 
 def _differences_within_labels(descriptors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Helmert contrasts: r - 1 uncorrelated differences stand for all pairs of a label's r photos."""
+    """Helmert contrasts: r - 1 uncorrelated rows stand for all pairs of a label with r photos."""
     # Each is a photo minus the mean of the i photos of its label before it, times
     # sqrt(2i / (i + 1)). Their outer products sum to those of all pairs of the label times 2/r.
     order = np.argsort(labels, kind="stable")
