@@ -1,14 +1,13 @@
 """Metric-learning losses over a batch of embeddings, and metrics that watch a training.
 
-A loss is a small frozen settings object; the triplet loss is composed with a miner and a distance.
+A loss is composed of its numbers and, for triplets, a miner and a distance.
 
     loss = MetricLoss(TripletLoss(margin=0.3, squared=False, mining=BatchHard()))
     loss = MetricLoss(InfoNCE(temperature=0.07))
     value = loss(groups, embeddings)                          # float32, the mean over the batch
     found, losses = active_triplets(groups, embeddings, 0.3)  # the triplets left to learn
 
-:mod:`lib.network.mining` describes the arrangements of a batch and the miners; :func:`make_loss`
-builds a loss from names.
+:mod:`lib.network.mining` describes the arrangements of a batch and the miners.
 """
 
 from __future__ import annotations
@@ -68,10 +67,7 @@ class TripletLoss:
 
     def __post_init__(self):
         if not isinstance(self.mining, Miner):
-            raise ValueError(
-                f"mining must be a miner such as BatchHard(), got {self.mining!r}; "
-                "lib.network.mining has them all"
-            )
+            raise ValueError(f"mining must be a miner such as BatchHard(), got {self.mining!r}")
 
     def __call__(self, pairs: Pairs, state: Any = None) -> Tensor:
         positive, negative, counts = self.mining(pairs, state)
@@ -91,12 +87,9 @@ class InfoNCE:
     The first form is the (N+1)-tuplet loss (Sohn, "Improved Deep Metric Learning with Multi-class
     N-pair Loss Objective", NIPS 2016, equation 5), the second InfoNCE (van den Oord et al.,
     "Representation Learning with Contrastive Predictive Coding", 2018, equation 4) on cosines over
-    a temperature t. The closer a negative, the larger its gradient, which does not vanish at the
-    start of a training, when all distances are alike.
-
-    The mean over an anchor's positives is outside the logarithm as in Khosla et al., "Supervised
-    Contrastive Learning", NeurIPS 2020, equation 2 (whose denominators contain the other positives
-    too); then follows the mean over the anchors.
+    a temperature t. The closer a negative, the larger its gradient, which does not vanish when all
+    distances are alike. Positives are averaged outside the logarithm, as in Khosla et al.,
+    "Supervised Contrastive Learning", NeurIPS 2020, equation 2.
 
     Attributes:
         temperature: t, above 0; a smaller one gives the nearest negatives more weight.
@@ -122,14 +115,11 @@ class MultiSimilarity:
         1/alpha log(1 + sum over p of exp(-alpha (cos(a, p) - base)))
             + 1/beta log(1 + sum over n of exp(beta (cos(a, n) - base)))
 
-    over the pairs of each anchor that are hard enough:
-
-        cos(a, n) > min over p of cos(a, p) - epsilon,
-        cos(a, p) < max over n of cos(a, n) + epsilon
+    over the pairs of each anchor with cos(a, n) > min over p of cos(a, p) - epsilon, and with
+    cos(a, p) < max over n of cos(a, n) + epsilon; then the mean over all anchors.
 
     Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
-    2019 (base is their lambda, 1 in the paper and 0.5 in their code). The mean is over all anchors,
-    those without a hard pair included.
+    2019 (base is their lambda, 1 in the paper and 0.5 in their code).
 
     Attributes:
         alpha, beta: above 0; larger ones give the hardest positives and negatives more weight.
@@ -167,11 +157,10 @@ class ArcFace:
         - log(exp(s cos(theta_y + m)) / (exp(s cos(theta_y + m)) + sum over j != y of
               exp(s cos(theta_j))))
 
-    theta_j is the angle between an embedding and the centre of class j, y the photo's group.
-
-    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019,
-    equation 3. Beyond theta_y + m = pi, where the cosine would rise again, cos(theta_y) - m sin(m)
-    replaces it, as in the authors' code. The state is the centres, float32 (c, d).
+    theta_j is the angle between an embedding and the centre of class j, y the photo's group. Deng
+    et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, equation
+    3. Beyond theta_y + m = pi, where the cosine would rise again, cos(theta_y) - m sin(m) replaces
+    it, as in the authors' code. The state is the centres, float32 (c, d).
 
     Attributes:
         margin: m in radians, from 0 to pi.
@@ -235,17 +224,14 @@ def make_loss(
 
 
 class MetricLoss(keras.layers.Layer):
-    """A loss as a layer, which keeps the state of the loss.
+    """A loss as a layer, called with groups and embeddings as ``compare`` takes them.
 
-    The state is ArcFace's centres, a trainable weight (n_groups, d), or the random state of
+    It keeps ArcFace's centres, a trainable weight (n_groups, d), or the random state of
     distance-weighted mining. ``keras.utils.set_random_seed`` makes both reproducible.
 
     Args:
         loss: a loss of this module.
         n_groups: number of ArcFace's classes; groups then go from 0 to n_groups - 1.
-
-    Call arguments:
-        groups, embeddings: as for :func:`lib.network.mining.compare`.
 
     Raises:
         ValueError: ArcFace without n_groups; mining "stored" of a P x K batch; shapes of neither
@@ -338,21 +324,16 @@ def embedding_spread(y_true: Tensor, y_pred: Tensor) -> Tensor:
 
 
 def active_triplets(
-    groups: Tensor, embeddings: Tensor, margin: float, squared: bool = True
+    groups: Tensor, embeddings: Tensor, margin: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All triplets of a batch that violate the margin, the hardest first.
-
-    Args:
-        groups, embeddings, squared: as for :func:`lib.network.mining.compare`.
-        margin: how much farther than the positive a negative must be.
+    """All triplets of a batch that violate a margin of squared distances, the hardest first.
 
     Returns:
-        int64 (t, 3), the anchor, positive and negative photo of each, as rows of the matrices; and
-        float32 (t,), their losses, all above 0.
+        int64 (t, 3), the anchor, positive and negative photo of each, as rows of ``compare``'s
+        matrices; and float32 (t,), their losses, all above 0.
     """
-    distances, is_positive, is_negative = map(
-        ops.convert_to_numpy, compare(groups, embeddings, squared)[:3]
-    )
+    pairs = compare(groups, embeddings)
+    distances, is_positive, is_negative = map(ops.convert_to_numpy, pairs[:3])
     anchor, positive = np.nonzero(is_positive)
     losses = distances[anchor, positive][:, None] - distances[anchor] + np.float32(margin)
     pair, negative = np.nonzero(is_negative[anchor] & (losses > 0))

@@ -10,8 +10,8 @@ A batch has one of two arrangements. Photos of different groups show different l
                        group in different rows may or may not match, and are skipped.
     P x K              groups (m,), embeddings (m, d): photos of equal group show one landmark.
 
-Both become the same (m, m) matrices; m = 3n photos, row by row, for stored triplets. Every photo
-with a positive and a negative serves as an anchor, so both photos of a stored positive pair do.
+Both become the same (m, m) matrices. Stored triplets give m = 3n photos: photo 3i + r has role r in
+row i, and both photos of a positive pair serve as anchors.
 
 Embeddings are compared as unit vectors, in float32: |a - b|^2 = 2 - 2 cos(a, b), from 0 (equal)
 through 2 (orthogonal) to 4 (opposite), or its square root.
@@ -123,11 +123,8 @@ def stored_distances(embeddings: Tensor, squared: bool = True) -> tuple[Tensor, 
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """Float32 vectors of unit length along the last axis; the zero vector stays, with a gradient.
-
-    Embeddings that passed through half precision have unit length only to that precision, and
-    2 - 2 cos would count the error as a distance.
-    """
+    """Float32 vectors of unit length along the last axis; the zero vector stays."""
+    # The unit length of half precision is not enough: 2 - 2 cos counts the error as a distance.
     x = ops.cast(x, "float32")
     return x * ops.rsqrt(ops.maximum(ops.sum(ops.square(x), axis=-1, keepdims=True), 1e-12))
 
@@ -220,14 +217,10 @@ class DistanceWeighted:
     """For each positive pair (a, p) a negative of the anchor, drawn at random; shape (m, p).
 
     Points spread evenly over the unit sphere of d dimensions have distances D with the density
-
-        q(D) ~ D^(d - 2) * (1 - D^2 / 4)^((d - 3) / 2)
-
-    which peaks near sqrt(2). The weight 1 / q(D) draws all distances equally often; a uniform draw
-    would give almost only easy negatives.
-
-    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4; the defaults are
-    those of the authors' code. The state is a ``keras.random.SeedGenerator``.
+    q(D) ~ D^(d - 2) * (1 - D^2 / 4)^((d - 3) / 2), which peaks near sqrt(2). The weight 1 / q(D)
+    draws all distances equally often; a uniform draw would give almost only easy negatives.
+    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4, whose code has
+    the same defaults. The state is a ``keras.random.SeedGenerator``.
 
     Attributes:
         nearest: smaller plain distances count as this one. Otherwise the nearest negatives, which
@@ -253,10 +246,7 @@ class DistanceWeighted:
         return pairs.with_negatives(keras.random.categorical(log_weights, draws, seed=state))
 
     def log_weights(self, pairs: Pairs) -> Tensor:
-        """Logarithm of each negative's weight, float32 (m, m), not normalized.
-
-        In a row without negatives, all photos have the same weight.
-        """
+        """Logarithms of the weights, float32 (m, m), not normalized; alike without negatives."""
         dimension = pairs.photos.shape[-1]
         distances = ops.stop_gradient(pairs.distances)
         distances = _root(distances) if pairs.squared else distances

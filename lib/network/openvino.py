@@ -62,7 +62,7 @@ def compile_network(
 
     Args:
         network: read by OpenVINO, with one input and one output.
-        shape: of one input row, without the batch dimension.
+        shape: of the input, without the batch dimension.
         precision: "float32", "bfloat16", or "auto": :func:`fast_precision`.
         threads: number of threads, at least 1; None: one per core, bound to it. Set it where
             several processes share a machine.

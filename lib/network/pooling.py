@@ -24,12 +24,9 @@ SHORTEST = 1e-4
 def gem(feature_maps, p):
     """Generalized mean over the places of a feature map: (mean of x^p)^(1/p).
 
-    Args:
-        feature_maps: float (n, h, w, c). Values below 1e-6 count as 1e-6.
-        p: exponent, at least 1: a number, a scalar tensor, or (c,), one exponent per channel.
-
-    Returns:
-        float (n, c), float32 for maps in half precision, where x^3 would soon overflow.
+    Float (n, h, w, c) -> float (n, c); float32 for maps in half precision, where x^3 would soon
+    overflow. Values below 1e-6 count as 1e-6. The exponent p is at least 1: a number, a scalar
+    tensor, or (c,), one exponent per channel.
     """
     # x^p = exp(p log x) is several times faster than a power and its gradient. logsumexp subtracts
     # the maximum before exp, so nothing overflows or vanishes, whatever p is.
@@ -43,7 +40,7 @@ def gem(feature_maps, p):
 def contribution(feature_maps, p: float):
     """Each place's share of GeM's sum, the mean over the channels; the larger p, the fewer decide.
 
-    float (n, h, w, c), not negative -> float (n, h, w); each map sums to 1.
+    Float (n, h, w, c) -> float (n, h, w), of which each map sums to 1.
     """
     return ops.mean(ops.softmax(p * _log(feature_maps), axis=(1, 2)), axis=-1)
 

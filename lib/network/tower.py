@@ -50,13 +50,12 @@ class WeightsUnavailableError(OSError):
     """Pre-trained weights can't be fetched or read; the message says why."""
 
 
-def _is_not_about_retracing(record: logging.LogRecord) -> bool:
-    return "triggered tf.function retracing" not in record.getMessage()
-
-
+@functools.cache  # adds the filter once
 def _silence_retracing() -> None:
     """TensorFlow mistakes several networks, each traced once, for one traced again and again."""
-    logging.getLogger("tensorflow").addFilter(_is_not_about_retracing)  # adds it only once
+    logging.getLogger("tensorflow").addFilter(
+        lambda record: "triggered tf.function retracing" not in record.getMessage()
+    )
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,10 @@ class TowerSettings:
             feature map at unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
         gem_p, gem_p_trainable: GeM's initial exponent, and whether it is learned.
-        backbone: name of a network of ``keras.applications``.
+        backbone: one of ``BACKBONES``, the networks of ``keras.applications``.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled, 3 to 5 (the whole backbone).
-            A photo of 64 pixels gives 8 x 8 places after stage 3 and 2 x 2 after stage 5. Other
-            backbones are always used whole.
+            A photo of 64 pixels gives 8 x 8 places after stage 3 and 2 x 2 after stage 5.
         weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
             random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
@@ -185,12 +183,10 @@ def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
 def fast_policy() -> str:
     """The Keras dtype policy, of ``POLICIES``, that trains fast on this machine.
 
-    GPUs are assumed to be fast in bfloat16. Processors without instructions for it emulate it, many
-    times slower than float32.
+    Processors without instructions for bfloat16 emulate it, many times slower than float32.
     """
-    on_processor = "cpu" in str(ops.zeros(1).device).lower()
-    slow = on_processor and fast_precision() != "bfloat16"
-    return "float32" if slow else "mixed_bfloat16"
+    on_gpu = "cpu" not in str(ops.zeros(1).device).lower()
+    return "mixed_bfloat16" if on_gpu or fast_precision() == "bfloat16" else "float32"
 
 
 @contextlib.contextmanager
@@ -315,7 +311,7 @@ class Siamese(keras.Model):
 
 def resized(tower: keras.Model, image_size: int) -> keras.Model:
     """A tower for photos of another size, with a copy of the weights."""
-    trunk, head = tower.get_layer("trunk"), tower.get_layer("head")
+    trunk = tower.get_layer("trunk")
     photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
     pixels = trunk.get_layer("preprocessing")(photos)
     backbone = keras.models.clone_model(
@@ -323,17 +319,17 @@ def resized(tower: keras.Model, image_size: int) -> keras.Model:
     )
     new_trunk = keras.Model(photos, backbone(pixels), name="trunk")
     maps = keras.Input(new_trunk.output_shape[1:], name="feature_maps")
-    new_head = keras.models.clone_model(head, input_tensors=maps)
-    new_trunk.set_weights(trunk.get_weights())
-    new_head.set_weights(head.get_weights())
-    return keras.Model(photos, new_head(new_trunk(photos)), name="tower")
+    head = keras.models.clone_model(tower.get_layer("head"), input_tensors=maps)
+    copy = keras.Model(photos, head(new_trunk(photos)), name="tower")
+    copy.set_weights(tower.get_weights())
+    return copy
 
 
-def embed(tower: keras.Model, photos: np.ndarray, batch_size: int = 128) -> np.ndarray:
+def embed(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
     """Embed photos: uint8 (n, h, w, 3) RGB at the tower's size -> float32 (n, d) of unit norm."""
     if len(photos) == 0:
         return np.empty((0, *tower.output_shape[1:]), dtype=np.float32)
-    return np.asarray(tower.predict(photos, batch_size=batch_size, verbose=0), dtype=np.float32)
+    return np.asarray(tower.predict(photos, batch_size=128, verbose=0), dtype=np.float32)
 
 
 def feature_maps(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
@@ -409,7 +405,6 @@ def structure(model: keras.Model) -> str:
 
 
 def _without_names(config, places: dict[str, int] | None = None, is_reference: bool = False):
-    """The configuration with references to layers by position, not by name."""
     if isinstance(config, dict):
         if "layers" in config:
             places = {layer["config"]["name"]: i for i, layer in enumerate(config["layers"])}

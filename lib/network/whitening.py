@@ -89,12 +89,11 @@ def learn_supervised_whitening(
     approximated by the covariance of all descriptors, since nearly all pairs do not match.
 
     Args:
-        descriptors: float (n, d), n >= 2.
+        descriptors, shrinkage: as for :func:`learn_pca_whitening`; C_S is shrunk.
         labels: (n,), photos of equal label match. A pair of a label with r photos has the weight
             2/r, so the weight of a landmark grows with r, not with its square.
         dimension: how many axes to keep, those along which non-matching photos differ most compared
             with matching ones; None: all d.
-        shrinkage: of C_S, as in :func:`learn_pca_whitening`.
 
     Raises:
         ValueError: as :func:`learn_pca_whitening`; no matching pair; too few for a shrinkage of 0.

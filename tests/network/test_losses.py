@@ -19,7 +19,6 @@ from lib.network.losses import (
     MultiSimilarity,
     TripletLoss,
     active_share_of,
-    active_share_within,
     active_triplets,
     embedding_spread,
     make_loss,
@@ -28,7 +27,7 @@ from lib.network.losses import (
     positive_distance,
 )
 from lib.network.mining import (
-    MININGS,
+    MINERS,
     BatchAll,
     BatchHard,
     DistanceWeighted,
@@ -36,7 +35,6 @@ from lib.network.mining import (
     SemiHard,
     Stored,
     compare,
-    make_miner,
     stored_distances,
 )
 from tests.conftest import unit
@@ -44,9 +42,9 @@ from tests.conftest import unit
 N_GROUPS = 12  # for ArcFace; more than any batch here has
 
 TRIPLET_LOSSES = [
-    TripletLoss(margin, squared, make_miner(mining))
+    TripletLoss(margin, squared, mining)
     for margin in (0.5, None)
-    for mining in MININGS
+    for mining in MINERS.values()
     for squared in (True, False)
 ]
 OTHER_LOSSES = [
@@ -573,16 +571,14 @@ def test_multi_similarity_mines_pairs_that_overlap():
 
 
 def test_arcface_keeps_falling_as_an_embedding_turns_away_from_its_centre():
-    theta = np.linspace(0, np.pi, 40)
-    cosines = np.stack([np.cos(theta), np.zeros(40)], axis=1).astype(np.float32)
-    losses = [float(ArcFace(0.5, 4.0).of_cosines(row[None], np.array([0]))) for row in cosines]
-    assert (np.diff(losses) > 0).all()
+    def loss_at(degrees: float, margin: float) -> float:
+        pairs = compare(np.array([0]), on_circle(degrees))
+        return float(ArcFace(margin, 4.0)(pairs, np.float32([[1, 0], [0, 0]])))  # cosines cos, 0
+
+    assert (np.diff([loss_at(degrees, 0.5) for degrees in np.linspace(0, 180, 40)]) > 0).all()
     # Without a margin it is the plain softmax.
     expected = -np.log(np.exp(4 * np.cos(1)) / (np.exp(4 * np.cos(1)) + 1))
-    cosines = np.float32([[np.cos(1), 0.0]])
-    assert float(ArcFace(0.0, 4.0).of_cosines(cosines, np.array([0]))) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert loss_at(np.rad2deg(1), 0.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_arcface_has_a_finite_gradient_on_a_centre_and_opposite():
@@ -757,8 +753,9 @@ def test_metrics_against_loops(batch):
         for a in m
         if positives[a] and negatives[a]
     ]
-    expected[active_share_within(0.05)] = np.mean([p - n + 0.05 > 0 for p, n in hardest])
-    plain = active_share_within(0.05, squared=False)
+    squared = active_share_of(TripletLoss(0.05))
+    expected[squared] = np.mean([p - n + 0.05 > 0 for p, n in hardest])
+    plain = active_share_of(TripletLoss(0.05, squared=False))
     expected[plain] = np.mean([p**0.5 - n**0.5 + 0.05 > 0 for p, n in hardest])
     photos = embeddings.reshape(-1, 5)
     spread = ((photos - photos.mean(axis=0)) ** 2).sum(axis=1).mean()
@@ -775,19 +772,17 @@ def test_the_signs_of_life_name_a_collapse(batch):
     collapsed = np.tile(unit(np.ones(5)), (*groups.shape, 1)).astype(np.float32)
     assert float(embedding_spread(groups, collapsed)) < 1e-6
     assert 0.7 < float(embedding_spread(groups, embeddings)) <= 1
-    assert float(active_share_within(0.3)(groups, collapsed)) == 1
+    assert float(active_share_of(InfoNCE())(groups, collapsed)) == 1
     solved = np.eye(N_GROUPS, dtype=np.float32)[groups]
-    assert float(active_share_within(0.3)(groups, solved)) == 0
+    assert float(active_share_of(InfoNCE())(groups, solved)) == 0
     assert float(positive_distance(groups, solved)) == pytest.approx(0, abs=1e-6)
     assert float(negative_distance(groups, solved)) == pytest.approx(2, abs=1e-6)
 
 
-@pytest.mark.parametrize("squared", [True, False])
-def test_active_triplets_are_all_that_violate_the_margin_hardest_first(squared, batch):
+def test_active_triplets_are_all_that_violate_the_margin_hardest_first(batch):
     groups, embeddings = batch
-    triplets, losses = active_triplets(groups, embeddings, 0.4, squared)
-    distances, positives, negatives = pairs_by_loops(groups, embeddings)
-    d = distances if squared else np.sqrt(distances)
+    triplets, losses = active_triplets(groups, embeddings, 0.4)
+    d, positives, negatives = pairs_by_loops(groups, embeddings)
     expected = {
         (a, p, n): d[a, p] - d[a, n] + 0.4
         for a in range(len(d))
@@ -799,7 +794,7 @@ def test_active_triplets_are_all_that_violate_the_margin_hardest_first(squared, 
     np.testing.assert_allclose(losses, [expected[tuple(t)] for t in triplets], atol=1e-4)
     assert (np.diff(losses) <= 0).all() and len(losses) > 5
     assert (triplets.dtype, losses.dtype) == (np.int64, np.float32)
-    x = TripletLoss(0.4, squared, BatchAll())
+    x = TripletLoss(0.4, mining=BatchAll())
     assert value_of(x, groups, embeddings) == pytest.approx(losses.mean(), rel=1e-4)
 
 
@@ -849,9 +844,7 @@ def test_written_settings_of_different_losses_and_miners_differ():
     assert len(set(written)) == len(EVERY_LOSS)
 
 
-def test_the_share_of_active_anchors_is_that_of_the_loss(batch):
-    groups, embeddings = batch
-    plain = TripletLoss(0.05, squared=False)
-    for loss, args in ((plain, (0.05, False)), (TripletLoss(None), (0.3,)), (ArcFace(), (0.3,))):
-        found = active_share_of(loss)(groups, embeddings)
-        assert float(found) == float(active_share_within(*args)(groups, embeddings))
+def test_the_share_of_active_anchors_of_a_loss_without_a_margin_is_that_within_0_3(batch):
+    expected = float(active_share_of(TripletLoss(0.3))(*batch))
+    for loss in (TripletLoss(None), InfoNCE(), ArcFace()):
+        assert float(active_share_of(loss)(*batch)) == expected

@@ -256,7 +256,7 @@ def test_weights_that_can_not_be_had_are_one_clear_line(tmp_path, monkeypatch):
             raise Exception("URL fetch failure on https://...: None -- Name or service not known")
         return real(*args, weights=weights, **kwargs)
 
-    monkeypatch.setattr(keras.applications, "ResNet50", unreachable)
+    monkeypatch.setitem(BACKBONES, "ResNet50", unreachable)
     with pytest.raises(WeightsUnavailableError, match=r"ImageNet weights .* not be fetched") as e:
         build_tower(TowerSettings(32, 8, last_stage=3, weights="imagenet"))
     assert "\n" not in str(e.value)
@@ -268,20 +268,20 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"], folder = sys.argv[1], Path(sys.argv[2])
 import keras, numpy as np
 from keras import ops
-from lib.network.losses import InfoNCE, MetricLoss, active_share_within, embedding_spread, make_loss
-from lib.network.mining import MININGS
+from lib.network.losses import InfoNCE, MetricLoss, active_share_of, embedding_spread, make_loss
+from lib.network.mining import MINERS
 from lib.network.tower import Siamese, embed, fingerprint, load_tower
 assert keras.backend.backend() == sys.argv[1]
 photos = np.load(folder / "photos.npy")
 tower = load_tower(folder / "model.keras")
 np.save(folder / "embeddings.npy", embed(tower, photos))
 siamese = Siamese(tower, MetricLoss(InfoNCE()))
-siamese.compile(keras.optimizers.SGD(0.01), metrics=[active_share_within(0.3), embedding_spread])
+siamese.compile(keras.optimizers.SGD(0.01), metrics=[active_share_of(InfoNCE()), embedding_spread])
 triplets = photos.reshape(2, 3, 32, 32, 3)
 groups = np.array([[0, 0, 2], [1, 1, 3]])
 print(*siamese.train_on_batch(triplets, groups))
 embeddings = siamese(triplets)
-for mining in MININGS[:-1]:  # the last draws at random
+for mining in list(MINERS)[:-1]:  # the last draws at random
     loss = MetricLoss(make_loss("triplet", mining))
     print(float(ops.convert_to_numpy(loss(groups, embeddings))))
 assert "tensorflow" not in sys.modules or sys.argv[1] == "tensorflow"
