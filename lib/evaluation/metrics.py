@@ -173,11 +173,10 @@ def capped_precision_at(
     for :func:`average_precision`.
     """
     query, rank, _, count, n_positives = _find(hits, n_positives)
-    depth = np.full(len(count), k)
-    complete = (count == n_positives) & (count > 0)
-    depth[complete] = np.minimum(k, rank[(np.cumsum(count) - 1)[complete]] + 1)
-    hits_within = np.bincount(query[rank < depth[query]], minlength=len(count))
-    return _divide(hits_within, np.where(n_positives > 0, depth, 0))
+    last = np.zeros(len(count), dtype=np.int64)
+    last[query] = rank + 1  # of a query's hits, the last assignment stays
+    depth = np.where(count == n_positives, np.minimum(k, last), k)
+    return _divide(np.bincount(query[rank < k], minlength=len(count)), depth)
 
 
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:

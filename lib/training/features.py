@@ -166,11 +166,7 @@ class FeatureCache:
         return [np.load(self.folder / name, mmap_mode="r") for name in self.files]
 
     def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
-        """Read the maps of pictures, float16 (..., h, w, c).
-
-        Args:
-            pictures: int (...), rows of the catalogue's pictures.
-            variant: the same for all, or int (...).
+        """Read maps, float16 (..., h, w, c), of pictures, int (...), in variants, int or int (...).
 
         Raises:
             KeyError: a picture is not in the cache.
@@ -202,8 +198,10 @@ class FeatureBatches(keras.utils.PyDataset):
     """The batches of one epoch as feature maps, see :class:`lib.data.dataset.Batches`."""
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
-        # Threads, not processes: copying releases Python's global lock.
-        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
+        # Threads, not processes: copying releases Python's global lock. The queue is bounded since
+        # a batch of 64 triplets takes 12 MB.
+        queue = min(2 * _THREADS, 16)
+        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=queue)
         self._cache, self.plan, self._epoch = cache, plan, epoch
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
         self._rows = own_rows(plan.shape[1])
@@ -251,13 +249,11 @@ def build_cache(
     image_size, augmentation = handler.settings.image_size, handler.settings.augmentation
     if variants < 1 or (variants > 1 and augmentation is None):
         raise ValueError(
-            f"{variants} variants: there is at least 1, the picture itself, and no other without "
-            "augmentation"
+            f"{variants} variants: there is at least 1, and no other without augmentation"
         )
-    if trunk.input_shape[1] != image_size:
+    if (taken := trunk.input_shape[1]) != image_size:
         raise ValueError(
-            f"the trunk takes photos of {trunk.input_shape[1]} pixels, the handler serves "
-            f"{image_size}"
+            f"the trunk takes photos of {taken} pixels, the handler serves {image_size}"
         )
     pictures = _pictures_to_train_on(handler)
     frozen = FrozenTrunk(trunk, engine)

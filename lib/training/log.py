@@ -70,15 +70,12 @@ class TrainingLog(keras.callbacks.Callback):
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
-        """Show and write the last epoch of the history.
+        """Show and write the last epoch of the history; raise OSError if a file can't be written.
 
         Args:
             history: a row for each epoch, with at least epoch, loss and val_map.
             embeddings: float32 (n, 3, d) of the validation triplets.
             is_best: write this epoch's embeddings for the projector.
-
-        Raises:
-            OSError: the files can't be written.
         """
         row = history[-1]
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", val_map=f"{row['val_map']:.3f}")

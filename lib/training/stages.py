@@ -12,12 +12,11 @@
 The same call resumes an interrupted training and ends with the same weights, bit for bit. After
 every epoch the folder ``run`` holds
 
-    checkpoint.npz    everything that a resume needs, see :mod:`lib.training.checkpoint`
+    checkpoint.npz    all that a resume reads, see :mod:`lib.training.checkpoint`
     model.keras       the tower of the best epoch so far, over all stages
     history.csv, tensorboard/    see :mod:`lib.training.log`
 
-A resume reads only the checkpoint. Each file is replaced atomically, so an interruption between two
-of them does no harm.
+Each file is replaced atomically, so an interruption between two of them does no harm.
 """
 
 from __future__ import annotations
@@ -154,10 +153,7 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
 def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
     """Set which layers of the trunk are trainable; the head's layers stay as they are.
 
-    Args:
-        tower: from :func:`lib.network.tower.build_tower`.
-        train: see :class:`Stage`.
-        batch_norm: see :class:`TrainingSettings`.
+    The settings are those of :class:`Stage` and :class:`TrainingSettings`.
 
     Raises:
         TrainingError: "last-block" with a backbone whose layers are not named ``conv<n>_...`` after
@@ -192,9 +188,7 @@ def train(
     Args:
         tower: from :func:`lib.network.tower.build_tower`. A resume needs the same start weights.
             After an error, it has the weights again that it came with.
-        handler: serves the training batches.
         validation: uint8 (n, 3, s, s, 3), triplets of n landmarks that are not trained on.
-        settings: see :class:`TrainingSettings`.
         run: folder for checkpoint, history, model and log; only one process may train in it.
         cache: feature maps of the tower's trunk, from :func:`lib.training.features.build_cache`.
             Stages that train the head use them in place of the trunk until a stage changes it.
