@@ -29,17 +29,12 @@ def failure_table(embeddings: np.ndarray, labels: np.ndarray, names: Sequence[st
     Args:
         embeddings: float (n, d) of unit norm.
         labels: (n,), the landmark of each photo.
-        names: of the photos.
 
     Returns:
         a row for each photo whose landmark has another photo, indexed by its row of
-        ``embeddings``, the lowest average precision first:
-
-        * name, label;
-        * AP: average precision, from 0 to 1;
-        * first_hit: rank of the first photo of its landmark, counted from 1;
-        * right, wrong: rows of the most similar photo of its landmark and of another;
-        * right_similarity, wrong_similarity: their cosines.
+        ``embeddings``, the lowest average precision first: name, label; AP (average precision);
+        first_hit (rank of the first photo of its landmark, from 1); right, wrong (rows of the most
+        similar photo of its landmark and of another); right_similarity, wrong_similarity.
 
     Raises:
         ValueError: no landmark has two photos, or there is only one landmark.

@@ -102,22 +102,14 @@ class GroundTruth:
                 f"{len(self.queries)} queries, but positives of {len(self.positives)} and junk of "
                 f"{len(self.junk)}"
             )
-        for number, lists in enumerate(zip(self.positives, self.junk, strict=True)):
-            if problem := self._problem(*lists):
-                raise GroundTruthError(f"query {number} ({self.queries[number]!r}): {problem}")
-        if self.boxes is not None:
-            if self.boxes.shape != (len(self.queries), 4):
-                raise GroundTruthError(f"boxes must be (q, 4), got {self.boxes.shape}")
-            x1, y1, x2, y2 = self.boxes.T
-            wrong = ~(np.isfinite(self.boxes).all(axis=1) & (x1 < x2) & (y1 < y2))
-            if wrong.any():
-                number = int(wrong.argmax())
-                raise GroundTruthError(
-                    f"query {number} ({self.queries[number]!r}): the box "
-                    f"{self.boxes[number].tolist()} is no x1, y1, x2, y2 with x1 < x2 and y1 < y2"
-                )
+        if self.boxes is not None and self.boxes.shape != (len(self.queries), 4):
+            raise GroundTruthError(f"boxes must be (q, 4), got {self.boxes.shape}")
+        for number, query in enumerate(self.queries):
+            if problem := self._problem(number):
+                raise GroundTruthError(f"query {number} ({query!r}): {problem}")
 
-    def _problem(self, positives: np.ndarray, junk: np.ndarray) -> str | None:
+    def _problem(self, query: int) -> str | None:
+        positives, junk = self.positives[query], self.junk[query]
         for numbers, what in ((positives, "positives"), (junk, "junk")):
             if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
                 return f"{what} must be int (n,), got {numbers.dtype} {numbers.shape}"
@@ -129,12 +121,11 @@ class GroundTruth:
         both = np.intersect1d(positives, junk)
         if len(both):
             return f"photo {both[0]} ({self.gallery[both[0]]!r}) is both positive and junk"
+        if self.boxes is not None:
+            x1, y1, x2, y2 = box = self.boxes[query].tolist()
+            if not (np.isfinite(box).all() and x1 < x2 and y1 < y2):
+                return f"the box {box} is no x1, y1, x2, y2 with x1 < x2 and y1 < y2"
         return None
-
-
-# --------------------------------------------------------------------------------------------------
-# Photos with labels
-# --------------------------------------------------------------------------------------------------
 
 
 def from_labels(
@@ -152,8 +143,7 @@ def from_labels(
             Embedding and Weak Geometric Consistency for Large Scale Image Search", ECCV 2008).
 
     Returns:
-        the ground truth, with queries in the order of ``names``. A landmark's only photo has no
-        positives.
+        queries in the order of ``names``. A landmark's only photo has no positives.
 
     Raises:
         GroundTruthError: no photos, a name twice, or not as many labels as names.
@@ -169,24 +159,10 @@ def from_labels(
     members = np.split(np.argsort(landmark, kind="stable"), ends[:-1])
     chosen = range(len(names))
     if queries == "first":
-        by_name = sorted(chosen, key=names.__getitem__)
-        _, first = np.unique(landmark[by_name], return_index=True)
-        chosen = sorted(by_name[i] for i in first)
-    positives = []
-    for i in chosen:
-        same = members[landmark[i]]
-        positives.append(same[same != i])
-    return GroundTruth(
-        queries=[names[i] for i in chosen],
-        gallery=names,
-        positives=positives,
-        junk=[np.array([i]) for i in chosen],
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Google Landmarks v2
-# --------------------------------------------------------------------------------------------------
+        chosen = sorted(min(rows, key=names.__getitem__) for rows in members if len(rows))
+    positives = [members[landmark[i]][members[landmark[i]] != i] for i in chosen]
+    junk = [np.array([i]) for i in chosen]
+    return GroundTruth([names[i] for i in chosen], names, positives, junk)
 
 
 def read_landmarks(
@@ -198,56 +174,51 @@ def read_landmarks(
     usage "Ignored" show no landmark of the index and are left out.
 
     Args:
-        solution: the file.
         index_names: the gallery, the column id of ``index.csv``.
         usage: the half of the queries to read; papers report both.
 
     Raises:
         GroundTruthError: the file can't be used; the message names the line.
     """
-    where = show_path(solution)
+    where = f"{show_path(solution)}, line 1"
     number_of = {name: number for number, name in enumerate(index_names)}
-    positives: dict[str, np.ndarray] = {}
-    seen = set()
+    positives: dict[str, dict[str, np.ndarray]] = {"Public": {}, "Private": {}, "Ignored": {}}
     try:
         with Path(solution).open(newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
             header = next(lines, [])
             if header != ["id", "images", "Usage"]:
-                raise GroundTruthError(
-                    f"{where}, line 1: the columns must be id,images,Usage, not {','.join(header)}"
-                )
+                header = ",".join(header)
+                raise GroundTruthError(f"the columns must be id,images,Usage, not {header}")
             for line in lines:
-                try:
-                    query, images, use = _solution_line(line, number_of)
-                    if query in seen:
-                        raise GroundTruthError(f"query {query!r} is there twice")
-                except GroundTruthError as error:
-                    raise GroundTruthError(f"{where}, line {lines.line_num}: {error}") from None
-                seen.add(query)
-                if use == usage:
-                    positives[query] = np.array(images)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise GroundTruthError(f"{where} can't be read as a CSV file: {error}") from None
-    junk = [np.empty(0, dtype=np.int64)] * len(positives)
-    try:
-        return GroundTruth(list(positives), list(index_names), list(positives.values()), junk)
+                where = f"{show_path(solution)}, line {lines.line_num}"
+                query, numbers, its_usage = _solution_line(line, number_of)
+                if any(query in of_usage for of_usage in positives.values()):
+                    raise GroundTruthError(f"query {query!r} is there twice")
+                positives[its_usage][query] = np.array(numbers)
+        where = f"{show_path(solution)}, usage {usage!r}"
+        found = positives.get(usage, {})
+        junk = [np.empty(0, dtype=np.int64)] * len(found)
+        return GroundTruth(list(found), list(index_names), list(found.values()), junk)
     except GroundTruthError as error:
-        raise GroundTruthError(f"{where}, usage {usage!r}: {error}") from None
+        raise GroundTruthError(f"{where}: {error}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        where = show_path(solution)
+        raise GroundTruthError(f"{where} can't be read as a CSV file: {error}") from None
 
 
 def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, list[int], str]:
-    """Parse a line into the query, the numbers of its images and its usage."""
+    """Return the query, the numbers of its images and its usage."""
     if len(line) != 3 or not line[0]:
         raise GroundTruthError("it is not id,images,Usage")
     query, images, usage = line
     if usage not in ("Public", "Private", "Ignored"):
         raise GroundTruthError(f"usage {usage!r} is none of Public, Private, Ignored")
+    names = images.split()
     if usage == "Ignored":
-        if images not in ("", "None"):
+        if names not in ([], ["None"]):
             raise GroundTruthError(f"query {query!r} is ignored, but has images")
         return query, [], usage
-    names = images.split()
     if not names:
         raise GroundTruthError(f"query {query!r} has no images")
     if unknown := [name for name in names if name not in number_of]:
@@ -257,23 +228,13 @@ def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, lis
     return query, [number_of[name] for name in names], usage
 
 
-# --------------------------------------------------------------------------------------------------
-# Oxford and Paris revisited
-# --------------------------------------------------------------------------------------------------
-
-
 def read_revisited(path: Path) -> dict[str, GroundTruth]:
     """Read the ground truth of Oxford or Paris revisited, one of :data:`REVISITED_FILES`.
 
-    Positives are annotated as easy or hard. Radenović, Iscen, Tolias, Avrithis, Chum, "Revisiting
-    Oxford and Paris", CVPR 2018, define three levels:
-
-    * easy: the easy ones are positives, the hard ones junk;
-    * medium: both are positives;
-    * hard: the hard ones are positives, the easy ones junk.
-
     Returns:
-        "easy", "medium" and "hard", with boxes.
+        the levels of Radenović, Iscen, Tolias, Avrithis, Chum, "Revisiting Oxford and Paris", CVPR
+        2018, with boxes. "easy": photos annotated as easy are positives, hard ones junk; "medium":
+        both are positives; "hard": hard ones are positives, easy ones junk.
 
     Raises:
         GroundTruthError: the file can't be used; the message names the query.
@@ -285,16 +246,16 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
         entries = [entries] if isinstance(entries, dict) else entries  # of a single query
         if not isinstance(entries, list) or len(entries) != len(queries):
             raise GroundTruthError(f"gnd is no list of {len(queries)} queries")
-        boxes, photos = np.empty((len(queries), 4)), []
-        for number, (name, entry) in enumerate(zip(queries, entries, strict=True)):
+        found = []
+        for number, (query, entry) in enumerate(zip(queries, entries, strict=True)):
             try:
-                boxes[number] = _box(entry)
-                photos.append({kind: _photos(entry, kind) for kind in ("easy", "hard", "junk")})
+                found.append({key: _numbers(entry, key) for key in ("bbx", "easy", "hard", "junk")})
             except GroundTruthError as error:
-                raise GroundTruthError(f"query {number} ({name!r}): {error}") from None
+                raise GroundTruthError(f"query {number} ({query!r}): {error}") from None
+        boxes = np.array([of_query["bbx"] for of_query in found])
 
         def joined(kinds: tuple[str, ...]) -> list[np.ndarray]:
-            return [np.concatenate([of_query[kind] for kind in kinds]) for of_query in photos]
+            return [np.concatenate([of_query[kind] for kind in kinds]) for of_query in found]
 
         return {
             level: GroundTruth(queries, gallery, joined(positives), joined(junk), boxes)
@@ -340,24 +301,17 @@ def _names(content: dict[str, Any], key: str) -> list[str]:
 
 
 def _numbers(entry: Any, key: str) -> np.ndarray:
+    """Return the box of a query, or its photos, which MATLAB counts from 1, counted from 0."""
     if not isinstance(entry, dict) or key not in entry:
         raise GroundTruthError(f"it has no list {key}")
-    try:
-        return np.asarray(entry[key], dtype=np.float64).reshape(-1)  # MATLAB's lists have any shape
+    try:  # MATLAB's lists have any shape
+        numbers = np.asarray(entry[key], dtype=np.float64).reshape(-1)
     except (TypeError, ValueError):
         raise GroundTruthError(f"{key} is no list of numbers") from None
-
-
-def _box(entry: Any) -> np.ndarray:
-    box = _numbers(entry, "bbx")
-    if len(box) != 4:
-        raise GroundTruthError(f"bbx has {len(box)} numbers instead of 4")
-    return box
-
-
-def _photos(entry: Any, kind: str) -> np.ndarray:
-    """Read photo numbers, counted from 0; MATLAB counts from 1."""
-    numbers = _numbers(entry, kind)
+    if key == "bbx":
+        if len(numbers) != 4:
+            raise GroundTruthError(f"bbx has {len(numbers)} numbers instead of 4")
+        return numbers
     if not ((numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)).all():
-        raise GroundTruthError(f"{kind} has a number that is not whole")
+        raise GroundTruthError(f"{key} has a number that is not whole")
     return numbers.astype(np.int64) - 1

@@ -53,8 +53,8 @@ def judge(
     Matching", CVPR 2007). Misses fill the end of the row.
 
     Args:
-        ranks: int (q, r), numbers of gallery photos, the best first. A search that returned fewer
-            than r fills its row with -1, which is a miss.
+        ranks: int (q, r), numbers of gallery photos, the best first; -1, a miss, where a search
+            found fewer than r.
         positives: for each query the numbers of its positives, int (p,).
         junk: for each query the numbers of its junk, int (j,); None: no junk.
 
@@ -74,8 +74,7 @@ def judge(
             f"{len(ranks)} rankings, but positives of {len(positives)} queries and junk of "
             f"{len(junk)}"
         )
-    positives = [np.asarray(numbers, dtype=np.intp) for numbers in positives]
-    junk = [np.asarray(numbers, dtype=np.intp) for numbers in junk]
+    positives, junk = ([np.asarray(n, dtype=np.intp) for n in lists] for lists in (positives, junk))
     numbers = np.concatenate([np.empty(0, dtype=np.intp), *positives, *junk])
     if numbers.min(initial=0) < 0 or ranks.min(initial=0) < -1:
         raise ValueError("photos have numbers from 0 on (only in ranks, -1 stands for none)")
@@ -102,17 +101,11 @@ def judge(
     return hits
 
 
-class _Found(NamedTuple):
-    """The positions of the hits; far smaller than ``hits``, where nearly all are misses."""
+def _find(hits: np.ndarray, n_positives: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Return the query, rank and place among its query's of each hit; hits and positives of each.
 
-    query: np.ndarray
-    rank: np.ndarray
-    place: np.ndarray  # number of earlier hits of the same query
-    count: np.ndarray  # (q,), hits of each query
-    n_positives: np.ndarray  # (q,)
-
-
-def _find(hits: np.ndarray, n_positives: np.ndarray | None) -> _Found:
+    Hits are far fewer than misses, so their positions are quicker to work with than the matrix.
+    """
     hits = np.atleast_2d(np.asarray(hits, dtype=bool))
     query, rank = np.divmod(np.flatnonzero(hits), hits.shape[1])  # far quicker than nonzero in 2-D
     count = np.bincount(query, minlength=len(hits))
@@ -120,7 +113,7 @@ def _find(hits: np.ndarray, n_positives: np.ndarray | None) -> _Found:
     n_positives = np.broadcast_to(count if n_positives is None else n_positives, count.shape)
     if np.any(count > n_positives):
         raise ValueError("a query has more hits than positives")
-    return _Found(query, rank, place, count, n_positives)
+    return query, rank, place, count, n_positives
 
 
 def average_precision(
@@ -176,52 +169,33 @@ def capped_precision_at(
 
     Its mean is mP@k of the revisited Oxford and Paris benchmarks (compute_map in the repository
     that :func:`average_precision` names): a query with fewer than k positives can reach 1, too. If
-    a positive is missing from the ranking, all k ranks count.
-
-    Args:
-        hits, n_positives: as for :func:`average_precision`.
-        k: number of ranks that count.
-
-    Returns:
-        float64 (q,) from 0 to 1; NaN for a query without positives.
-
-    Raises:
-        ValueError: a query has more hits than positives.
+    a positive is missing from the ranking, all k ranks count. Arguments, result and errors are as
+    for :func:`average_precision`.
     """
     query, rank, _, count, n_positives = _find(hits, n_positives)
-    depth = np.full(len(count), k)
-    complete = (count == n_positives) & (count > 0)
-    depth[complete] = np.minimum(k, rank[(np.cumsum(count) - 1)[complete]] + 1)
-    hits_within = np.bincount(query[rank < depth[query]], minlength=len(count))
-    return _divide(hits_within, np.where(n_positives > 0, depth, 0))
+    last = np.zeros(len(count), dtype=np.int64)
+    last[query] = rank + 1  # of a query's hits, the last assignment stays
+    depth = np.where(count == n_positives, np.minimum(k, last), k)
+    return _divide(np.bincount(query[rank < k], minlength=len(count)), depth)
 
 
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
     """Compute the share of a query's positives that are among the first k ranks.
 
-    In metric-learning papers, "recall@k" often means :func:`hit_at`.
-
-    Returns:
-        float64 (q,) from 0 to 1; NaN for a query without positives.
-
-    Raises:
-        ValueError: a query has more hits than positives.
+    In metric-learning papers, "recall@k" often means :func:`hit_at`. Arguments, result and errors
+    are as for :func:`average_precision`.
     """
     query, rank, _, count, n_positives = _find(hits, n_positives)
     return _divide(np.bincount(query[rank < k], minlength=len(count)), n_positives)
 
 
 def hit_at(hits: np.ndarray, k: int) -> np.ndarray:
-    """Tell whether a hit is among the first k ranks; the mean is metric learning's recall@k.
+    """Tell whether a hit is among the first k ranks, float64 (q,), 0 or 1.
 
-    See Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning via Lifted Structured Feature
-    Embedding", CVPR 2016.
-
-    Returns:
-        float64 (q,), 0 or 1.
+    The mean is metric learning's recall@k (Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning
+    via Lifted Structured Feature Embedding", CVPR 2016).
     """
-    hits = np.atleast_2d(np.asarray(hits, dtype=bool))
-    return hits[:, :k].any(axis=1).astype(np.float64)
+    return np.atleast_2d(np.asarray(hits, dtype=bool))[:, :k].any(axis=1).astype(np.float64)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -257,9 +231,8 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
     """Evaluate rankings, query by query.
 
     Args:
-        ranks: int (q, r), numbers of gallery photos, the best first, junk included; -1 where there
-            are no more. Rows are read in blocks, so a memory-mapped file may exceed the memory.
-        truth: the positives and junk of each query.
+        ranks: as for :func:`judge`, junk included. Rows are read in blocks, so a memory-mapped file
+            may exceed the memory.
         protocol: the measures: REVISITED, LANDMARKS, GENERAL or your own.
 
     Returns:
@@ -293,28 +266,24 @@ def query_table(ranks: np.ndarray, truth: GroundTruth, protocol: Protocol) -> pd
 
 
 def interval(
-    values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
+    values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2000
 ) -> Interval:
     """Compute the mean over queries and its 95 % percentile-bootstrap interval (Efron 1979).
+
+    Equal arguments give equal intervals.
 
     Args:
         values: float (q,); NaN (a query without positives) is left out.
         groups: (q,), such as the landmark of each query. Photos of a landmark succeed and fail
             together, so whole groups are drawn; otherwise the interval would be far too narrow.
         resamples: number of bootstrap samples.
-        seed: of the draws; equal arguments give equal intervals.
 
     Raises:
         ValueError: no query has positives.
     """
     values = np.asarray(values, dtype=np.float64)
-    kept = ~np.isnan(values)
-    if not kept.any():
-        raise ValueError("no query has a positive in the gallery: there is nothing to average")
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    _, group = np.unique(groups[kept], return_inverse=True)
-    sums, sizes = np.bincount(group, weights=values[kept]), np.bincount(group)
-    rng = np.random.default_rng(seed)
+    sums, sizes = _sums(values, groups)
+    rng = np.random.default_rng(0)
     means = np.empty(resamples)
     step = max(1, 2**20 // len(sums))  # 8 MB of draws at a time
     for start in range(0, resamples, step):
@@ -323,28 +292,33 @@ def interval(
         block[:] = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
     tail = (1 - 0.95) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values[kept].mean()), float(low), float(high))
+    return Interval(float(values[~np.isnan(values)].mean()), float(low), float(high))
+
+
+def _sums(values: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return each group's sum and number of values; NaN is left out."""
+    kept = ~np.isnan(values)
+    if not kept.any():
+        raise ValueError("no query has a positive in the gallery: there is nothing to average")
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    _, group = np.unique(groups[kept], return_inverse=True)
+    return np.bincount(group, weights=values[kept]), np.bincount(group)
 
 
 def compare(
-    a: np.ndarray,
-    b: np.ndarray,
-    groups: np.ndarray | None = None,
-    resamples: int = 9999,
-    seed: int = 0,
+    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, resamples: int = 9999
 ) -> Comparison:
     """Compare two systems by a measure of the same queries.
 
     The p-value is that of a two-sided randomization test: if a and b were equally good, either sign
     of each difference would be equally likely (Smucker, Allan, Carterette, "A Comparison of
-    Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007).
+    Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007). Equal
+    arguments give equal results.
 
     Args:
-        a: float (q,); NaN (a query without positives) is left out.
-        b: the same for the other system.
+        a, b: float (q,); NaN (a query without positives) is left out.
         groups: (q,), as for :func:`interval`; the differences of a group change sign together.
         resamples: number of random sign choices; the smallest p-value is 1 / (resamples + 1).
-        seed: of the draws; equal arguments give equal results.
 
     Returns:
         the mean of b - a with its interval, and the p-value.
@@ -355,15 +329,12 @@ def compare(
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or np.any(np.isnan(a) != np.isnan(b)):
         raise ValueError("a and b must be measured on the same queries, with NaN for the same ones")
-    difference = interval(b - a, groups, seed=seed)
-    kept = ~np.isnan(a)
-    groups = np.arange(len(a)) if groups is None else np.asarray(groups)
-    _, group = np.unique(groups[kept], return_inverse=True)
-    sums = np.bincount(group, weights=(b - a)[kept])
+    difference = interval(b - a, groups)
+    sums, _ = _sums(b - a, groups)
     # Treat sums that differ only by rounding as equal.
     observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     # scipy.stats.permutation_test does the same, but takes some 7 times as long.
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     as_far = 0
     for start in range(0, resamples, 500):  # a few at a time: memory stays at 500 x groups
         shape = (min(500, resamples - start), len(sums))
@@ -373,14 +344,14 @@ def compare(
 
 
 def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Search each photo among all others.
+    """Search each photo among all others; ties keep the order of the rows.
 
     Args:
         embeddings: float (n, d), compared by their inner product (cosine, if of unit norm).
         labels: (n,), the landmark of each photo.
 
     Returns:
-        hits, bool (n, n - 1). Ties keep the order of the rows.
+        hits, bool (n, n - 1).
     """
     labels = np.asarray(labels)
     embeddings = np.asarray(embeddings, dtype=np.float32)
@@ -395,14 +366,9 @@ def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pair_hits(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Search for each query's positive among the positives of all queries.
+    """Search for each query's positive, in the same row, among all positives.
 
-    Args:
-        queries: float (n, d), compared with ``positives`` by their inner product.
-        positives: float (n, d); row i is the positive of query i.
-
-    Returns:
-        hits, bool (n, n).
+    Both are float (n, d), compared by their inner product. Returns hits, bool (n, n).
     """
     similarity = np.asarray(queries, dtype=np.float32) @ np.asarray(positives, dtype=np.float32).T
     ranked = np.argsort(-similarity, axis=1, kind="stable")

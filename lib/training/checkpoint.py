@@ -11,7 +11,6 @@ training. The file keeps the settings and digests of the rest, to compare them.
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from lib.network.tower import structure
 CHECKPOINT = "checkpoint.npz"
 
 _FORMAT = 2  # format 1 had neither a number nor an identity
-_LISTS = ("tower", "loss", "optimizer", "best")
+_PARTS = ("tower", "loss", "optimizer", "best")
 _CURE = "choose another run_dir, or delete the file to begin again"
 
 
@@ -40,11 +39,10 @@ class TrainingError(RuntimeError):
 def describe_training(
     tower: keras.Model, handler: DatasetHandler, validation: np.ndarray, settings
 ) -> dict:
-    """Return the identity of a training, as JSON values; the arguments are those of ``train``.
+    """Return the identity of a training as JSON values: its settings, and digests of the rest.
 
-    Returns:
-        "settings" of training and data; and digests: "network" (layers and connections), "start"
-        (weights), "training pictures" (with their landmarks and triplets), "validation pictures".
+    The arguments are those of :func:`lib.training.stages.train`. The digest of the network covers
+    layers and connections; that of the training pictures their landmarks and triplets as well.
     """
     pictures, chosen = handler.catalogue.pictures, np.flatnonzero(handler.chosen)
     images = pictures["image"].to_numpy()
@@ -69,15 +67,13 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 
 @dataclass
 class Checkpoint:
-    """The state of a training after the last epoch of its history.
+    """The state of a training after the last epoch of its history, a row for each epoch.
 
     A single file holds all of it, so no part can be of another epoch. The history also determines
     the next batches, the current stage and whether that is over.
 
     Attributes:
-        path: of the file.
         identity: from :func:`describe_training`.
-        history: a row for each epoch.
         values: the variables of "tower", "loss" (with its random state) and "optimizer"; and
             "best", the weights of tower and loss after the best epoch (at first, at the start).
     """
@@ -112,10 +108,10 @@ class Checkpoint:
 
     def save(self, tower, loss, optimizer=None) -> None:
         """Write the current values of all variables to the file, atomically."""
-        for name, part in (("tower", tower), ("loss", loss), ("optimizer", optimizer)):
+        for name, part in zip(_PARTS, (tower, loss, optimizer), strict=False):
             variables = [] if part is None else part.variables
             self.values[name] = [np.array(ops.convert_to_numpy(v)) for v in variables]
-        arrays = {f"{n}_{i}": value for n in _LISTS for i, value in enumerate(self.values[n])}
+        arrays = {f"{n}_{i}": value for n in _PARTS for i, value in enumerate(self.values[n])}
         facts = {"format": _FORMAT, "identity": self.identity, "history": self.history}
         with replacing(self.path) as part:
             np.savez(part, facts=np.array(json.dumps(facts)), **arrays)
@@ -124,8 +120,8 @@ class Checkpoint:
     def load(cls, path: Path, tower: keras.Model, identity: dict) -> Checkpoint:
         """Read the checkpoint of the training with that identity.
 
-        The tower must have its start weights, or those of the best epoch, which a finished training
-        leaves in it.
+        Args:
+            tower: has its start weights, or the best epoch's, as after a finished training.
 
         Raises:
             TrainingError: the file is damaged, of an earlier format, or of another training.
@@ -161,30 +157,17 @@ class Checkpoint:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
-    """Read the facts and arrays of a file; damage raises errors of many types.
-
-    The archive's checksums are verified before anything is parsed, and no length in the file is
-    trusted. That detects damage; it does not make a stranger's file safe.
-    """
-    facts, values = {}, {name: [] for name in _LISTS}
+    """Read the facts and arrays of a file; damage raises errors of many types."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-            raise ValueError("its sizes do not fit the file")
-        for member in members:  # in the order of the variables
-            content = archive.read(member)
-            stream = io.BytesIO(content)
-            np.lib.format.read_magic(stream)
-            shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
-            array = np.frombuffer(content, dtype, offset=stream.tell())
-            array = array.reshape(shape, order="F" if by_column else "C")
-            name = member.filename.removesuffix(".npy")
-            if name == "facts":
-                facts = json.loads(str(array))
-            elif array.dtype.kind in "biuf":
-                values[name.partition("_")[0]].append(array)
-            else:
-                raise ValueError(f"{name} has no numbers")
+        # All checksums first: NumPy would read less than the whole array if its header is damaged.
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    with np.load(path) as arrays:
+        facts = json.loads(str(arrays["facts"]))
+        # In the file's order, which is that of the variables.
+        values = {
+            part: [arrays[name] for name in arrays.files if name.startswith(f"{part}_")]
+            for part in _PARTS
+        }
     [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises if one is missing
     return facts, values

@@ -119,8 +119,6 @@ class FeatureCache:
     """The feature maps of a handler's training pictures, from :func:`build_cache`.
 
     Attributes:
-        handler: plans the batches.
-        folder: of this cache.
         pictures: int64 (n,), rows of the catalogue's pictures, in ascending order.
         variants: number of maps of each picture.
         map_shape: (h, w, c).
@@ -154,25 +152,21 @@ class FeatureCache:
         return len(self.pictures) * self.variants * self.bytes_per_map
 
     @property
-    def files(self) -> list[tuple[str, slice]]:
-        """The name of each file, and the slice of ``pictures`` in it."""
+    def files(self) -> dict[str, slice]:
+        """The name of each file, with the slice of ``pictures`` in it."""
         starts = range(0, len(self.pictures), self._rows_per_file)
-        return [
-            (f"maps{number:04d}.npy", slice(start, start + self._rows_per_file))
+        return {
+            f"maps{number:04d}.npy": slice(start, start + self._rows_per_file)
             for number, start in enumerate(starts)
-        ]
+        }
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
         """The memory-mapped files, each float16 (pictures, variants, h, w, c)."""
-        return [np.load(self.folder / name, mmap_mode="r") for name, _ in self.files]
+        return [np.load(self.folder / name, mmap_mode="r") for name in self.files]
 
     def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
-        """Read the maps of pictures, float16 (..., h, w, c).
-
-        Args:
-            pictures: int (...), rows of the catalogue's pictures.
-            variant: the same for all, or int (...).
+        """Read maps, float16 (..., h, w, c), of pictures, int (...), in variants, int or int (...).
 
         Raises:
             KeyError: a picture is not in the cache.
@@ -184,14 +178,12 @@ class FeatureCache:
                 f"{len(missing)} pictures (first: {missing[0]}) are not in the feature cache, "
                 "which has those that its own handler trains on"
             )
-        maps = np.empty((rows.size, *self.map_shape), np.float16)
-        files, places = np.divmod(rows.ravel(), self._rows_per_file)
-        variants = np.broadcast_to(variant, rows.shape).ravel()
-        for i, (file, place, v) in enumerate(
-            zip(files.tolist(), places.tolist(), variants.tolist(), strict=True)
-        ):
-            maps[i] = self._maps[file][place, v]
-        return maps.reshape(*rows.shape, *self.map_shape)
+        files, places = np.divmod(rows, self._rows_per_file)
+        variants = np.broadcast_to(variant, rows.shape)
+        maps = np.empty((*rows.shape, *self.map_shape), np.float16)
+        for i in np.ndindex(rows.shape):
+            maps[i] = self._maps[files[i]][places[i], variants[i]]
+        return maps
 
     def batches(self, epoch: int, steps: int) -> FeatureBatches:
         """Return an epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps.
@@ -203,17 +195,13 @@ class FeatureCache:
 
 
 class FeatureBatches(keras.utils.PyDataset):
-    """The batches of one epoch as feature maps, for ``fit`` on every Keras backend.
-
-    Args:
-        cache: the maps.
-        plan: int64 (steps, ...), the pictures of each batch.
-        epoch: seeds the draw of the variants.
-    """
+    """The batches of one epoch as feature maps, see :class:`lib.data.dataset.Batches`."""
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
-        # Threads, not processes: copying releases Python's global lock.
-        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=2 * _THREADS)
+        # Threads, not processes: copying releases Python's global lock. The queue is bounded since
+        # a batch of 64 triplets takes 12 MB.
+        queue = min(2 * _THREADS, 16)
+        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=queue)
         self._cache, self.plan, self._epoch = cache, plan, epoch
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
         self._rows = own_rows(plan.shape[1])
@@ -261,17 +249,15 @@ def build_cache(
     image_size, augmentation = handler.settings.image_size, handler.settings.augmentation
     if variants < 1 or (variants > 1 and augmentation is None):
         raise ValueError(
-            f"{variants} variants: there is at least 1, the picture itself, and no other without "
-            "augmentation"
+            f"{variants} variants: there is at least 1, and no other without augmentation"
         )
-    if trunk.input_shape[1] != image_size:
+    if (taken := trunk.input_shape[1]) != image_size:
         raise ValueError(
-            f"the trunk takes photos of {trunk.input_shape[1]} pixels, the handler serves "
-            f"{image_size}"
+            f"the trunk takes photos of {taken} pixels, the handler serves {image_size}"
         )
     pictures = _pictures_to_train_on(handler)
     frozen = FrozenTrunk(trunk, engine)
-    made_of = _identity(trunk, frozen, handler, pictures, variants)
+    made_of = _identity(trunk, frozen.name, handler, pictures, variants)
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     cache = FeatureCache(handler, Path(folder) / name, pictures, variants, trunk.output_shape[1:])
     remove_half_written(cache.folder)
@@ -294,20 +280,17 @@ def build_cache(
 
 
 def _identity(
-    trunk: keras.Model,
-    frozen: FrozenTrunk,
-    handler: DatasetHandler,
-    pictures: np.ndarray,
-    variants: int,
+    trunk: keras.Model, engine: str, handler: DatasetHandler, pictures: np.ndarray, variants: int
 ) -> dict:
     """Return everything that the bytes of a cache depend on."""
     settings = handler.settings
+    hashes = handler.catalogue.pictures["image"].to_numpy()[pictures]
     return {
         "format": _FORMAT,
         "file_bytes": _SHARD_BYTES,
-        "pictures": _digest(handler, pictures),
+        "pictures": hashlib.sha256(b"".join(hashes)).hexdigest(),
         "trunk": fingerprint(trunk),
-        "engine": frozen.name,
+        "engine": engine,
         "image_size": settings.image_size,
         "variants": variants,
         # A single variant is the picture itself, whatever the augmentation.
@@ -329,100 +312,87 @@ def _pictures_to_train_on(handler: DatasetHandler) -> np.ndarray:
     return pictures
 
 
-def _digest(handler: DatasetHandler, pictures: np.ndarray) -> str:
-    """Hash the pictures' own hashes, in order, with SHA-256."""
-    hashes = handler.catalogue.pictures["image"].to_numpy()[pictures]
-    return hashlib.sha256(b"".join(hashes)).hexdigest()
-
-
 def _whole_files(cache: FeatureCache) -> dict[str, dict]:
     """Return the manifest's entries of the files that exist with the listed size and checksum."""
     path = cache.folder / MANIFEST
+    if not path.is_file():
+        return {}
     try:
         listed = read_json(path)["files"].items()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"{show_path(path)} is damaged ({error}): the feature cache is built anew")
         return {}
     whole = {}
     for name, entry in tqdm(listed, desc="checking features", unit=" files", leave=False):
         file = cache.folder / name
-        if file.is_file() and entry == {"bytes": file.stat().st_size, "xxh3": checksum(file)}:
+        if file.is_file() and entry == _entry(file):
             whole[name] = entry
         else:
             tqdm.write(f"{show_path(file)} is missing or damaged: it is computed anew")
     return whole
 
 
+def _entry(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "xxh3": checksum(file)}
+
+
 def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
     """Compute the missing files in turn."""
     whole = _whole_files(cache)
-    todo = [(name, rows) for name, rows in cache.files if name not in whole]
-    missing = cache.variants * sum(len(cache.pictures[rows]) for _, rows in todo)
-    _check_space(cache, frozen, missing * cache.bytes_per_map)
+    todo = {name: rows for name, rows in cache.files.items() if name not in whole}
+    missing = cache.variants * sum(len(cache.pictures[rows]) for rows in todo.values())
+    _check_space(cache, frozen.name, missing * cache.bytes_per_map)
     total = len(cache.pictures) * cache.variants
     with tqdm(total=total, initial=total - missing, desc="features", unit=" photos") as bar:
-        for name, rows in todo:
+        for name, rows in todo.items():
             _write_file(cache, frozen, cache.folder / name, rows, bar)
-            file = cache.folder / name
-            whole[name] = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
+            whole[name] = _entry(cache.folder / name)
             # After each file, since a resume keeps only the files in the manifest.
             write_json(cache.folder / MANIFEST, {"made_of": made_of, "files": whole})
 
 
-def _check_space(cache: FeatureCache, frozen: FrozenTrunk, needed: int) -> None:
+def _check_space(cache: FeatureCache, engine: str, needed: int) -> None:
     """Print the size of the cache; raise if the disk has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(cache.folder).free
     have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if needed < cache.bytes else ""
     print(
         f"feature cache: {len(cache.pictures)} pictures x {cache.variants} variants x "
         f"{cache.bytes_per_map} bytes = {cache.bytes / 1e9:.2f} GB{have}; "
-        f"{free / 1e9:.2f} GB free; by {frozen.name}",
+        f"{free / 1e9:.2f} GB free; by {engine}",
         flush=True,
     )
-    if needed <= free:
-        return
-    files = cache.folder.parent.glob("*/maps*.npy")
-    others = sum(file.stat().st_size for file in files if file.parent != cache.folder)
-    raise FeatureCacheError(
-        f"the feature cache needs {needed / 1e9:.2f} GB more in {show_path(cache.folder.parent)}, "
-        f"where {free / 1e9:.2f} GB are free: choose fewer variants or another folder"
-        + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
-    )
+    if needed > free:
+        files = cache.folder.parent.glob("*/maps*.npy")
+        others = sum(file.stat().st_size for file in files if file.parent != cache.folder)
+        raise FeatureCacheError(
+            f"the feature cache needs {needed / 1e9:.2f} GB more in "
+            f"{show_path(cache.folder.parent)}, where {free / 1e9:.2f} GB are free: choose fewer "
+            "variants or another folder"
+            + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
+        )
 
 
 def _write_file(
     cache: FeatureCache, frozen: FrozenTrunk, path: Path, rows: slice, bar: tqdm
 ) -> None:
     """Compute and write one file, float16 (pictures, variants, h, w, c)."""
-    pictures = cache.pictures[rows]
-    starts = range(0, len(pictures), _BATCH)
-    tasks = [(start, variant) for start in starts for variant in range(cache.variants)]
+    handler, pictures = cache.handler, cache.pictures[rows]
 
-    def photos_of(start: int, variant: int) -> np.ndarray:
+    def variants_of(start: int) -> list[np.ndarray]:
         some = pictures[start : start + _BATCH]
-        if variant == 0:
-            return cache.handler.photos(some)
-        seed = [cache.handler.settings.seed, variant, rows.start + start]
-        return cache.handler.batch(some, np.random.default_rng(seed))[0]
+        seeds = [[handler.settings.seed, v, rows.start + start] for v in range(1, cache.variants)]
+        varied = [handler.batch(some, np.random.default_rng(seed))[0] for seed in seeds]
+        return [handler.photos(some), *varied]
 
-    with (
-        replacing(path) as part,
-        part.open("wb") as file,
-        ThreadPoolExecutor(1) as reader,
-    ):
-        shape = (len(pictures), cache.variants, *cache.map_shape)
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    shape = (len(pictures), cache.variants, *cache.map_shape)
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    with replacing(path) as part, part.open("wb") as file, ThreadPoolExecutor(1) as reader:
         np.lib.format.write_array_header_1_0(file, header)
-        ahead, of_variants = reader.submit(photos_of, *tasks[0]), []
-        for task in [*tasks[1:], None]:
+        ahead = reader.submit(variants_of, 0)
+        for start in range(0, len(pictures), _BATCH):
             photos = ahead.result()
-            if task:  # read the next photos while the network computes
-                ahead = reader.submit(photos_of, *task)
-            of_variants.append(frozen(photos))
-            bar.update(len(photos))
-            if len(of_variants) == cache.variants:
-                # Through a memory map, a full disk would crash the process and raise no error.
-                file.write(np.stack(of_variants, axis=1))
-                of_variants = []
+            # Read the next photos while the network computes; at the end there are none.
+            ahead = reader.submit(variants_of, start + _BATCH)
+            # Through a memory map, a full disk would crash the process and raise no error.
+            file.write(np.stack([frozen(variant) for variant in photos], axis=1))
+            bar.update(cache.variants * len(photos[0]))

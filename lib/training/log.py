@@ -49,10 +49,9 @@ _PROJECTOR = """embeddings {{
 
 
 class TrainingLog(keras.callbacks.Callback):
-    """Shows the progress of a training and writes its log.
+    """Shows the progress of a training and writes its log in the folder ``run``.
 
     Args:
-        run: folder for ``history.csv`` and the folder ``tensorboard``.
         validation: uint8 (n, 3, s, s, 3), triplets of n landmarks.
     """
 
@@ -71,15 +70,12 @@ class TrainingLog(keras.callbacks.Callback):
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
-        """Show and write the last epoch of the history.
+        """Show and write the last epoch of the history; raise OSError if a file can't be written.
 
         Args:
             history: a row for each epoch, with at least epoch, loss and val_map.
             embeddings: float32 (n, 3, d) of the validation triplets.
             is_best: write this epoch's embeddings for the projector.
-
-        Raises:
-            OSError: the files can't be written.
         """
         row = history[-1]
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", val_map=f"{row['val_map']:.3f}")
@@ -90,10 +86,12 @@ class TrainingLog(keras.callbacks.Callback):
             self._write_projector(embeddings)
 
     def _write_events(self, row: dict, embeddings: np.ndarray) -> None:
-        shown = {name: value for name, value in row.items() if name not in ("epoch", "stage")}
-        summaries = [
-            summary.scalar(_tag(name), value) for name, value in shown.items() if np.isfinite(value)
-        ]
+        curves = {  # TensorBoard groups them by "section/"
+            f"validation/{name[4:]}" if name.startswith("val_") else f"training/{name}": value
+            for name, value in row.items()
+            if name not in ("epoch", "stage") and np.isfinite(value)
+        }
+        summaries = [summary.scalar(tag, value) for tag, value in curves.items()]
         hardest = self.validation[hardest_triplets(embeddings)[:HARDEST]]
         sheet = _grid(hardest.reshape(-1, *hardest.shape[2:]), len(hardest), 3)
         summaries.append(summary.image("validation/hardest_triplets", sheet, dataformats="HWC"))
@@ -106,15 +104,15 @@ class TrainingLog(keras.callbacks.Callback):
 
     def _write_projector(self, embeddings: np.ndarray) -> None:
         folder = self.run / TENSORBOARD / "projector"
-        triplets = self.validation[:PROJECTED]
-        photos = triplets[:, :2].reshape(-1, *triplets.shape[2:])
+        pairs = self.validation[:PROJECTED, :2]
+        photos = pairs.reshape(-1, *pairs.shape[2:])
         side = min(THUMBNAIL, photos.shape[1])
         with replacing(folder / "tensors.tsv") as part:
             points = embeddings[:PROJECTED, :2].reshape(len(photos), -1)
             np.savetxt(part, points, fmt="%.6g", delimiter="\t")
         with replacing(folder / "metadata.tsv") as part:
-            pairs = (f"{i}\tanchor\n{i}\tpositive\n" for i in range(len(triplets)))
-            part.write_text("landmark\trole\n" + "".join(pairs), encoding="utf-8")
+            rows = (f"{i}\tanchor\n{i}\tpositive\n" for i in range(len(pairs)))
+            part.write_text("landmark\trole\n" + "".join(rows), encoding="utf-8")
         with replacing(folder / "sprite.png") as part:
             k = math.ceil(math.sqrt(len(photos)))  # TensorBoard expects a square
             sprite = _grid(np.stack([resize(photo, side) for photo in photos]), k, k)
@@ -126,22 +124,11 @@ class TrainingLog(keras.callbacks.Callback):
 def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
     """Rank triplets by how much farther the positive is than the negative, the hardest first.
 
-    Args:
-        embeddings: float (n, 3, d) of unit norm: anchor, positive, negative.
-
-    Returns:
-        int64 (n,), the numbers of the triplets.
+    float (n, 3, d) of unit norm, anchor, positive, negative -> int64 (n,), numbers of triplets.
     """
     anchor, positive, negative = embeddings.swapaxes(0, 1)
     # For unit vectors, a larger inner product is a smaller distance.
     return np.argsort((anchor * (positive - negative)).sum(axis=1), kind="stable")
-
-
-def _tag(column: str) -> str:
-    """Return TensorBoard's name of a column's curve, as "section/curve"."""
-    if column.startswith("val_"):
-        return f"validation/{column.removeprefix('val_')}"
-    return f"training/{column}"
 
 
 def _grid(photos: np.ndarray, rows: int, columns: int) -> np.ndarray:

@@ -12,12 +12,11 @@
 The same call resumes an interrupted training and ends with the same weights, bit for bit. After
 every epoch the folder ``run`` holds
 
-    checkpoint.npz    everything that a resume needs, see :mod:`lib.training.checkpoint`
+    checkpoint.npz    all that a resume reads, see :mod:`lib.training.checkpoint`
     model.keras       the tower of the best epoch so far, over all stages
     history.csv, tensorboard/    see :mod:`lib.training.log`
 
-A resume reads only the checkpoint. Each file is replaced atomically, so an interruption between two
-of them does no harm.
+Each file is replaced atomically, so an interruption between two of them does no harm.
 """
 
 from __future__ import annotations
@@ -48,14 +47,7 @@ from lib.network.losses import (
     negative_distance,
     positive_distance,
 )
-from lib.network.tower import (
-    Siamese,
-    embed,
-    feature_maps,
-    gem_exponent,
-    layers_of,
-    save_tower,
-)
+from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, layers_of, save_tower
 from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, describe_training
 from lib.training.features import FeatureCache
 from lib.training.log import TENSORBOARD, TrainingLog
@@ -77,7 +69,6 @@ class Stage:
         train: "head"; "last-block": the head and the backbone's last block (the layers
             ``conv<n>_...`` with the highest n); or "all".
         epochs: at most, see ``patience`` of :class:`TrainingSettings`.
-        steps_per_epoch: batches in an epoch.
         learning_rate: Adam's, at the end of the warmup.
 
     Raises:
@@ -100,7 +91,7 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Batches in all its epochs."""
+        """Batches in all epochs."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -110,7 +101,6 @@ class TrainingSettings:
 
     Attributes:
         stages: in order; each starts from the best epoch's weights so far, with a new optimizer.
-        loss: see :mod:`lib.network.losses`.
         batch_norm: of the backbone. "frozen": statistics, shift and scale stay fixed, as is usual
             for pre-trained weights, whose statistics come from more photos than a batch has.
             "live": they are updated in the part that a stage trains, as random weights need.
@@ -145,20 +135,12 @@ class TrainingSettings:
 
 def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) -> None:
     """Compile the model with a stage's optimizer and the metrics that show a collapse."""
+    warmup = math.ceil(settings.warmup_share * stage.steps)
+    clip_norm, momentum = settings.clip_norm, settings.ema_momentum
+    active_share = active_share_of(settings.loss)
     siamese.compile(
-        make_optimizer(
-            stage.learning_rate,
-            stage.steps,
-            math.ceil(settings.warmup_share * stage.steps),
-            settings.clip_norm,
-            settings.ema_momentum,
-        ),
-        metrics=[
-            active_share_of(settings.loss),
-            positive_distance,
-            negative_distance,
-            embedding_spread,
-        ],
+        make_optimizer(stage.learning_rate, stage.steps, warmup, clip_norm, momentum),
+        metrics=[active_share, positive_distance, negative_distance, embedding_spread],
         jit_compile=settings.jit,
     )
     siamese.optimizer.build(siamese.trainable_variables)
@@ -171,10 +153,7 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
 def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
     """Set which layers of the trunk are trainable; the head's layers stay as they are.
 
-    Args:
-        tower: from :func:`lib.network.tower.build_tower`.
-        train: see :class:`Stage`.
-        batch_norm: see :class:`TrainingSettings`.
+    The settings are those of :class:`Stage` and :class:`TrainingSettings`.
 
     Raises:
         TrainingError: "last-block" with a backbone whose layers are not named ``conv<n>_...`` after
@@ -209,18 +188,15 @@ def train(
     Args:
         tower: from :func:`lib.network.tower.build_tower`. A resume needs the same start weights.
             After an error, it has the weights again that it came with.
-        handler: serves the training batches.
         validation: uint8 (n, 3, s, s, 3), triplets of n landmarks that are not trained on.
-        settings: see :class:`TrainingSettings`.
         run: folder for checkpoint, history, model and log; only one process may train in it.
         cache: feature maps of the tower's trunk, from :func:`lib.training.features.build_cache`.
             Stages that train the head use them in place of the trunk until a stage changes it.
 
     Returns:
-        the history, a row for each epoch: stage (from 1), loss, active_share, positive_distance,
-        negative_distance, embedding_spread (over the training batches), val_accuracy (share of
-        triplets whose negative is farther than the positive), val_map (anchor against all
-        positives), p (GeM's exponent), learning_rate (at the epoch's end).
+        the history, a row for each epoch: stage (from 1); over the training batches loss,
+        active_share, positive_distance, negative_distance, embedding_spread; val_accuracy and
+        val_map, see :func:`evaluate_triplets`; p (GeM's exponent); learning_rate (at its end).
 
     Raises:
         TrainingError: another process trains in ``run``; its checkpoint is damaged, or of other
@@ -258,22 +234,18 @@ class _Training:
         self.tower, self.handler, self.validation = tower, handler, validation
         self.settings, self.run, self.cache = settings, run, cache
         remove_half_written(run, subfolders=True)
-        self.checkpoint = self._open_checkpoint()
+        identity = describe_training(tower, handler, validation, settings)
+        if (run / CHECKPOINT).is_file():
+            self.checkpoint = Checkpoint.load(run / CHECKPOINT, tower, identity)
+        else:
+            self.checkpoint = Checkpoint(run / CHECKPOINT, identity)
+            loss = self._new_loss()
+            Siamese(tower, loss)  # gives the loss its weights
+            self.checkpoint.take_best(tower, loss)
+            # Save now to keep the loss's random weights, and to find a full disk before an epoch.
+            with _writing(run, 0):
+                self.checkpoint.save(tower, loss)
         self.log = TrainingLog(run, validation)
-
-    def _open_checkpoint(self) -> Checkpoint:
-        path, tower = self.run / CHECKPOINT, self.tower
-        identity = describe_training(tower, self.handler, self.validation, self.settings)
-        if path.is_file():
-            return Checkpoint.load(path, tower, identity)
-        loss = self._new_loss()
-        Siamese(tower, loss)  # gives the loss its weights
-        checkpoint = Checkpoint(path, identity)
-        checkpoint.take_best(tower, loss)
-        # Save now to keep the loss's random weights, and to find a full disk before an epoch.
-        with _writing(self.run, 0):
-            checkpoint.save(tower, loss)
-        return checkpoint
 
     def _new_loss(self) -> MetricLoss:
         groups = int(self.handler.catalogue.pictures["group"].max()) + 1
@@ -305,27 +277,22 @@ class _Training:
                 triplets = feature_maps(local, triplets)
         with self.log.progress(f"{number} {stage.train}", stage.steps, done):
             while not self.is_over(number):
-                epoch = len(checkpoint.history) + 1
-                batches = batches_of(epoch - 1, stage.steps_per_epoch)
-                row, weights = _train_epoch(siamese, batches, epoch, self.log)
-                # Until _keep_epoch sets ``weights``, the model holds their moving average, if any.
+                epochs = len(checkpoint.history)
+                batches = batches_of(epochs, stage.steps_per_epoch)
+                row, weights = _train_epoch(siamese, batches, epochs + 1, self.log)
+                # Until ``weights`` are set below, the model holds their moving average, if any.
                 with by_itself(model) as local:
                     embeddings = _embed_triplets(local, triplets)
                 row |= as_the_first(_measure(embeddings)) | {"p": gem_exponent(tower)}
-                checkpoint.history.append({"epoch": epoch, "stage": number} | row)
-                self._keep_epoch(siamese, weights, embeddings)
-
-    def _keep_epoch(self, siamese: Siamese, weights: list, embeddings: np.ndarray) -> None:
-        """Write the log, the checkpoint and, after a best epoch, the model."""
-        checkpoint, loss = self.checkpoint, siamese.metric_loss
-        is_best = _epochs_since_best(checkpoint.history) == 0
-        with _writing(self.run, len(checkpoint.history) - 1):
-            self.log.write(checkpoint.history, embeddings, is_best=is_best)
-            if is_best:
-                checkpoint.take_best(self.tower, loss)
-                save_tower(self.tower, self.run / MODEL)
-            siamese.set_weights(weights)
-            checkpoint.save(self.tower, loss, siamese.optimizer)
+                checkpoint.history.append({"epoch": epochs + 1, "stage": number} | row)
+                is_best = _epochs_since_best(checkpoint.history) == 0
+                with _writing(self.run, epochs):
+                    self.log.write(checkpoint.history, embeddings, is_best=is_best)
+                    if is_best:
+                        checkpoint.take_best(tower, loss)
+                        save_tower(tower, self.run / MODEL)
+                    siamese.set_weights(weights)
+                    checkpoint.save(tower, loss, siamese.optimizer)
 
 
 def _epochs_since_best(history: list[dict]) -> int:
@@ -348,29 +315,35 @@ def _writing(run: Path, epochs: int) -> Iterator[None]:
 def _train_epoch(
     siamese: Siamese, batches: keras.utils.PyDataset, epoch: int, log: TrainingLog
 ) -> tuple[dict, list[np.ndarray]]:
-    """Train on the batches of an epoch.
+    """Train on the batches of an epoch; return the means of loss and metrics, and the weights.
 
-    Returns:
-        the means of loss and metrics, with the last learning rate; and the weights to continue
-        with. The model ends with their moving average, if the optimizer keeps one.
+    The model ends with the moving average of the weights, if the optimizer keeps one.
     """
     steps = len(batches)
     if keras.backend.backend() == "tensorflow" and hasattr(batches, "as_tf_data"):
         batches = batches.as_tf_data()
-    end = _EpochEnd()
-    callbacks = [log, end, keras.callbacks.TerminateOnNaN()]
+    weights = []  # before ``fit`` replaces them with their average
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: weights.extend(siamese.get_weights())
+    )
     # Given the steps, Keras stops before the dataset's end, where TensorFlow's graph would count
     # another iteration of the optimizer.
     logs = siamese.fit(
-        batches, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=callbacks
+        batches,
+        steps_per_epoch=steps,
+        shuffle=False,
+        verbose=0,
+        callbacks=[log, keep, keras.callbacks.TerminateOnNaN()],
     ).history
     names = ("loss", "active_share", "positive_distance", "negative_distance", "embedding_spread")
     row = {name: logs[name][-1] for name in names}
     # Copy: on JAX, weights and their average now share arrays, which predict would donate.
     siamese.set_weights(siamese.get_weights())
+    optimizer = siamese.optimizer
     if not math.isfinite(row["loss"]):
+        step = (int(ops.convert_to_numpy(optimizer.iterations)) - 1) % steps + 1
         raise TrainingError(
-            f"the loss became {row['loss']} in epoch {epoch}, step {end.steps}: lower "
+            f"the loss became {row['loss']} in epoch {epoch}, step {step}: lower "
             "learning_rate (a tenth is a good try) and start a new run"
         )
     if row["embedding_spread"] < COLLAPSED_SPREAD:
@@ -380,21 +353,7 @@ def _train_epoch(
             RuntimeWarning,
             stacklevel=4,
         )
-    rate = float(ops.convert_to_numpy(siamese.optimizer.learning_rate))
-    return row | {"learning_rate": rate}, end.weights
-
-
-class _EpochEnd(keras.callbacks.Callback):
-    """Counts steps, and keeps the weights before ``fit`` replaces them with their average."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.steps = 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps += 1
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.weights = self.model.get_weights()
+    return row | {"learning_rate": float(ops.convert_to_numpy(optimizer.learning_rate))}, weights
 
 
 def evaluate_triplets(tower: keras.Model, triplets: np.ndarray) -> dict[str, float]:

@@ -124,6 +124,12 @@ def test_batches_are_the_handlers_with_a_variant_drawn_for_each_photo(
     assert not np.array_equal(again[4][0], ours[4][0])  # another epoch, other variants
 
 
+def test_the_queue_is_bounded_whatever_the_number_of_cores(cache, monkeypatch):
+    """Before, it held two batches a core: on 64 cores 128 batches, of 12 MB each."""
+    monkeypatch.setattr(features, "_THREADS", 64)
+    assert cache.batches(0, 1).max_queue_size <= 16
+
+
 def test_fit_trains_a_head_on_them(cache):
     maps = keras.Input(cache.map_shape)
     triplets = keras.Input((3, *cache.map_shape))
@@ -183,8 +189,12 @@ def test_whatever_changes_the_maps_makes_another_cache(trunk, handler, catalogue
 def test_a_picture_that_changes_is_computed_again(trunk, catalogue, handler, cache):
     rows = catalogue.rows.copy()
     rows.at[0, "image"] = bytes(16)
-    pictures = DatasetHandler(replace(catalogue, rows=rows), SETTINGS)
-    assert features._digest(pictures, cache.pictures) != features._digest(handler, cache.pictures)
+    changed = DatasetHandler(replace(catalogue, rows=rows), SETTINGS)
+    made_of, before = (
+        features._identity(trunk, "keras float32", of, cache.pictures, 3)
+        for of in (changed, handler)
+    )
+    assert made_of.pop("pictures") != before.pop("pictures") and made_of == before
 
 
 @pytest.mark.parametrize(
