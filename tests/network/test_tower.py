@@ -97,6 +97,7 @@ def test_stages_of_resnet50(stage, channels):
         assert backbone.count_params() == whole.count_params() == 23_587_712
 
 
+@pytest.mark.long
 def test_gem_of_signed_maps_is_refused_and_of_relus_or_swishes_is_not(photos):
     # GeM clipped the negative half of the maps without a word.
     for backbone in ("EfficientNetV2B0", "MobileNetV3Small"):
@@ -142,6 +143,7 @@ def test_settings_that_make_no_sense_are_refused():
         TowerSettings(image_size=16, last_stage=5)
 
 
+@pytest.mark.long
 def test_training_moves_backbone_and_p(photos):
     keras.utils.set_random_seed(1)
     tower = build_tower(SMALL)
@@ -333,6 +335,7 @@ def mobile() -> keras.Model:
     return build_tower(settings)
 
 
+@pytest.mark.long
 def test_another_backbone_with_its_own_preprocessing(mobile, rng, tmp_path):
     photos = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     own = keras.applications.MobileNet(
@@ -357,6 +360,7 @@ def test_another_backbone_with_its_own_preprocessing(mobile, rng, tmp_path):
         build_tower(replace(settings, width=0.5))
 
 
+@pytest.mark.long
 def test_a_resized_tower_keeps_weights_and_takes_photos_of_another_size(tower, mobile, rng):
     for one, size in ((tower, 48), (mobile, 96)):
         photos = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)

@@ -68,6 +68,7 @@ def test_its_world_is_not_the_demos():
     assert PretrainingSettings().seed != DemoSettings().seed
 
 
+@pytest.mark.long
 def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.pretraining, "VALIDATION_LANDMARKS", 3)
     tower, curve = pretrain(TINY, tmp_path / "straight")

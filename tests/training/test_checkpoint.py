@@ -208,6 +208,7 @@ def test_whatever_is_wrong_in_the_file_is_the_one_error(
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_second_process_is_told_and_touches_nothing(
     shards,
     handler,

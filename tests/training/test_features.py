@@ -467,6 +467,7 @@ print(FrozenTrunk(trunk).name)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "engine"), [("jax", "keras"), ("torch", "openvino")])
 def test_a_cache_on_another_backend(small_world, trunk, cache, tmp_path, backend, engine):
     pytest.importorskip(backend)

@@ -145,6 +145,7 @@ def test_a_run_leaves_history_checkpoint_log_and_the_best_epochs_model(
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_arcface_on_p_x_k_batches_trains_its_centres_along(handler, validation, tmp_path):
     data = replace(handler.settings, batch_size=4, pictures_per_landmark=2)
     handler = DatasetHandler(handler.catalogue, data, handler.chosen)
@@ -166,6 +167,7 @@ def test_arcface_on_p_x_k_batches_trains_its_centres_along(handler, validation, 
     assert not np.allclose(kept[0], kept[1])
 
 
+@pytest.mark.long
 def test_a_trunk_in_bfloat16_trains(handler, validation, tmp_path):
     with computing_in("mixed_bfloat16"):
         tower = tiny_tower()
@@ -242,6 +244,7 @@ def test_stages_train_one_part_after_the_other(handler, validation, tmp_path, me
     assert trainable_layers(load_tower(tmp_path / MODEL)) == trainable_layers(tiny_tower())
 
 
+@pytest.mark.long
 def test_a_head_learns_the_same_from_cached_maps_until_the_trunk_has_changed(
     handler, validation, tmp_path, measured
 ):
@@ -262,6 +265,7 @@ def test_a_head_learns_the_same_from_cached_maps_until_the_trunk_has_changed(
         np.testing.assert_allclose(first[path], second[path], atol=2e-3, err_msg=path)
 
 
+@pytest.mark.long
 def test_a_stage_ends_early_and_the_next_begins_with_the_best_weights(
     handler, validation, tmp_path, measured
 ):
@@ -328,6 +332,7 @@ def test_jit_is_kerass_choice_unless_it_is_set():
     assert siamese.jit_compile
 
 
+@pytest.mark.long
 def test_the_moving_average_is_saved_while_the_weights_train_on(
     handler, validation, tmp_path, measured, monkeypatch
 ):
