@@ -13,7 +13,6 @@ a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import time
 from collections import Counter
@@ -34,8 +33,6 @@ JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
-log = logging.getLogger(__name__)
-
 _BATCH = 32  # photos between two reports of progress
 _NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
@@ -46,21 +43,14 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """How to search.
+    """How to search; a ValueError if k is below 1, or kind or rerank is an unknown name."""
 
-    Attributes:
-        k: number of photos to find.
-        kind: of index: "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph"
-            (HNSW) compare only some of them, which is faster in large galleries.
-        rerank: "none", or "query expansion": the similarities are those to the mean of the query
-            and its nearest neighbours, see :func:`lib.search.rerank.expand_queries`.
-
-    Raises:
-        ValueError: k below 1, or an unknown name.
-    """
-
-    k: int = 8
+    k: int = 8  # number of photos to find
+    # "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph" (HNSW) compare only
+    # some of them, which is faster in large galleries.
     kind: str = "exact"
+    # "none", or "query expansion": search with the mean of the query and its nearest neighbours,
+    # see lib.search.rerank.expand_queries. The similarities are then to that mean.
     rerank: str = "none"
 
     def __post_init__(self):
@@ -71,37 +61,24 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        names: of the k photos found, most similar first.
-        similarities: float32 (k,), cosines from -1 to 1.
-        votes: landmark -> its share of these photos, weighted by similarity, largest first; shares
-            sum to 1. Empty if no photo lies in a landmark's folder.
-        seconds: to embed the query and to search.
-    """
-
-    names: list[str]
-    similarities: np.ndarray
+    names: list[str]  # of the k photos found, most similar first
+    similarities: np.ndarray  # float32 (k,), cosines from -1 to 1
+    # Landmark -> its share of these photos, weighted by similarity, largest first. Shares sum to 1;
+    # there are none if no photo lies in a landmark's folder.
     votes: dict[str, float]
-    seconds: float
+    seconds: float  # to embed the query and to search
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """An embedded folder of photos.
-
-    Attributes:
-        folder: of the photos.
-        names: n paths relative to the folder.
-        embeddings: float32 (n, d) of unit norm.
-        unreadable: number of other photos, which could not be read.
-    """
+    """An embedded folder of photos."""
 
     folder: Path
-    names: list[str]
-    embeddings: np.ndarray
-    unreadable: int
+    names: list[str]  # n paths relative to the folder
+    embeddings: np.ndarray  # float32 (n, d) of unit norm
+    unreadable: int  # number of other photos, which could not be read
 
     def path(self, name: str) -> Path:
         """Locate the file of a photo.
@@ -199,8 +176,12 @@ class Search:
         names, similarities = index.search(query, question.k + bool(without))
         found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
         names, similarities = [names[0][i] for i in found], similarities[0, found]
-        votes = _votes([landmark_of(name) for name in names], similarities)
-        return Answer(names, similarities, votes, time.perf_counter() - start)
+        votes: Counter[str] = Counter()
+        for name, similarity in zip(names, similarities.tolist(), strict=True):
+            if (landmark := landmark_of(name)) and similarity > 0:
+                votes[landmark] += similarity
+        shares = {landmark: vote / votes.total() for landmark, vote in votes.most_common()}
+        return Answer(names, similarities, shares, time.perf_counter() - start)
 
     def photo(self, name: str) -> np.ndarray:
         """Read a photo of the gallery as the network's input, uint8 (s, s, 3).
@@ -210,8 +191,7 @@ class Search:
         """
         try:
             return read_photo(self.gallery.path(name), self.engine.image_size)
-        except PhotoError as error:
-            log.info("a photo of the gallery can no longer be read: %s", error)
+        except PhotoError:
             raise SearchError("This photo can no longer be read.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,23 +207,12 @@ class Search:
         return occlusion_heat(embed, photo, of_other), occlusion_heat(embed, other, of_photo)
 
     def _build_index(self, kind: str) -> PhotoIndex:
-        names, settings = self.gallery.names, _settings(kind, len(self.gallery.names))
-        return PhotoIndex.build(self.gallery.embeddings, names, self.engine.fingerprint, settings)
-
-
-def _settings(kind: str, n: int) -> IndexSettings:
-    """Choose the settings for n photos; Faiss warns below 39 training vectors per list."""
-    if kind == "exact":
-        return IndexSettings()
-    if kind == "graph":
-        return IndexSettings("HNSW32", "efSearch=64")
-    lists = max(1, min(round(n**0.5), n // 39))
-    return IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}")
-
-
-def _votes(landmarks: list[str], similarities: np.ndarray) -> dict[str, float]:
-    votes: Counter[str] = Counter()
-    for landmark, similarity in zip(landmarks, similarities.tolist(), strict=True):
-        if landmark and similarity > 0:
-            votes[landmark] += similarity
-    return {landmark: vote / votes.total() for landmark, vote in votes.most_common()}
+        embeddings, names = self.gallery.embeddings, self.gallery.names
+        # Faiss warns below 39 training vectors per list.
+        lists = max(1, min(round(len(names) ** 0.5), len(names) // 39))
+        settings = {
+            "exact": IndexSettings(),
+            "inverted lists": IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}"),
+            "graph": IndexSettings("HNSW32", "efSearch=64"),
+        }
+        return PhotoIndex.build(embeddings, names, self.engine.fingerprint, settings[kind])

@@ -68,15 +68,12 @@ def read_labels(folder: Path) -> Labels:
 
 
 def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
-    """Write ``ground_truth.csv`` atomically, a row per photo, sorted by name.
+    """Write ``ground_truth.csv`` atomically, a row per photo, sorted by name; return its path.
 
     Args:
         folder: of the photos.
         names: file names of all photos; those without a label are distractors.
         labels: query and positives.
-
-    Returns:
-        the file's path.
 
     Raises:
         OSError: the file can't be written.
@@ -139,12 +136,9 @@ class Labeller(widgets.VBox):
         bar = widgets.HBox([self._previous, self._where, self._next, self._undo, self._save])
         bar.add_class("labeller-bar")
         items = "".join(f"<li>{_html(reason)}</li>" for reason in test_set.skipped)
-        notice = widgets.HTML(
-            f"<details><summary>{len(test_set.skipped)} of the folder's files can't be read"
-            f"</summary><ul>{items}</ul></details>"
-            if items
-            else ""
-        )
+        summary = f"{len(test_set.skipped)} of the folder's files can't be read"
+        details = f"<details><summary>{summary}</summary><ul>{items}</ul></details>"
+        notice = widgets.HTML(details if items else "")
         super().__init__([self._style, self._head, notice, bar, self._status, widgets.GridBox()])
         self.add_class("labeller")
 
@@ -175,24 +169,19 @@ class Labeller(widgets.VBox):
         self._previous.disabled, self._next.disabled = page == 0, page == pages - 1
         self._where.value = f"<span>Page {page + 1} of {pages}</span>"
         self._shown = self._order[page * PAGE : (page + 1) * PAGE].tolist()
-        pictures = "".join(
-            f".labeller .labeller-photo.{self._photo_class(i)} "
-            f"{{ background-image: url({picture_uri(self._photos[i])}) }}\n"
-            for i in self._shown
-        )
-        self._style.value = f"<style>{load('labeller.css')}{pictures}</style>"
+        pictures = ""
         for i in self._shown:
             if i not in self._cells:
                 self._cells[i] = self._new_cell(i)
             self._draw_cell(i)
+            photo = f".labeller .labeller-photo.photo-{self._cells[i].children[0].model_id}"
+            pictures += f"{photo} {{ background-image: url({picture_uri(self._photos[i])}) }}\n"
+        self._style.value = f"<style>{load('labeller.css')}{pictures}</style>"
         *others, old = self.children
         # A new grid, since an old one would keep its scroll position.
         grid = widgets.GridBox([self._cells[i] for i in self._shown]).add_class("labeller-grid")
         self.children = (*others, grid)
         old.close()
-
-    def _photo_class(self, i: int) -> str:
-        return f"labeller-{self.model_id}-{i}"  # two labellers may stand on one page
 
     def _new_cell(self, i: int) -> widgets.VBox:
         """Build a photo's buttons.
@@ -202,12 +191,10 @@ class Labeller(widgets.VBox):
         """
         name = self._names[i]
         toggle = widgets.ToggleButton().add_class("labeller-photo")
-        toggle.add_class(self._photo_class(i))
+        toggle.add_class(f"photo-{toggle.model_id}")
         toggle.observe(lambda change: self._on_toggle(name, change.new), "value")
-        swap = widgets.Button(
-            description="Make it the query", tooltip=f"Make {valid(name)} the query"
-        )
-        swap.add_class("labeller-swap")
+        swap = widgets.Button(description="Make it the query").add_class("labeller-swap")
+        swap.tooltip = f"Make {valid(name)} the query"
         swap.on_click(lambda _: self._on_swap(name))
         return widgets.VBox([toggle, swap])
 
@@ -245,11 +232,10 @@ class Labeller(widgets.VBox):
 
     def _on_swap(self, name: str) -> None:
         old, new = self.labels, self.labels.with_query(name)
-        lost = f"; Undo brings back what was chosen for {old.query}"
+        hint = f"; Undo brings back what was chosen for {old.query}"
+        lost = old.positives and not new.positives
         self._history.append(old)
-        self._take(
-            new, f"The query is {name}: ", lost if old.positives and not new.positives else ""
-        )
+        self._take(new, f"The query is {name}: ", hint if lost else "")
 
     def _take(self, labels: Labels, before: str = "", after: str = "") -> None:
         """Replace the labels, show them, and tell how many there are."""

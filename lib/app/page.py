@@ -34,11 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
     parser.add_argument("--run-dir", default="runs/latest", help="the run with the trained model")
+    parser.add_argument("--gallery", default="Dataset/demo_world/unseen", help="folder of photos")
     parser.add_argument(
-        "--gallery", default="Dataset/demo_world/unseen", help="folder of photos to search in"
-    )
-    parser.add_argument(
-        "--folders-root", default="", help="own folders must lie below it; default: your home"
+        "--folders-root", default="", help="own folders lie below it; default: home"
     )
     parser.add_argument("--port", type=int, default=PORT, help="the next free one if it is taken")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")

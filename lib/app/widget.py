@@ -45,12 +45,9 @@ VOTES = 3  # landmarks shown
 
 log = logging.getLogger(__name__)
 
-_KNOWN = {  # errors whose own messages are not for users
-    JobBusyError: "This folder is being read in another window: try again in a moment.",
-    EmbeddingJobError: (
-        "The stored embeddings of this folder can't be used; the log of the app says why."
-    ),
-}
+_BUSY = "This folder is being read in another window: try again in a moment."
+_UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
+_FAILED = "That went wrong, and was noted. Please try another photo."
 
 
 def _guarded(method: Callable) -> Callable:
@@ -64,8 +61,8 @@ def _guarded(method: Callable) -> Callable:
             self._tell(str(error), failed=True)
         except Exception as error:
             log.exception("a callback of the search app failed")
-            other = "That went wrong, and was noted. Please try another photo."
-            self._tell(_KNOWN.get(type(error), other), failed=True)
+            text = {JobBusyError: _BUSY, EmbeddingJobError: _UNUSABLE}.get(type(error), _FAILED)
+            self._tell(text, failed=True)
 
     return guarded
 
@@ -79,11 +76,7 @@ class SearchApp(widgets.VBox):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        gallery: Gallery,
-        jobs: Path,
-        folders_root: Path | None = None,
+        self, engine: Engine, gallery: Gallery, jobs: Path, folders_root: Path | None = None
     ):
         """Lay out the app and show the samples.
 
@@ -124,9 +117,8 @@ class SearchApp(widgets.VBox):
         controls = _box("controls", self._k, self._kind, self._rerank, self._where)
         right = _box("right", self._status, controls, self._grid)
         own = _box("own", self._folder, self._open, self._progress)
-        main = _box("main", left, right)
         style = widgets.HTML(f"<style>{load('widget.css')}</style>")
-        super().__init__([style, self._head, self._samples, main, own])
+        super().__init__([style, self._head, self._samples, _box("main", left, right), own])
         self.add_class("search-app")
 
         for control in (self._k, self._kind, self._rerank):
@@ -288,12 +280,10 @@ def _box(name: str, *children: widgets.Widget) -> widgets.Box:
 
 def _samples(gallery: Gallery) -> list[str]:
     """Choose photos of different landmarks, spread over the gallery."""
-    first: dict[str, str] = {}
-    for name in gallery.names:
-        first.setdefault(landmark_of(name) or name, name)
-    names = list(first.values())
-    places = np.linspace(0, len(names) - 1, min(SAMPLES, len(names))).round().astype(int)
-    return [names[place] for place in places]
+    landmarks = [landmark_of(name) or name for name in gallery.names]
+    first = np.sort(np.unique(landmarks, return_index=True)[1])
+    places = np.linspace(0, len(first) - 1, min(SAMPLES, len(first))).round().astype(int)
+    return [gallery.names[row] for row in first[places]]
 
 
 def _title(name: str) -> str:
