@@ -60,10 +60,8 @@ def own_rows(rows: int) -> slice:
 
     devices = distribution.device_mesh.devices.size
     if rows % devices:
-        hint = f"choose a batch_size that is a multiple of {devices}"
-        raise ValueError(
-            f"a batch of {rows} can't be divided evenly among {devices} devices: {hint}"
-        )
+        uneven = f"a batch of {rows} can't be divided evenly among {devices} devices"
+        raise ValueError(f"{uneven}: choose a batch_size that is a multiple of {devices}")
     each, number = rows // jax.process_count(), jax.process_index()
     return slice(number * each, (number + 1) * each)
 

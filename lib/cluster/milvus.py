@@ -37,14 +37,9 @@ class MilvusSettings:
 
 
 class MilvusIndex:
-    """An index of named photos in a Milvus collection, searched by embeddings of unit norm.
-
-    Attributes:
-        dimension: of the embeddings.
-    """
+    """An index of named photos in a Milvus collection; made by :meth:`build` or :meth:`load`."""
 
     def __init__(self, client: Any, collection: str, dimension: int, search: dict[str, Any]):
-        """Use :meth:`build` or :meth:`load`."""
         self._client, self._collection = client, collection
         self.dimension, self._search = dimension, search
 
@@ -88,8 +83,7 @@ class MilvusIndex:
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("name", DataType.VARCHAR, is_primary=True, max_length=_LONGEST_NAME)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=vectors.shape[1])
-        kind = client.prepare_index_params()
-        kind.add_index(
+        kind = client.prepare_index_params(
             "embedding", index_type=settings.kind, metric_type="IP", params=settings.build
         )
         client.create_collection(
@@ -122,8 +116,7 @@ class MilvusIndex:
 
         Raises:
             FileNotFoundError: there is no such collection.
-            UnusableIndexError: it was not made by :meth:`build`, or its embeddings come from
-                another model.
+            UnusableIndexError: it was not made by :meth:`build`, or by another model.
             ImportError: pymilvus is not installed.
         """
         client = _connect(uri, token)
