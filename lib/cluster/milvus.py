@@ -148,17 +148,10 @@ class MilvusIndex:
         return int(row["count(*)"])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], np.ndarray]:
-        """Find the k most similar photos of each query, most similar first.
-
-        Args:
-            queries: float32 (q, d) of unit norm.
-            k: number of photos, 1 to 16384; capped at n, the size of the index.
-
-        Returns:
-            q lists of min(k, n) names, and the cosine similarities, float32 (q, min(k, n)).
+        """Find photos as :meth:`lib.search.photo_index.PhotoIndex.search`.
 
         Raises:
-            ValueError: k is out of range, or the queries are not (q, d) of unit norm.
+            ValueError: k is not from 1 to 16384, or the queries are not (q, d) of unit norm.
             RuntimeError: an approximate search found fewer photos for some queries than for others.
         """
         queries = checked(queries, "queries", self.dimension)
@@ -185,10 +178,6 @@ class MilvusIndex:
 
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
         """Add photos, or replace those of the same name; Milvus has stored them when this returns.
-
-        Args:
-            names: n unique names.
-            embeddings: float32 (n, d) of unit norm, by the same model.
 
         Raises:
             ValueError: as :meth:`build`, or the dimension differs.

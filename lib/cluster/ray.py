@@ -200,7 +200,8 @@ class _Embedder:
     def __init__(self, tower: str, source: Any, precision: str, threads: int):
         import ray
 
-        self._engine, self._source = _load(Path(tower), precision, threads), ray.get(source)
+        self._engine, _ = _load(Path(tower), precision, threads)
+        self._source = ray.get(source)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         numbers = batch["number"]
@@ -222,8 +223,8 @@ class _Embedder:
         )
 
 
-def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
-    """Load a tower, and check that it computes in ``precision`` on this machine."""
+def _load(tower: Path, precision: str, threads: int | None = None) -> tuple[Engine, str]:
+    """Load a tower and name its precision; check that this machine computes in ``precision``."""
     if tower.suffix == ".keras":
         from lib.network.tower import load_tower
 
@@ -231,17 +232,13 @@ def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
     else:
         asked = precision if precision in PRECISIONS else "auto"  # only "auto" gives float16
         engine = load_engine(tower, asked, threads)
-    found = _precision(engine)
+    found = engine.name.rpartition(" ")[2]  # "openvino bfloat16"
     if precision not in ("auto", found):
         raise ClusterError(
             f"{tower.name} is computed in {found} on {platform.node()}, not in {precision}: one "
             f"job can't mix them; use embed(precision={found!r}) if all machines compute in it"
         )
-    return engine
-
-
-def _precision(engine: Engine) -> str:
-    return engine.name.rpartition(" ")[2]  # "openvino bfloat16"
+    return engine, found
 
 
 def embed(
@@ -280,14 +277,14 @@ def embed(
             f"{tower.name} is an exported tower, which runs on processors only: take the .keras "
             "file of its run, or workers without GPUs"
         )
-    engine = _load(tower, precision)
+    engine, precision = _load(tower, precision)
     job = {"rows": "parquet"} | describe_job(engine, source, batch_size)
     with claimed(folder, job):
         (folder / PARTS).mkdir(exist_ok=True)
         missing = _missing(folder, len(source))
         if len(missing):
             with _connected(cluster) as ray:
-                worker = (str(tower), ray.put(source), _precision(engine), cluster.threads)
+                worker = (str(tower), ray.put(source), precision, cluster.threads)
                 _embed_on(ray, worker, missing, batch_size, folder / PARTS, cluster)
         if left := len(_missing(folder, len(source))):
             raise ClusterError(f"{left} of {len(source)} pictures have no row: run the job again")
