@@ -2,12 +2,11 @@
 
     jax.distributed.initialize(...)                          # as lib/cluster/ray.py does
     with together(seed=1) as number:
-        tower = load_tower(path)
         train(tower, handler, validation, settings, run)     # ``run``: a folder for each process
 
 Each process holds all weights and computes its share of the rows of every batch. The loss sees the
 embeddings of the whole batch, so mining, gradients and batch statistics equal those of a single
-process up to rounding. Outside :func:`together`, a process trains alone as usual.
+process up to rounding.
 """
 
 from __future__ import annotations
@@ -28,17 +27,14 @@ _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def together(seed: int) -> Iterator[int]:
     """Train models with all processes of ``jax.distributed``; yield this process's number.
 
-    Args:
-        seed: of Keras' random numbers. Seed and start weights must be equal in all processes.
+    The seed of Keras' random numbers and the start weights must be equal in all processes.
 
     Raises:
         RuntimeError: Keras does not run on JAX.
     """
-    if keras.backend.backend() != "jax":
-        raise RuntimeError(
-            f"several processes train on Keras' JAX backend, not on {keras.backend.backend()}: "
-            "set KERAS_BACKEND=jax"
-        )
+    if (backend := keras.backend.backend()) != "jax":
+        needed = "several processes train on Keras' JAX backend"
+        raise RuntimeError(f"{needed}, not on {backend}: set KERAS_BACKEND=jax")
     import jax
 
     before = keras.distribution.distribution()
@@ -55,7 +51,7 @@ def own_rows(rows: int) -> slice:
     """Return the rows of a batch that this process computes.
 
     Raises:
-        ValueError: ``rows`` is not a multiple of the number of devices of all processes.
+        ValueError: all devices of all processes can't share them evenly.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -64,12 +60,10 @@ def own_rows(rows: int) -> slice:
 
     devices = distribution.device_mesh.devices.size
     if rows % devices:
-        raise ValueError(
-            f"a batch of {rows} can't be divided evenly among {devices} devices: choose a "
-            f"batch_size that is a multiple of {devices}"
-        )
-    each = rows // jax.process_count()
-    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+        uneven = f"a batch of {rows} can't be divided evenly among {devices} devices"
+        raise ValueError(f"{uneven}: choose a batch_size that is a multiple of {devices}")
+    each, number = rows // jax.process_count(), jax.process_index()
+    return slice(number * each, (number + 1) * each)
 
 
 def as_the_first(values: dict[str, float]) -> dict[str, float]:
@@ -86,10 +80,9 @@ def from_the_first(content: bytes) -> bytes:
     """Return the first process's bytes; all processes of ``jax.distributed`` must call it."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
+    # Other processes' content is ignored, but must have the same length.
     length = int(broadcast_one_to_all(np.int32(len(content))))
-    if len(content) != length:  # other processes' content is ignored
-        content = bytes(length)
-    mine = np.frombuffer(content, np.uint8)
+    mine = np.frombuffer(content[:length].ljust(length), np.uint8)
     return np.asarray(broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
 
 

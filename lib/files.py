@@ -27,19 +27,15 @@ def project_root(start: Path | None = None) -> Path:
 
     JupyterLab, nbval and papermill start a kernel in different folders; this makes them agree.
 
-    Args:
-        start: where to begin; the current folder if None.
-
     Raises:
-        FileNotFoundError: no folder on the way up holds ``environment.yml``.
+        FileNotFoundError: neither ``start`` (None: the current folder) nor one above it holds one.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / "environment.yml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no environment.yml in {start} or above it: start the notebook inside the project's folder"
-    )
+    hint = "start the notebook inside the project's folder"
+    raise FileNotFoundError(f"no environment.yml in {start} or above it: {hint}")
 
 
 def show_path(path: Path) -> str:
@@ -68,9 +64,8 @@ def show_error(error: BaseException) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that it is either whole or absent.
 
-    Yields the path of a temporary file in the same folder. If the block succeeds, its content is
-    flushed to the disk and renamed to ``path`` in one step. If the block fails, it is removed and
-    the previous file stays.
+    Yields the path of a temporary file in the same folder, which is flushed to the disk and renamed
+    to ``path`` in one step. If the block fails, it is removed and the previous file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,26 +82,17 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut (a no-op where folders can't be opened)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some systems can't open folders
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)  # makes the rename survive a power cut
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
 @contextlib.contextmanager
 def _sign_of_life(part: Path) -> Iterator[None]:
-    """Hold the lock beside a half-written file, which the system lifts when the process ends.
-
-    Raises:
-        filelock.Timeout: a live writer holds it.
-    """
+    """Hold the lock beside a half-written file; a filelock.Timeout if a live writer holds it."""
     import filelock  # here: 0.1 s, which a process that only reads need not wait
 
     lock = Path(f"{part}.lock")  # not the file itself: HDF5 locks what it writes
@@ -121,11 +107,7 @@ def _sign_of_life(part: Path) -> Iterator[None]:
 def remove_half_written(folder: Path, subfolders: bool = False) -> None:
     """Remove the temporary files of :func:`replacing` whose writers have died.
 
-    A file whose writer is alive, in whatever process, stays.
-
-    Args:
-        folder: may be absent.
-        subfolders: whether to look into all folders below as well.
+    They are looked for in ``folder``, which may be absent, and maybe in all folders below.
     """
     import filelock
 
@@ -140,9 +122,7 @@ def remove_half_written(folder: Path, subfolders: bool = False) -> None:
 def only_writer(folder: Path, busy: Exception | None) -> Iterator[None]:
     """Keep other processes and threads out; the system lifts the lock when the process dies.
 
-    Args:
-        folder: the lock is the file ``.lock`` in it.
-        busy: raised if another process holds the lock; None: wait until it is free.
+    ``busy`` is raised if another process holds the lock, the file ``.lock``; None: wait for it.
     """
     import filelock
 
@@ -161,14 +141,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON; the message names it.
-    """
+    """Read a JSON file; a ValueError that names it if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of Unicode, too
         raise ValueError(f"{path} is not valid JSON ({error}): delete it") from error
 
 

@@ -17,16 +17,13 @@ from lib.files import only_writer, project_root, read_json, write_json
 
 
 def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
-    """Make an empty folder ``runs/<date>_<time>`` and point ``runs/latest`` at it.
-
-    A second run started within the same second gets the suffix ``-2``.
-    """
+    """Make an empty folder ``runs/<date>_<time>`` and point ``runs/latest`` at it."""
     runs = runs or project_root() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     stamp = now().strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        run = runs / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-        with contextlib.suppress(FileExistsError):
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        run = runs / f"{stamp}{suffix}"
+        with contextlib.suppress(FileExistsError):  # another run started within this second
             run.mkdir()
             break
     link = runs / f".latest-{os.getpid()}"
@@ -43,14 +40,12 @@ def open_run(run_dir: str, *, start_new: bool = False) -> Path:
         run_dir: a folder relative to the project's root (made if absent), or "" for the newest run.
         start_new: with an empty ``run_dir``, make a new run instead.
     """
+    run = project_root() / (run_dir or "runs/latest")
     if run_dir:
-        run = project_root() / run_dir
         run.mkdir(parents=True, exist_ok=True)
-        return run.resolve()
-    latest = project_root() / "runs" / "latest"
-    if start_new or not latest.is_dir():
+    elif start_new or not run.is_dir():
         return new_run()
-    return latest.resolve()
+    return run.resolve()
 
 
 def record_metrics(run: Path, **sections: Any) -> Path:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import wait
 
 
 def process_pool() -> ProcessPoolExecutor:
@@ -27,7 +26,7 @@ def _end_with_parent() -> None:
     """End this process when its parent dies: otherwise it would wait for work forever."""
 
     def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

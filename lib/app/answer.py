@@ -13,12 +13,14 @@ a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +33,6 @@ JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
-log = logging.getLogger(__name__)
-
 _BATCH = 32  # photos between two reports of progress
 _NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
@@ -43,22 +43,14 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """How to search.
+    """How to search; a ValueError if k is below 1, or kind or rerank is an unknown name."""
 
-    Attributes:
-        k: number of photos to find.
-        kind: of index: "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph"
-            (HNSW) compare only some of them, which is faster in large galleries.
-        rerank: "none", or "query expansion": search with the mean of the query and its nearest
-            neighbours, see :func:`lib.search.rerank.expand_queries`. The similarities are then to
-            that mean.
-
-    Raises:
-        ValueError: k below 1, or an unknown name.
-    """
-
-    k: int = 8
+    k: int = 8  # number of photos to find
+    # "exact" compares every photo; "inverted lists" (Faiss's IVF) and "graph" (HNSW) compare only
+    # some of them, which is faster in large galleries.
     kind: str = "exact"
+    # "none", or "query expansion": search with the mean of the query and its nearest neighbours,
+    # see lib.search.rerank.expand_queries. The similarities are then to that mean.
     rerank: str = "none"
 
     def __post_init__(self):
@@ -68,39 +60,25 @@ class Question:
             raise ValueError(f"unknown kind {self.kind!r} or re-ranking {self.rerank!r}")
 
 
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """The result of a search.
+class Answer(NamedTuple):
+    """The result of a search."""
 
-    Attributes:
-        names: of the k photos found, most similar first.
-        similarities: float32 (k,), cosines from -1 to 1.
-        votes: landmark -> its share of these photos, weighted by similarity, largest first; shares
-            sum to 1. Empty if no photo lies in a landmark's folder.
-        seconds: to embed the query and to search.
-    """
-
-    names: list[str]
-    similarities: np.ndarray
+    names: list[str]  # of the k photos found, most similar first
+    similarities: np.ndarray  # float32 (k,), cosines from -1 to 1
+    # Landmark -> its share of these photos, weighted by similarity, largest first. Shares sum to 1;
+    # there are none if no photo lies in a landmark's folder.
     votes: dict[str, float]
-    seconds: float
+    seconds: float  # to embed the query and to search
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """An embedded folder of photos.
-
-    Attributes:
-        folder: of the photos.
-        names: n paths relative to the folder.
-        embeddings: float32 (n, d) of unit norm.
-        unreadable: number of other photos, which could not be read.
-    """
+    """An embedded folder of photos."""
 
     folder: Path
-    names: list[str]
-    embeddings: np.ndarray
-    unreadable: int
+    names: list[str]  # n paths relative to the folder
+    embeddings: np.ndarray  # float32 (n, d) of unit norm
+    unreadable: int  # number of other photos, which could not be read
 
     def path(self, name: str) -> Path:
         """Locate the file of a photo.
@@ -114,7 +92,7 @@ class Gallery:
         return path
 
     def landmarks(self) -> list[str]:
-        """List the landmarks of the photos, sorted."""
+        """The landmarks of the photos, sorted."""
         return sorted({landmark_of(name) for name in self.names} - {""})
 
 
@@ -124,14 +102,11 @@ def landmark_of(name: str) -> str:
 
 
 def folder_below(root: Path, typed: str) -> Path:
-    """Find the folder that a user typed, with all links resolved.
-
-    Args:
-        root: the folder must be below it, and no name on the way may begin with a dot.
-        typed: a path, absolute or relative to ``root``.
+    """Find the folder that a user typed, absolute or relative to ``root``; resolves all links.
 
     Raises:
-        SearchError: there is no such folder, or it is not allowed; the message does not say which.
+        SearchError: there is no such folder, or it is not below ``root``, or a name on the way
+            begins with a dot; the message does not say which.
     """
     try:
         root = Path(root).resolve()
@@ -153,10 +128,9 @@ def open_gallery(
     """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
     Args:
-        engine: from :func:`lib.network.engine.load_engine`.
+        engine, on_progress: see :func:`lib.search.embedding.embed_job`.
         folder: of photos.
         jobs: folder to store embeddings in, with a subfolder for each set of photos.
-        on_progress: see :func:`lib.search.embedding.embed_job`.
 
     Raises:
         SearchError: there is no photo, or none that can be read.
@@ -176,17 +150,11 @@ def open_gallery(
 
 
 class Search:
-    """Searches a gallery; each index is built at its first use."""
+    """Searches a gallery with the engine that embedded it; each index is built at its first use."""
 
     def __init__(self, engine: Engine, gallery: Gallery):
-        """Prepare the search.
-
-        Args:
-            engine: the one that embedded the gallery.
-            gallery: from :func:`open_gallery`.
-        """
         self.engine, self.gallery = engine, gallery
-        self._indexes: dict[str, PhotoIndex] = {}
+        self._index = cache(self._build_index)
 
     def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
         """Find the photos most similar to a photo.
@@ -197,17 +165,23 @@ class Search:
             without: the query's name if it is in the gallery; it is left out of the results.
         """
         start = time.perf_counter()
-        index = self._index(question.kind)
+        index, gallery = self._index(question.kind), self.gallery
         query = self.engine.embed(photo[None])
-        if question.rerank == "query expansion" and self.gallery.names != [without]:
+        if question.rerank == "query expansion" and gallery.names != [without]:
             from lib.search.rerank import expand_queries  # here: it loads SciPy
 
-            query = expand_queries(query, self._others(without), k=_NEIGHBOURS)
+            # The query must not expand itself.
+            others = gallery.embeddings[[name != without for name in gallery.names]]
+            query = expand_queries(query, others, k=_NEIGHBOURS)
         names, similarities = index.search(query, question.k + bool(without))
         found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
         names, similarities = [names[0][i] for i in found], similarities[0, found]
-        votes = _votes([landmark_of(name) for name in names], similarities)
-        return Answer(names, similarities, votes, time.perf_counter() - start)
+        votes: Counter[str] = Counter()
+        for name, similarity in zip(names, similarities.tolist(), strict=True):
+            if (landmark := landmark_of(name)) and similarity > 0:
+                votes[landmark] += similarity
+        shares = {landmark: vote / votes.total() for landmark, vote in votes.most_common()}
+        return Answer(names, similarities, shares, time.perf_counter() - start)
 
     def photo(self, name: str) -> np.ndarray:
         """Read a photo of the gallery as the network's input, uint8 (s, s, 3).
@@ -217,57 +191,28 @@ class Search:
         """
         try:
             return read_photo(self.gallery.path(name), self.engine.image_size)
-        except PhotoError as error:
-            log.info("a photo of the gallery can no longer be read: %s", error)
+        except PhotoError:
             raise SearchError("This photo can no longer be read.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Explain what makes two photos, uint8 (s, s, 3), similar to the network.
 
-        Returns:
-            a heat map of each, float32 (g, g), see :func:`lib.evaluation.explain.occlusion_heat`.
+        Returns a heat map of each, float32 (g, g), see
+        :func:`lib.evaluation.explain.occlusion_heat`.
         """
         from lib.evaluation.explain import occlusion_heat  # here: it loads pandas and Matplotlib
 
-        embeddings = self.engine.embed(np.stack([photo, other]))
-        return (
-            occlusion_heat(self.engine.embed, photo, embeddings[1]),
-            occlusion_heat(self.engine.embed, other, embeddings[0]),
-        )
+        embed = self.engine.embed
+        of_photo, of_other = embed(np.stack([photo, other]))
+        return occlusion_heat(embed, photo, of_other), occlusion_heat(embed, other, of_photo)
 
-    def _index(self, kind: str) -> PhotoIndex:
-        if kind not in self._indexes:
-            gallery = self.gallery
-            self._indexes[kind] = PhotoIndex.build(
-                gallery.embeddings,
-                gallery.names,
-                self.engine.fingerprint,
-                _settings(kind, len(gallery.names)),
-            )
-        return self._indexes[kind]
-
-    def _others(self, without: str) -> np.ndarray:
-        """Select all embeddings except the query's, which must not expand itself."""
-        if not without:
-            return self.gallery.embeddings
-        return self.gallery.embeddings[[name != without for name in self.gallery.names]]
-
-
-def _settings(kind: str, n: int) -> IndexSettings:
-    """Choose the settings for n photos; Faiss warns below 39 training vectors per list."""
-    if kind == "exact":
-        return IndexSettings()
-    if kind == "graph":
-        return IndexSettings("HNSW32", "efSearch=64")
-    lists = max(1, min(round(n**0.5), n // 39))
-    return IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}")
-
-
-def _votes(landmarks: list[str], similarities: np.ndarray) -> dict[str, float]:
-    votes: dict[str, float] = {}
-    for landmark, similarity in zip(landmarks, similarities.tolist(), strict=True):
-        if landmark:
-            votes[landmark] = votes.get(landmark, 0.0) + max(similarity, 0.0)
-    total = sum(votes.values())
-    ranked = sorted(votes.items(), key=lambda vote: -vote[1])
-    return {landmark: vote / total for landmark, vote in ranked if vote > 0}
+    def _build_index(self, kind: str) -> PhotoIndex:
+        embeddings, names = self.gallery.embeddings, self.gallery.names
+        # Faiss warns below 39 training vectors per list.
+        lists = max(1, min(round(len(names) ** 0.5), len(names) // 39))
+        settings = {
+            "exact": IndexSettings(),
+            "inverted lists": IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}"),
+            "graph": IndexSettings("HNSW32", "efSearch=64"),
+        }
+        return PhotoIndex.build(embeddings, names, self.engine.fingerprint, settings[kind])

@@ -19,19 +19,17 @@ from lib.app.web import STATIC
 
 
 class PhotoDrop(anywidget.AnyWidget):
-    """A widget that passes the photos uploaded to it to a callback."""
+    """A widget that passes the photos uploaded to it to a callback.
+
+    ``on_photo`` is called with the bytes of each file; ``on_refused``, if a file is too large, with
+    a message for the user.
+    """
 
     _esm = STATIC / "drop.js"
     _css = STATIC / "drop.css"
     most_bytes = traitlets.Int(MOST_BYTES).tag(sync=True)
 
     def __init__(self, on_photo: Callable[[bytes], None], on_refused: Callable[[str], None]):
-        """Set the callbacks.
-
-        Args:
-            on_photo: called with the bytes of each uploaded file.
-            on_refused: called with a message for the user when a file is too large.
-        """
         super().__init__()
         self._on_photo, self._on_refused = on_photo, on_refused
         self._received = bytearray()
@@ -49,6 +47,5 @@ class PhotoDrop(anywidget.AnyWidget):
                     return
                 self._received += buffers[0]
                 if len(self._received) == size:
-                    photo = bytes(self._received)
-                    self._received.clear()
+                    photo, self._received = bytes(self._received), bytearray()
                     self._on_photo(photo)

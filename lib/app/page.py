@@ -17,7 +17,7 @@ import webbrowser
 from pathlib import Path
 
 from lib.app.answer import JOBS, SearchError, open_gallery
-from lib.files import project_root, replacing, show_path
+from lib.files import project_root, show_path
 from lib.network.engine import ENGINE, Engine, EngineError, export_engine, load_engine
 from lib.search.embedding import EmbeddingJobError
 
@@ -34,13 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
     parser.add_argument("--run-dir", default="runs/latest", help="the run with the trained model")
+    parser.add_argument("--gallery", default="Dataset/demo_world/unseen", help="folder of photos")
     parser.add_argument(
-        "--gallery", default="Dataset/demo_world/unseen", help="folder of photos to search in"
-    )
-    parser.add_argument(
-        "--folders-root",
-        default="",
-        help="own folders must lie below it; default: your home",
+        "--folders-root", default="", help="own folders lie below it; default: home"
     )
     parser.add_argument("--port", type=int, default=PORT, help="the next free one if it is taken")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -52,12 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         gallery = root / options.gallery
         if not gallery.is_dir():
             raise FileNotFoundError(f"there is no folder {show_path(gallery)} (--gallery)")
-        try:
-            open_gallery(engine, gallery, run / JOBS)
-        except SearchError as error:  # its message names no path
-            raise SearchError(f"{show_path(gallery)} (--gallery): {error}") from None
+        open_gallery(engine, gallery, run / JOBS)
     except (OSError, SearchError, EngineError, EmbeddingJobError) as error:
-        print(f"app: {error}", file=sys.stderr)
+        # A search error names no path.
+        where = f"{show_path(gallery)} (--gallery): " if isinstance(error, SearchError) else ""
+        print(f"app: {where}{error}", file=sys.stderr)
         return 1
     parameters = {
         "run_dir": str(run),
@@ -79,61 +74,55 @@ def open_engine(run: Path) -> Engine:
         FileNotFoundError: the run has neither an exported tower nor a model.
         EngineError: the exported tower is damaged.
     """
-    if not (run / ENGINE).is_file():
-        if not (run / "model.keras").is_file():
-            raise FileNotFoundError(
-                f"there is no trained model in {show_path(run)}: run `make demo` first"
-            )
+    engine, model = run / ENGINE, run / "model.keras"
+    if not engine.is_file():
+        if not model.is_file():
+            where = show_path(run)
+            raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
         from lib.network.tower import load_tower  # here: it takes seconds
 
         print("app: exporting the trained network", file=sys.stderr)
-        export_engine(load_tower(run / "model.keras"), run / ENGINE)
-    return load_engine(run / ENGINE)
+        export_engine(load_tower(model), engine)
+    return load_engine(engine)
 
 
 def write_page_notebook(
     notebook: Path, path: Path, parameters: dict, start_in: Path | None = None
-) -> Path:
-    """Write the notebook of the page.
+) -> None:
+    """Write the notebook of the page to ``path``.
 
     Args:
         notebook: its cells tagged ``parameters`` or ``app`` are copied.
-        path: to write to.
         parameters: values to set after the cell tagged ``parameters``.
         start_in: working directory of the page; None: the folder of ``path``.
     """
     import nbformat  # here: its checks of formats compile a grammar, which takes seconds
 
     content = nbformat.read(notebook, as_version=4)
-    cells = []
-    for cell in content.cells:
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    if start_in is not None:
+        lines += ["import os", f"os.chdir({str(start_in)!r})"]
+    cells, content.cells = content.cells, []
+    for cell in cells:
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags or "app" in tags:
-            cells.append(cell)
+            content.cells.append(cell)
         if "parameters" in tags:
-            lines = [f"{name} = {value!r}" for name, value in parameters.items()]
-            if start_in is not None:
-                lines += ["import os", f"os.chdir({str(start_in)!r})"]
-            cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
-    content.cells = cells
+            content.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
     content.metadata["title"] = "Landmark search"
-    with replacing(path) as part:
-        nbformat.write(content, part)
-    return path
+    nbformat.write(content, path)
 
 
 def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> None:
-    """Serve a notebook as a page until the process is terminated.
+    """Serve a notebook of :func:`write_page_notebook` until the process is terminated.
 
     Args:
-        notebook: from :func:`write_page_notebook`.
+        notebook, open_browser: the page, and whether to open it in a browser.
         templates: a data folder of Jupyter with Voila's template ``search_app``.
         port: to listen on; the next free one if it is taken.
-        open_browser: whether to open the page in a browser.
     """
     # Voila finds templates and kernels by these variables.
-    os.environ["JUPYTER_PATH"] = str(templates)
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ.update(JUPYTER_PATH=str(templates), JUPYTER_PREFER_ENV_PATH="1")
     import tornado.web
     from traitlets.config import Config
     from voila.app import Voila

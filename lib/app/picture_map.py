@@ -66,11 +66,9 @@ def picture_map(
 
 
 def framed(page: str, height: int = 560) -> str:
-    """Embed a page in a notebook or report, with scripts and styles isolated from it.
+    """Embed a page of :func:`picture_map` in a notebook, isolated from its scripts and styles.
 
-    Args:
-        page: from :func:`picture_map`.
-        height: in pixels; the width is that of the surrounding element.
+    It is ``height`` pixels high and as wide as the surrounding element.
     """
     return (
         '<div><iframe title="Picture map" sandbox="allow-scripts" '
@@ -86,5 +84,4 @@ def _sprite(photos: np.ndarray, columns: int) -> str:
     tiles = np.full((rows * columns, side, side, 3), 255, dtype=np.uint8)
     tiles[:n] = photos
     sheet = tiles.reshape(rows, columns, side, side, 3).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * side, columns * side, 3)
-    return picture_uri(sheet, "webp", quality=60, method=4)
+    return picture_uri(sheet.reshape(rows * side, columns * side, 3), "webp", quality=60)

@@ -3,8 +3,7 @@
     upload = read_upload(content, engine.image_size)
     upload.square, upload.picture
 
-Any bytes give a photo or an :class:`UploadError`, whose message names no path and quotes no
-decoder.
+Any bytes give a photo or an :class:`UploadError`.
 """
 
 from __future__ import annotations
@@ -28,27 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class UploadError(ValueError):
-    """The upload can't be used; the message may be shown to anyone."""
+    """The upload can't be used; the message names no path and quotes no decoder."""
 
 
 class Upload(NamedTuple):
-    """An uploaded photo in two sizes.
+    """A photo in two sizes."""
 
-    Attributes:
-        square: uint8 (s, s, 3) RGB, the network's input.
-        picture: uint8 (h, w, 3) RGB for display, upright, with the aspect ratio kept.
-    """
-
-    square: np.ndarray
-    picture: np.ndarray
+    square: np.ndarray  # uint8 (s, s, 3) RGB, the network's input
+    picture: np.ndarray  # uint8 (h, w, 3) RGB for display, upright, with the aspect ratio kept
 
 
 def read_upload(content: bytes, image_size: int) -> Upload:
-    """Read the bytes of a picture file.
-
-    Args:
-        content: untrusted bytes.
-        image_size: s, the side of the network's input in pixels.
+    """Read a picture file; ``image_size`` is the side of the network's input in pixels.
 
     Raises:
         UploadError: too many bytes or pixels, not a picture, or a damaged one.
@@ -83,5 +73,5 @@ def read_upload(content: bytes, image_size: int) -> Upload:
 
 def too_large(size: int) -> str:
     """Write the message that refuses a file of ``size`` bytes."""
-    most = MOST_BYTES / 2**20
-    return f"This file has {size / 2**20:.0f} MB; up to {most:.0f} MB can be searched with."
+    most = MOST_BYTES >> 20
+    return f"This file has {size / 2**20:.0f} MB; up to {most} MB can be searched with."

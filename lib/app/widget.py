@@ -12,7 +12,6 @@ import html
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from pathlib import Path
 
@@ -32,12 +31,13 @@ from lib.app.answer import (
     open_gallery,
 )
 from lib.app.drop import PhotoDrop
-from lib.app.upload import SHOWN, UploadError, read_upload
-from lib.app.web import load, picture_uri
+from lib.app.upload import SHOWN, Upload, UploadError, read_upload
+from lib.app.web import counted, load, message, picture_uri, valid
 from lib.data.photos import open_picture, picture_of
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 
+GALLERY = "the gallery"  # the name of the first one in the list of galleries
 SAMPLES = 8  # photos offered as queries
 NUMBERS = (4, 8, 12, 24)  # of results
 SIDE = 240  # longer side of a result in pixels
@@ -45,20 +45,9 @@ VOTES = 3  # landmarks shown
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """The query photo.
-
-    Attributes:
-        square: uint8 (s, s, 3), the network's input.
-        picture: uint8 (h, w, 3), for display.
-        name: in the gallery; "" for an uploaded photo.
-    """
-
-    square: np.ndarray
-    picture: np.ndarray
-    name: str = ""
+_BUSY = "This folder is being read in another window: try again in a moment."
+_UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
+_FAILED = "That went wrong, and was noted. Please try another photo."
 
 
 def _guarded(method: Callable) -> Callable:
@@ -70,9 +59,10 @@ def _guarded(method: Callable) -> Callable:
             method(self, *arguments)
         except (UploadError, SearchError) as error:
             self._tell(str(error), failed=True)
-        except Exception:
+        except Exception as error:
             log.exception("a callback of the search app failed")
-            self._tell("That went wrong, and was noted. Please try another photo.", failed=True)
+            text = {JobBusyError: _BUSY, EmbeddingJobError: _UNUSABLE}.get(type(error), _FAILED)
+            self._tell(text, failed=True)
 
     return guarded
 
@@ -86,12 +76,7 @@ class SearchApp(widgets.VBox):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        gallery: Gallery,
-        jobs: Path,
-        title: str = "the gallery",
-        folders_root: Path | None = None,
+        self, engine: Engine, gallery: Gallery, jobs: Path, folders_root: Path | None = None
     ):
         """Lay out the app and show the samples.
 
@@ -99,26 +84,27 @@ class SearchApp(widgets.VBox):
             engine: from :func:`lib.network.engine.load_engine`.
             gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
             jobs: folder that stores the embeddings of galleries.
-            title: of the gallery.
             folders_root: users can search in the folders below it; None: the home folder.
         """
         self._jobs = Path(jobs)
         self._folders_root = Path.home() if folders_root is None else Path(folders_root)
-        self._title, self._searches = title, {title: Search(engine, gallery)}
-        self.search = self._searches[title]
+        self.search = Search(engine, gallery)
+        self._searches = {GALLERY: self.search}
         self.answer: Answer | None = None
-        self._query: Query | None = None
-        self._thumbnail = lru_cache(maxsize=512)(_thumbnail)  # (gallery, name) -> data URI
+        self._query: tuple[Upload, str] | None = None  # with its name in the gallery, or ""
+        self._thumbnail = lru_cache(maxsize=512)(  # (gallery, name) -> data URI
+            lambda gallery, name: picture_uri(_picture(gallery, name, SIDE))
+        )
         self._threads = ThreadPoolExecutor(2, "thumbnails")
 
         self._drop = PhotoDrop(self._on_photo, lambda message: self._tell(message, failed=True))
         self._head, self._status = widgets.HTML(), widgets.HTML()
         self._samples = _box("samples")
         self._shown, self._why = widgets.HTML(), widgets.HTML()
-        self._k = _dropdown("Photos to show", NUMBERS, 8)
-        self._kind = _dropdown("Index", KINDS, KINDS[0])
-        self._rerank = _dropdown("Re-ranking", RERANKINGS, RERANKINGS[0])
-        self._where = _dropdown("Search in", [title], title)
+        self._k = widgets.Dropdown(description="Photos to show", options=NUMBERS, value=8)
+        self._kind = widgets.Dropdown(description="Index", options=KINDS)
+        self._rerank = widgets.Dropdown(description="Re-ranking", options=RERANKINGS)
+        self._where = widgets.Dropdown(description="Search in", options=[GALLERY])
         self._cells = [self._new_cell(rank) for rank in range(max(NUMBERS))]
         self._grid = _box("grid")
         self._folder = widgets.Text(
@@ -131,9 +117,8 @@ class SearchApp(widgets.VBox):
         controls = _box("controls", self._k, self._kind, self._rerank, self._where)
         right = _box("right", self._status, controls, self._grid)
         own = _box("own", self._folder, self._open, self._progress)
-        main = _box("main", left, right)
         style = widgets.HTML(f"<style>{load('widget.css')}</style>")
-        super().__init__([style, self._head, self._samples, main, own])
+        super().__init__([style, self._head, self._samples, _box("main", left, right), own])
         self.add_class("search-app")
 
         for control in (self._k, self._kind, self._rerank):
@@ -146,29 +131,31 @@ class SearchApp(widgets.VBox):
 
     @_guarded
     def _on_photo(self, content: bytes) -> None:
-        self._ask(Query(*read_upload(content, self.search.engine.image_size)))
+        self._ask(read_upload(content, self.search.engine.image_size))
 
     @_guarded
     def _on_gallery_photo(self, name: str) -> None:
-        self._ask(Query(self.search.photo(name), _picture(self.search.gallery, name, SHOWN), name))
+        picture = _picture(self.search.gallery, name, SHOWN)
+        self._ask(Upload(self.search.photo(name), picture), name)
 
     @_guarded
     def _on_control(self) -> None:
         if self._query is not None:
-            self._ask(self._query)
+            self._ask(*self._query)
 
     @_guarded
     def _on_why(self, rank: int) -> None:
-        name = self.answer.names[rank]
-        pictures = self._query.picture, _picture(self.search.gallery, name, SIDE)
-        heats = self.search.why(self._query.square, self.search.photo(name))
-        figures = "".join(
-            f"<figure>{_img(_warm(picture, heat), f'{what}, bright where it matches')}"
-            f"<figcaption>{what}</figcaption></figure>"
-            for picture, heat, what in zip(
-                pictures, heats, ("your photo", f"result {rank + 1}"), strict=True
-            )
-        )
+        from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
+
+        name, (query, _) = self.answer.names[rank], self._query
+        pictures = query.picture, _picture(self.search.gallery, name, SIDE)
+        heats = self.search.why(query.square, self.search.photo(name))
+        figures = ""
+        titles = ("your photo", f"result {rank + 1}")
+        for picture, heat, title in zip(pictures, heats, titles, strict=True):
+            shown = overlay(picture[None], heat[None])[0] if heat.max() > 0 else picture
+            img = _img(picture_uri(shown), f"{title}, bright where it matches")
+            figures += f"<figure>{img}<figcaption>{title}</figcaption></figure>"
         self._why.value = (
             f'<div class="why"><h2>What matched</h2><div class="pair">{figures}</div>'
             "<p>Bright: where covering a part makes the two photos less alike.</p></div>"
@@ -189,21 +176,11 @@ class SearchApp(widgets.VBox):
         self._open.disabled = True
         try:
             gallery = open_gallery(self.search.engine, folder, self._jobs, self._show_progress)
-        except JobBusyError:
-            log.info("a folder is being embedded elsewhere", exc_info=True)
-            raise SearchError(
-                "This folder is being read in another window: try again in a moment."
-            ) from None
-        except EmbeddingJobError as error:
-            log.error("the stored embeddings of a folder can't be used: %s", error)
-            raise SearchError(
-                "The stored embeddings of this folder can't be used; the log of the app says why."
-            ) from None
         finally:
             self._open.disabled = False
             self._progress.value = ""
         title = folder.relative_to(self._folders_root.resolve()).as_posix()
-        if title == self._title:
+        if title == GALLERY:
             title = f"./{title}"
         self._searches[title] = search = Search(self.search.engine, gallery)
         self._where.options = list(self._searches)
@@ -216,46 +193,47 @@ class SearchApp(widgets.VBox):
     def _show_gallery(self) -> None:
         """Show the chosen gallery, and clear the last answer."""
         gallery = self.search.gallery
-        landmarks = gallery.landmarks()
-        photos = _count(len(gallery.names), "photo")
-        of = f" of {_count(len(landmarks), 'landmark')}" if landmarks else ""
+        landmarks = len(gallery.landmarks())
+        photos = counted(len(gallery.names), "photo")
+        of = f" of {counted(landmarks, 'landmark')}" if landmarks else ""
+        samples = {name: self._new_sample(name) for name in _samples(gallery)}
+        rules = "".join(
+            f".search-app .sample.sample-{sample.model_id} "
+            f"{{ background-image: url({self._thumbnail(gallery, name)}) }}\n"
+            for name, sample in samples.items()
+        )
         self._head.value = (
-            "<h1>Which landmark is this?</h1>"
+            f"<style>{rules}</style><h1>Which landmark is this?</h1>"
             f"<p>Drop a photo, and see the photos most like it among {photos}{of}. "
             "Nothing leaves this machine.</p>"
         )
-        samples = [self._new_sample(name) for name in _samples(gallery)]
-        old, self._samples.children = self._samples.children, samples
+        old, self._samples.children = self._samples.children, list(samples.values())
         for sample in old:
-            for part in (*sample.children, sample):
-                part.close()
+            sample.close()
         self._query = self.answer = None
         self._shown.value = self._why.value = ""
         self._grid.children = ()
-        skipped = f" {_count(gallery.unreadable, 'file')} could not be read." * bool(
-            gallery.unreadable
-        )
+        unreadable = counted(gallery.unreadable, "file")
+        skipped = f" {unreadable} could not be read." if gallery.unreadable else ""
         self._tell(f"{photos} ready.{skipped} Drop a photo, or choose one of the samples.")
 
-    def _ask(self, query: Query) -> None:
-        """Search with a photo, and show the answer."""
-        self._query = query
+    def _ask(self, query: Upload, name: str = "") -> None:
+        """Search with a photo, and show the answer; the name is that of a photo of the gallery."""
+        self._query = query, name
         question = Question(self._k.value, self._kind.value, self._rerank.value)
-        self.answer = answer = self.search.answer(query.square, question, query.name)
+        self.answer = answer = self.search.answer(query.square, question, name)
         self._why.value = ""
-        self._shown.value = (
-            f'<div class="query">{_img(_jpeg(query.picture), "The photo that is searched with")}'
-            f"</div>{_vote_bars(answer.votes)}"
-        )
+        photo = _img(picture_uri(query.picture), "The photo that is searched with")
+        self._shown.value = f'<div class="query">{photo}</div>{_vote_bars(answer.votes)}'
         uris = self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names)
-        for rank, (name, uri) in enumerate(zip(answer.names, uris, strict=True)):
-            self._draw_cell(rank, name, uri, float(answer.similarities[rank]))
+        for rank, (found, uri) in enumerate(zip(answer.names, uris, strict=True)):
+            self._draw_cell(rank, found, uri, float(answer.similarities[rank]))
         self._grid.children = self._cells[: len(answer.names)]
         best = next(iter(answer.votes), "")
-        found = f"Looks most like {_title(best)}." if best else "The photos most like it:"
+        first = f"Looks most like {_title(best)}." if best else "The photos most like it:"
         how = question.kind + f", {question.rerank}" * (question.rerank != "none")
         self._tell(
-            f"{found} {_count(len(self.search.gallery.names), 'photo')} searched in "
+            f"{first} {counted(len(self.search.gallery.names), 'photo')} searched in "
             f"{1000 * answer.seconds:.0f} ms ({how})."
         )
 
@@ -269,87 +247,64 @@ class SearchApp(widgets.VBox):
 
     def _draw_cell(self, rank: int, name: str, uri: str, similarity: float) -> None:
         shown, buttons = self._cells[rank].children
-        title = _title(landmark_of(name)) or _title(name)
-        shown.value = (
-            f"{_img(uri, f'Result {rank + 1}: {title}, similarity {similarity:.2f}')}"
-            f'<div class="caption"><span>{rank + 1}. {html.escape(title)}</span>'
-            f"<span>{similarity:.2f}</span></div>{_bar(similarity)}"
-        )
+        title = _title(landmark_of(name) or name)
+        img = _img(uri, f"Result {rank + 1}: {title}, similarity {similarity:.2f}")
+        shown.value = img + _bar(f"{rank + 1}. {title}", similarity, f"{similarity:.2f}")
         more, why = buttons.children
         more.tooltip = f"Search with result {rank + 1}, {title}"
         why.tooltip = f"Show what matched in result {rank + 1}, {title}"
 
-    def _new_sample(self, name: str) -> widgets.Box:
+    def _new_sample(self, name: str) -> widgets.Button:
         # The photo is the background of a real button, so that the keyboard reaches it.
-        title = _title(landmark_of(name)) or _title(name)
+        title = _title(landmark_of(name) or name)
         button = widgets.Button(description=f"Sample: {title}", tooltip=f"Search with {title}")
-        style = f"sample-{button.model_id}"
-        button.add_class("sample")
-        button.add_class(style)
         button.on_click(lambda _: self._on_gallery_photo(name))
-        uri = self._thumbnail(self.search.gallery, name)
-        rule = f".search-app .sample.{style} {{ background-image: url({uri}) }}"
-        return _box("sample-box", widgets.HTML(f"<style>{rule}</style>"), button)
+        return button.add_class("sample").add_class(f"sample-{button.model_id}")
 
     def _show_progress(self, done: int, total: int) -> None:
-        self._progress.value = (
-            f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress> '
-            f"{done} of {total} photos"
-        )
+        bar = f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress>'
+        self._progress.value = f"{bar} {done} of {total} photos"
 
     def _tell(self, text: str, failed: bool = False) -> None:
-        """Show a message above the results; screen readers announce it."""
-        role = 'role="alert" class="status failed"' if failed else 'role="status" class="status"'
-        self._status.value = f"<div {role}>{html.escape(text)}</div>"
+        """Show a message above the results."""
+        self._status.value = message(text, failed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pieces of the page
-# --------------------------------------------------------------------------------------------------
+# ---- Pieces of the page
 
 
 def _box(name: str, *children: widgets.Widget) -> widgets.Box:
     """Build a box with a class name for the style sheet."""
-    box = widgets.Box(children)
-    box.add_class(f"app-{name}")
-    return box
-
-
-def _dropdown(description: str, options, value) -> widgets.Dropdown:
-    return widgets.Dropdown(description=description, options=list(options), value=value)
+    return widgets.Box(children).add_class(f"app-{name}")
 
 
 def _samples(gallery: Gallery) -> list[str]:
     """Choose photos of different landmarks, spread over the gallery."""
-    first: dict[str, str] = {}
-    for name in gallery.names:
-        first.setdefault(landmark_of(name) or name, name)
-    names = list(first.values())
-    places = np.linspace(0, len(names) - 1, min(SAMPLES, len(names))).round().astype(int)
-    return [names[place] for place in places]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    landmarks = [landmark_of(name) or name for name in gallery.names]
+    first = np.sort(np.unique(landmarks, return_index=True)[1])
+    places = np.linspace(0, len(first) - 1, min(SAMPLES, len(first))).round().astype(int)
+    return [gallery.names[row] for row in first[places]]
 
 
 def _title(name: str) -> str:
-    """Make a file or folder name readable; old names may not be valid Unicode."""
-    return name.encode("utf-8", "replace").decode("utf-8").replace("_", " ")
+    """Make a file or folder name readable."""
+    return valid(name).replace("_", " ")
 
 
-def _bar(share: float) -> str:
-    """Draw a bar from 0 to 1, hidden from screen readers, which read the number beside it."""
+def _bar(text: str, share: float, number: str) -> str:
+    """Draw a bar from 0 to 1 below a text and a number; screen readers read only these."""
     width = 100 * min(max(share, 0.0), 1.0)
-    return f'<div class="bar" aria-hidden="true"><div style="width: {width:.0f}%"></div></div>'
+    return (
+        f'<div class="caption"><span>{html.escape(text)}</span><span>{number}</span></div>'
+        f'<div class="bar" aria-hidden="true"><div style="width: {width:.0f}%"></div></div>'
+    )
 
 
 def _vote_bars(votes: dict[str, float]) -> str:
     if not votes:
         return ""
     rows = "".join(
-        f'<li><div class="caption"><span>{html.escape(_title(landmark))}</span>'
-        f"<span>{share:.0%}</span></div>{_bar(share)}</li>"
+        f"<li>{_bar(_title(landmark), share, f'{share:.0%}')}</li>"
         for landmark, share in list(votes.items())[:VOTES]
     )
     return f'<div class="votes"><h2>Landmark</h2><ol>{rows}</ol></div>'
@@ -357,10 +312,6 @@ def _vote_bars(votes: dict[str, float]) -> str:
 
 def _img(uri: str, alt: str) -> str:
     return f'<img src="{uri}" alt="{html.escape(alt)}">'
-
-
-def _jpeg(picture: np.ndarray) -> str:
-    return picture_uri(picture, quality=82)
 
 
 def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
@@ -371,14 +322,3 @@ def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
     except Exception:  # it was readable when the gallery was embedded
         log.info("a photo of the gallery can no longer be read", exc_info=True)
         return np.full((longest, longest, 3), 200, np.uint8)
-
-
-def _thumbnail(gallery: Gallery, name: str) -> str:
-    return _jpeg(_picture(gallery, name, SIDE))
-
-
-def _warm(picture: np.ndarray, heat: np.ndarray) -> str:
-    """Overlay a heat map on a photo, as a data URI; an all-zero map gives the photo itself."""
-    from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
-
-    return _jpeg(overlay(picture[None], heat[None])[0] if heat.max() > 0 else picture)

@@ -35,12 +35,10 @@ def capacity(
     """Estimate the resources for each number of photos; replace the defaults by your own numbers.
 
     Args:
-        photos: numbers of photos.
         workers: machines or GPUs that train and embed together.
         embedded_per_second, trained_per_second: photos per second and worker.
         worker_price, node_price: per hour, of a worker and of a search node.
         efficiency: throughput of all workers relative to ``workers`` times that of one, at most 1.
-        epochs: of the training.
         trained_share: share of the photos used for training, at most 1.
         photo_bytes: size of a stored photo.
         dimension: of an embedding, stored in float32.
@@ -53,9 +51,8 @@ def capacity(
     Returns:
         a row per number of photos (the index): training_worker_hours, embedding_worker_hours (of
         all workers); training_hours, embedding_hours (elapsed); photo_bytes, embedding_bytes
-        (storage);
-        index_bytes (memory of all replicas); search_nodes; once (price of training and embedding);
-        monthly (price of storage and search nodes).
+        (storage); index_bytes (memory of all replicas); search_nodes; once (price of training and
+        embedding); monthly (price of storage and search nodes).
 
     Raises:
         ValueError: a rate, size or number is not above 0, a price is below 0, or a share above 1.

@@ -1,7 +1,6 @@
 """Emulates a Ray cluster of several nodes on one machine, for tests and demonstrations.
 
 with emulated_cluster(nodes=2) as cluster:      # this process is connected to it
-    found = lib.cluster.ray.embed(...)
     cluster.remove_node(cluster.worker_nodes[0], allow_graceful=False)    # kills a node
 """
 
@@ -16,19 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_OBJECT_STORE = 150_000_000  # bytes of shared memory per node
-
 
 class ClusterError(RuntimeError):
     """The cluster can't do the work; the message says why, and what to change."""
 
 
 def import_ray():
-    """Import Ray, with its usage reports over the network turned off.
-
-    Raises:
-        ClusterError: Ray is not installed.
-    """
+    """Import Ray without its usage reports; a ClusterError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers without a GPU keep their GPU variables; otherwise Ray warns.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -49,14 +42,12 @@ def import_ray():
 def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
     """Start an emulated cluster, connect this process to it, and stop it at the end of the block.
 
-    It listens on 127.0.0.1 only, has no dashboard, and uses a temporary folder.
+    It listens on 127.0.0.1 only, has no dashboard, and uses a temporary folder. Yields Ray's
+    ``Cluster``.
 
     Args:
         nodes: number of nodes besides the head, which does no work.
         cpus: cores that each node reports.
-
-    Yields:
-        Ray's ``Cluster``.
 
     Raises:
         ClusterError: Ray is not installed, or this process is already connected to a cluster.
@@ -72,7 +63,7 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         cluster = Cluster()
         try:
-            node = {"node_ip_address": "127.0.0.1", "object_store_memory": _OBJECT_STORE}
+            node = {"node_ip_address": "127.0.0.1", "object_store_memory": 150_000_000}  # bytes
             cluster.add_node(num_cpus=0, include_dashboard=False, **node)
             for _ in range(nodes):
                 cluster.add_node(num_cpus=cpus, **node)
@@ -102,27 +93,22 @@ def _local_environment() -> Iterator[None]:
         # How long the other workers wait for one that was killed during training.
         "JAX_DISTRIBUTED_SHUTDOWN_TIMEOUT_S": "2",
     }
-    before = {name: os.environ.get(name) for name in local}
+    before = {name: os.environ[name] for name in local if name in os.environ}
     os.environ.update(local)
     try:
         yield
     finally:
         shutil.rmtree(home, ignore_errors=True)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in local:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def busy_processes(kind: str) -> list[int]:
-    """List the process ids of an emulated cluster's actors, for instance to kill one.
+    """List the process ids of an emulated cluster's actors; none but on Linux.
 
     Args:
         kind: Ray's name of the actor: "RayTrainWorker" trains, "MapWorker" embeds.
-
-    Returns:
-        the ids on Linux; an empty list elsewhere.
     """
     found, home = [], f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR')}".encode()
     for path in Path("/proc").glob("[0-9]*"):

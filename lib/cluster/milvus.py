@@ -1,18 +1,11 @@
 """A search index on a Milvus server, for more photos than fit on one machine.
 
     index = MilvusIndex.build(embeddings, names, fingerprint(tower), "http://milvus:19530")
-    index = MilvusIndex.load(fingerprint(tower), "http://milvus:19530")
     names, similarities = index.search(query_embeddings, k=5)
-    index.add(more_names, more_embeddings)       # stored by Milvus when this returns
-    index.remove(names[0])
 
 It is used like a :class:`lib.search.photo_index.PhotoIndex`. Milvus spreads a collection over its
-machines and replaces those that die. Instead of a URI, a path ending in ``.db`` opens Milvus Lite,
-which runs in this process, for tests and prototypes.
-
-Photos are written by name (*upsert*), so sending them again after an error makes no duplicates. A
-collection can be rebuilt from the Parquet files of :func:`lib.cluster.ray.embed`. pymilvus comes
-with the extra ``milvus`` (``make cluster``).
+machines and replaces those that die. Photos are written by name (*upsert*), so sending them again
+after an error makes no duplicates. pymilvus comes with the extra ``milvus`` (``make cluster``).
 """
 
 from __future__ import annotations
@@ -34,37 +27,21 @@ _MOST_FOUND = 16_384  # Milvus' limit of k
 
 @dataclass(frozen=True)
 class MilvusSettings:
-    """The type of a collection's index, and its parameters.
+    """The type of a collection's index, and its parameters."""
 
-    Attributes:
-        kind: Milvus' ``index_type``: "FLAT" is exact; "HNSW", "IVF_SQ8", "DISKANN" and others are
-            approximate.
-        build: parameters of that type, such as {"M": 32, "efConstruction": 200}.
-        search: parameters of a search, such as {"ef": 128}.
-        shards: number of parts over which writes are spread.
-    """
-
+    # Milvus' index_type: "FLAT" is exact; "HNSW", "IVF_SQ8", "DISKANN" and others are approximate.
     kind: str = "FLAT"
-    build: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, Any] = field(default_factory=dict)
-    shards: int = 1
+    build: dict[str, Any] = field(default_factory=dict)  # such as {"M": 32, "efConstruction": 200}
+    search: dict[str, Any] = field(default_factory=dict)  # such as {"ef": 128}
+    shards: int = 1  # number of parts over which writes are spread
 
 
 class MilvusIndex:
-    """An index of named photos in a Milvus collection, searched by embeddings of unit norm.
+    """An index of named photos in a Milvus collection; made by :meth:`build` or :meth:`load`."""
 
-    Attributes:
-        model: fingerprint of the model that made the embeddings.
-        dimension: of the embeddings.
-        settings: see :class:`MilvusSettings`.
-    """
-
-    def __init__(
-        self, client: Any, collection: str, model: str, dimension: int, settings: MilvusSettings
-    ):
-        """Use :meth:`build` or :meth:`load`."""
+    def __init__(self, client: Any, collection: str, dimension: int, search: dict[str, Any]):
         self._client, self._collection = client, collection
-        self.model, self.dimension, self.settings = model, dimension, settings
+        self.dimension, self._search = dimension, search
 
     @classmethod
     def build(
@@ -83,7 +60,8 @@ class MilvusIndex:
             embeddings: float32 (n, d) of unit norm, may be memory-mapped; n may be 0.
             names: n unique names of up to 1024 bytes.
             model: :func:`lib.network.tower.fingerprint` of the tower that made the embeddings.
-            uri: of the server, "http://host:19530"; or a path ending in ``.db``, for Milvus Lite.
+            uri: of the server, "http://host:19530"; or a path ending in ``.db``, for Milvus Lite,
+                which runs in this process, for tests and prototypes.
             collection: its name on the server.
             settings: of the index.
             token: "user:password" or an API key, if the server requires it.
@@ -105,8 +83,7 @@ class MilvusIndex:
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("name", DataType.VARCHAR, is_primary=True, max_length=_LONGEST_NAME)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=vectors.shape[1])
-        kind = client.prepare_index_params()
-        kind.add_index(
+        kind = client.prepare_index_params(
             "embedding", index_type=settings.kind, metric_type="IP", params=settings.build
         )
         client.create_collection(
@@ -118,7 +95,7 @@ class MilvusIndex:
             consistency_level="Strong",
             properties={_MODEL: model, _FORMAT_KEY: _FORMAT},
         )
-        index = cls(client, collection, model, vectors.shape[1], settings)
+        index = cls(client, collection, vectors.shape[1], settings.search)
         index._write(names, vectors)
         return index
 
@@ -131,17 +108,15 @@ class MilvusIndex:
         settings: MilvusSettings = MilvusSettings(),
         token: str = "",
     ) -> MilvusIndex:
-        """Open a collection that :meth:`build` made.
+        """Open a collection that :meth:`build` made, with its arguments.
 
         Args:
             model: fingerprint of the tower that will embed the queries.
-            uri, collection, token: see :meth:`build`.
             settings: only ``search`` is used.
 
         Raises:
             FileNotFoundError: there is no such collection.
-            UnusableIndexError: it was not made by :meth:`build`, or its embeddings come from
-                another model.
+            UnusableIndexError: it was not made by :meth:`build`, or by another model.
             ImportError: pymilvus is not installed.
         """
         client = _connect(uri, token)
@@ -157,12 +132,11 @@ class MilvusIndex:
             if properties[_MODEL] != model:
                 raise UnusableIndexError(
                     f"the embeddings of the collection {collection!r} are those of another model "
-                    f"({properties[_MODEL][:12]}..., not {model[:12]}...), which can't be "
-                    "compared: build it again"
+                    f"({properties[_MODEL][:12]}..., not {model[:12]}...): build it again"
                 )
             client.load_collection(collection)
             (field,) = (f for f in found["fields"] if f["name"] == "embedding")
-            return cls(client, collection, model, int(field["params"]["dim"]), settings)
+            return cls(client, collection, int(field["params"]["dim"]), settings.search)
         except BaseException:
             client.close()
             raise
@@ -174,17 +148,10 @@ class MilvusIndex:
         return int(row["count(*)"])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], np.ndarray]:
-        """Find the k most similar photos of each query, most similar first.
-
-        Args:
-            queries: float32 (q, d) of unit norm.
-            k: number of photos, 1 to 16384; capped at n, the size of the index.
-
-        Returns:
-            q lists of min(k, n) names, and the cosine similarities, float32 (q, min(k, n)).
+        """Find photos as :meth:`lib.search.photo_index.PhotoIndex.search`.
 
         Raises:
-            ValueError: k is out of range, or the queries are not (q, d) of unit norm.
+            ValueError: k is not from 1 to 16384, or the queries are not (q, d) of unit norm.
             RuntimeError: an approximate search found fewer photos for some queries than for others.
         """
         queries = checked(queries, "queries", self.dimension)
@@ -196,7 +163,7 @@ class MilvusIndex:
                 self._collection,
                 data=list(queries[rows]),
                 limit=k,
-                search_params={"metric_type": "IP", "params": self.settings.search},
+                search_params={"metric_type": "IP", "params": self._search},
                 consistency_level="Strong",
             )
         counts = {len(hits) for hits in found}
@@ -210,13 +177,7 @@ class MilvusIndex:
         return names, similarities.reshape(len(queries), max(counts, default=0))
 
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
-        """Add photos, or replace those of the same name, unlike a PhotoIndex.
-
-        Milvus has stored them when this returns.
-
-        Args:
-            names: n unique names.
-            embeddings: float32 (n, d) of unit norm, by the same model.
+        """Add photos, or replace those of the same name; Milvus has stored them when this returns.
 
         Raises:
             ValueError: as :meth:`build`, or the dimension differs.
@@ -236,10 +197,7 @@ class MilvusIndex:
             )
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove photos.
-
-        Args:
-            names: of photos in the index.
+        """Remove photos by name.
 
         Raises:
             ValueError: a name is not in the index; then nothing is removed.
@@ -258,18 +216,15 @@ class MilvusIndex:
 
 
 def _slices(n: int) -> Iterator[slice]:
-    for start in range(0, n, _ROWS):
-        yield slice(start, min(start + _ROWS, n))
+    return (slice(start, start + _ROWS) for start in range(0, n, _ROWS))
 
 
 def _connect(uri: str, token: str) -> Any:
     try:
         from pymilvus import MilvusClient
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is not installed: it comes with the extra milvus, by `make cluster` or "
-            "pip install '.[milvus]'"
-        ) from None
+        how = "it comes with the extra milvus, by `make cluster` or pip install '.[milvus]'"
+        raise ImportError(f"{error.name} is not installed: {how}") from None
     # pymilvus would reuse an old connection, and gRPC shares the retry delay among all connections
     # to an address: a restarted server would seem gone for a while.
     options = {"grpc.use_local_subchannel_pool": 1}

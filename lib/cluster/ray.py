@@ -4,22 +4,20 @@
     history = train(tower, handler, validation, settings, Path("/shared/run"), cluster=cluster)
     found = embed(Path("/shared/run/model.keras"), source, Path("/shared/photos"), cluster=cluster)
 
-Training: Ray Train runs ``lib.training.stages.train`` in every worker, and Keras' JAX backend sums
-the gradients (:mod:`lib.data_parallel`). When a worker dies, all restart from the last epoch.
-Embedding: Ray Data distributes the pictures, and reassigns those of a dead worker. Folders, shards
-and photos must have the same paths on all machines. On a single machine Ray is no faster: see
-``python -m benchmarks.cluster``. Ray and JAX come with the extra ``cluster`` (``make cluster``).
+Training: Keras' JAX backend sums the gradients (:mod:`lib.data_parallel`). When a worker dies, all
+restart from the last epoch. Embedding: Ray Data distributes the pictures, and reassigns those of a
+dead worker. Folders, shards and photos must have the same paths on all machines. Ray and JAX come
+with the extra ``cluster`` (``make cluster``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,31 +38,18 @@ if TYPE_CHECKING:  # not needed for embedding
 
 PARTS = "parts"  # folder of a job's Parquet files
 
-_MOST_BATCHES = 64  # per Parquet file
-
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """Which cluster to use, and how much of it.
+    """Which cluster to use, and how much of it; a ValueError if ``workers`` is below 1."""
 
-    Attributes:
-        address: "auto" for the Ray cluster of this machine, or "host:port". "": the cluster this
-            process is connected to, or else an emulated one that ends with the call.
-        workers: number of processes that train or embed together.
-        gpus: GPUs per worker; 0: workers compute on the CPU.
-        restarts: maximum number of restarts of a training.
-        share_of_processor: cores that Ray reserves per worker; an exported tower uses as many
-            threads.
-
-    Raises:
-        ValueError: ``workers`` is below 1.
-    """
-
+    # "auto" for the Ray cluster of this machine, or "host:port". "": the cluster this process is
+    # connected to, or else an emulated one that ends with the call.
     address: str = ""
-    workers: int = 2
-    gpus: int = 0
-    restarts: int = 3
-    share_of_processor: float = 1
+    workers: int = 2  # number of processes that train or embed together
+    gpus: int = 0  # per worker; 0: workers compute on the CPU
+    restarts: int = 3  # maximum number of restarts of a training
+    share_of_processor: float = 1  # cores that Ray reserves per worker
 
     def __post_init__(self):
         if self.workers < 1:
@@ -72,7 +57,7 @@ class ClusterSettings:
 
     @property
     def threads(self) -> int:
-        """Number of threads of a worker without a GPU."""
+        """Number of threads of a worker that embeds with an exported tower."""
         return max(1, round(self.share_of_processor))
 
 
@@ -107,11 +92,10 @@ def train(
     workers, or without Ray.
 
     Args:
-        tower: in any Keras backend, though workers use JAX. Training starts from its weights, and
-            sets them to those of the best epoch.
+        tower: in any Keras backend, though workers use JAX; its weights become those of the best
+            epoch.
         handler, validation, settings, cache: see :func:`lib.training.stages.train`.
         run: folder for checkpoint, history, model and log, on a disk that all machines share.
-        cluster: the workers.
 
     Raises:
         ClusterError: Ray is not installed; a batch can't be divided evenly among the workers; or
@@ -123,24 +107,27 @@ def train(
 
     rows = handler.settings.batch_size * max(handler.settings.pictures_per_landmark, 1)
     if rows % (cluster.workers * max(cluster.gpus, 1)):
+        each = f" of {cluster.gpus} GPUs" if cluster.gpus > 1 else ""
         raise ClusterError(
-            f"a batch of {rows} can't be divided evenly among {cluster.workers} workers"
-            + (f" of {cluster.gpus} GPUs" if cluster.gpus > 1 else "")
-            + ": choose another batch_size, or other workers"
+            f"a batch of {rows} can't be divided evenly among {cluster.workers} workers{each}: "
+            "choose another batch_size, or other workers"
         )
     run = Path(run).resolve()
     run.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tower(tower, Path(folder) / "tower.keras")
-        saved = (Path(folder) / "tower.keras").read_bytes()
-    with _connected(cluster) as ray:
-        task = ray.put((saved, handler, validation, settings, run, cache))
-        _run_workers(ray, task, run, cluster)
+    with (
+        _connected(cluster) as ray,
+        TemporaryDirectory(prefix=".part-ray-", dir=run, ignore_cleanup_errors=True) as shared,
+    ):
+        start = Path(shared) / "tower.keras"
+        save_tower(tower, start)
+        task = ray.put((start, handler, validation, settings, run, cache))
+        _run_workers(ray, task, shared, cluster)
     # All epochs are done, so this only reads the results.
     return train_here(tower, handler, validation, settings, run, cache)
 
 
-def _run_workers(ray, task: Any, run: Path, cluster: ClusterSettings) -> None:
+def _run_workers(ray, task: Any, shared: str, cluster: ClusterSettings) -> None:
+    """Train in all workers; ``shared`` is a folder for Ray Train's files."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.jax import JaxTrainer
     from ray.train.v2.jax.config import JaxConfig
@@ -148,7 +135,6 @@ def _run_workers(ray, task: Any, run: Path, cluster: ClusterSettings) -> None:
     variables = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3", "TQDM_DISABLE": "1"}
     if not cluster.gpus:
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    notes = tempfile.mkdtemp(prefix=".part-ray-", dir=run)  # for Ray Train's files
     try:
         JaxTrainer(
             _train_in_worker,
@@ -164,7 +150,7 @@ def _run_workers(ray, task: Any, run: Path, cluster: ClusterSettings) -> None:
             ),
             run_config=RunConfig(
                 name="train",
-                storage_path=notes,
+                storage_path=shared,
                 failure_config=FailureConfig(max_failures=cluster.restarts),
                 worker_runtime_env={"env_vars": variables},
             ),
@@ -173,13 +159,10 @@ def _run_workers(ray, task: Any, run: Path, cluster: ClusterSettings) -> None:
         reasons = getattr(error, "worker_failures", None) or {0: error}
         rank, reason = min(reasons.items())
         raise ClusterError(f"worker {rank} failed: {_last_line(reason)}") from error
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
 
 
 def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _train_in_worker(config: dict) -> None:
@@ -192,21 +175,18 @@ def _train_in_worker(config: dict) -> None:
     from lib.training.checkpoint import CHECKPOINT
     from lib.training.stages import train as train_here
 
-    saved, handler, validation, settings, run, cache = ray.get(config["task"])
+    start, handler, validation, settings, run, cache = ray.get(config["task"])
     if (found := jax.process_count()) != config["workers"]:
         raise ClusterError(f"{found} processes train together, not {config['workers']}")
-    with together(handler.settings.seed) as number, tempfile.TemporaryDirectory() as own:
+    with together(handler.settings.seed) as number, TemporaryDirectory() as own:
         # Only the first process writes to the run's folder, since all hold the same weights. The
         # others use temporary folders, with a copy of the checkpoint, which the first may replace.
         path = run / CHECKPOINT
         known = from_the_first(path.read_bytes() if number == 0 and path.is_file() else b"")
         if number:
-            run = Path(own) / "run"
-            run.mkdir()
+            run = Path(own)
             if known:
                 (run / CHECKPOINT).write_bytes(known)
-        start = Path(own) / "tower.keras"
-        start.write_bytes(saved)
         tower = load_tower(start)
         train_here(tower, handler, validation, settings, run, cache)
         weights = fingerprint(tower)
@@ -220,7 +200,8 @@ class _Embedder:
     def __init__(self, tower: str, source: Any, precision: str, threads: int):
         import ray
 
-        self._engine, self._source = _load(Path(tower), precision, threads), ray.get(source)
+        self._engine, _ = _load(Path(tower), precision, threads)
+        self._source = ray.get(source)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         numbers = batch["number"]
@@ -242,8 +223,8 @@ class _Embedder:
         )
 
 
-def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
-    """Load a tower, and check that it computes in ``precision`` on this machine."""
+def _load(tower: Path, precision: str, threads: int | None = None) -> tuple[Engine, str]:
+    """Load a tower and name its precision; check that this machine computes in ``precision``."""
     if tower.suffix == ".keras":
         from lib.network.tower import load_tower
 
@@ -251,17 +232,13 @@ def _load(tower: Path, precision: str, threads: int | None = None) -> Engine:
     else:
         asked = precision if precision in PRECISIONS else "auto"  # only "auto" gives float16
         engine = load_engine(tower, asked, threads)
-    found = _precision(engine)
+    found = engine.name.rpartition(" ")[2]  # "openvino bfloat16"
     if precision not in ("auto", found):
         raise ClusterError(
             f"{tower.name} is computed in {found} on {platform.node()}, not in {precision}: one "
             f"job can't mix them; use embed(precision={found!r}) if all machines compute in it"
         )
-    return engine
-
-
-def _precision(engine: Engine) -> str:
-    return engine.name.rpartition(" ")[2]  # "openvino bfloat16"
+    return engine, found
 
 
 def embed(
@@ -282,9 +259,8 @@ def embed(
             its GPU.
         source, batch_size: see :func:`lib.search.embedding.embed_job`.
         out_folder: for this job only, on a disk that all machines share; created if missing.
-        cluster: the workers.
         precision: of all workers: "float32", "bfloat16", or "auto": the fast one on this machine
-            (for a ``.keras`` file, its own). It is part of the job's identity.
+            (for a ``.keras`` file, its own).
 
     Returns:
         all rows in memory, in the order of the source. If they do not fit, use
@@ -301,14 +277,14 @@ def embed(
             f"{tower.name} is an exported tower, which runs on processors only: take the .keras "
             "file of its run, or workers without GPUs"
         )
-    engine = _load(tower, precision)
+    engine, precision = _load(tower, precision)
     job = {"rows": "parquet"} | describe_job(engine, source, batch_size)
     with claimed(folder, job):
         (folder / PARTS).mkdir(exist_ok=True)
         missing = _missing(folder, len(source))
         if len(missing):
             with _connected(cluster) as ray:
-                worker = (str(tower), ray.put(source), _precision(engine), cluster.threads)
+                worker = (str(tower), ray.put(source), precision, cluster.threads)
                 _embed_on(ray, worker, missing, batch_size, folder / PARTS, cluster)
         if left := len(_missing(folder, len(source))):
             raise ClusterError(f"{left} of {len(source)} pictures have no row: run the job again")
@@ -324,14 +300,13 @@ def _embed_on(
 ) -> None:
     from ray.data import ActorPoolStrategy
 
-    # A block becomes one file, and is lost if its worker dies: hence a few per worker, none large.
+    # A block becomes one file, and is lost if its worker dies: hence a few per worker, of at most
+    # 64 batches.
     # Blocks come from this process, since tasks that read them would wait for the workers' cores.
     batches = -(-len(missing) // batch_size)
-    blocks = max(min(batches, 4 * cluster.workers), -(-batches // _MOST_BATCHES))
-    rows = ray.data.from_arrow(
-        [pa.table({"number": some}) for some in np.array_split(missing, blocks)]
-    )
-    rows = rows.map_batches(
+    blocks = max(min(batches, 4 * cluster.workers), -(-batches // 64))
+    tables = [pa.table({"number": some}) for some in np.array_split(missing, blocks)]
+    rows = ray.data.from_arrow(tables).map_batches(
         _Embedder,
         fn_constructor_args=worker,
         batch_size=batch_size,
@@ -351,7 +326,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _missing(folder: Path, pictures: int) -> np.ndarray:
-    """Find the pictures without a row, int64, and delete unfinished files."""
+    """Find the pictures without a row, int64 (n,), and delete unfinished files."""
     has_row = np.zeros(pictures, bool)
     for path in _files(folder):
         try:
@@ -364,11 +339,7 @@ def _missing(folder: Path, pictures: int) -> np.ndarray:
 
 
 def embedded_parts(folder: Path) -> Iterator[Embedded]:
-    """Read the results of :func:`embed` file by file; each picture once, in any order.
-
-    Args:
-        folder: the job's ``out_folder``.
-    """
+    """Read an ``out_folder`` of :func:`embed` file by file; each picture once, in any order."""
     seen: set[int] = set()
     for path in _files(folder):
         table = pq.read_table(path)

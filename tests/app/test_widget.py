@@ -127,7 +127,7 @@ def test_a_failure_is_one_line_for_the_user_and_a_traceback_for_the_log(app, cap
 def test_a_sample_is_not_compared_with_itself(app):
     samples = app._samples.children
     assert len(samples) == SAMPLES
-    samples[0].children[1].click()
+    samples[0].click()
     query = app.search.gallery.names[0]
     assert query not in app.answer.names and landmark_of(app.answer.names[0]) == landmark_of(query)
     more, why = button(app, 1, 0), button(app, 1, 1)
@@ -246,8 +246,8 @@ def test_a_gallery_that_can_not_be_opened_is_one_line(tmp_path, monkeypatch, cap
 
 def test_the_page_has_the_cells_of_the_app_with_its_parameters(tmp_path):
     notebook = app_page.project_root() / "notebooks" / app_page.NOTEBOOK
-    path = app_page.write_page_notebook(notebook, tmp_path / "page.ipynb", {"run_dir": "x'y"})
-    cells = nbformat.read(path, as_version=4).cells
+    app_page.write_page_notebook(notebook, tmp_path / "page.ipynb", {"run_dir": "x'y"})
+    cells = nbformat.read(tmp_path / "page.ipynb", as_version=4).cells
     assert [cell.cell_type for cell in cells] == ["code"] * 5
     assert cells[0].metadata.tags == ["parameters"] and cells[1].source == 'run_dir = "x\'y"'
     assert cells[-1].source.startswith("SearchApp(")
