@@ -102,7 +102,7 @@ def test_the_order_of_imports_is_kept():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("lib.data.")])
 def test_data_loads_no_search_library_no_network_and_no_figures(module):
-    """lib.data.sampling used to load Faiss, and lib.data.labelled seaborn for two colours."""
+    """lib.data.sampling used to load Faiss, and the lists of labelled photos seaborn."""
     code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
     loaded = set(run(code, module).split()) & HEAVY
     assert loaded - NEEDED.get(module, set()) == set()

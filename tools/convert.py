@@ -35,23 +35,10 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from lib.data.labelled import (
-    ConversionError,
-    LabelledPhotos,
-    plan_triplets,
-    read_csv,
-    read_folder,
-)
 from lib.data.photos import open_picture, picture_of
 from lib.data.records import RecordError, Triplet, read_triplets, write_shard
-from lib.files import (
-    only_writer,
-    read_json,
-    remove_half_written,
-    replacing,
-    show_path,
-    write_json,
-)
+from lib.files import only_writer, read_json, remove_half_written, replacing, show_path, write_json
+from tools.labelled import ConversionError, LabelledPhotos, plan_triplets, read_csv, read_folder
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
 _AGAIN = "and do the same conversion again"

@@ -52,7 +52,6 @@ from lib.data.records import (
     RecordError,
     find_shards,
     image_hash,
-    message_offset,
     parse_triplet,
     read_message,
     scan_frames,
@@ -122,12 +121,6 @@ class Catalogue:
         """bool (triplets,): whether the positive is the anchor itself."""
         return (self.triplets["anchor"] == self.triplets["positive"]).to_numpy()
 
-    @cached_property
-    def false_negative(self) -> np.ndarray:
-        """bool (triplets,): whether the negative shows the anchor's landmark."""
-        landmark = self.pictures["landmark"].to_numpy()
-        return landmark[self.triplets["anchor"]] == landmark[self.triplets["negative"]]
-
     def damage(self) -> pd.DataFrame:
         """The unusable records by kind of problem: their number, and where the first one is."""
         by_kind = self.problems.groupby("problem", sort=False)
@@ -138,7 +131,10 @@ class Catalogue:
 
     def report(self) -> pd.Series:
         """Counts of records, pictures, landmarks and unusable or doubtful triplets."""
-        sizes = self.pictures.loc[self.pictures["landmark"] != UNKNOWN, "landmark"].value_counts()
+        landmark = self.pictures["landmark"].to_numpy()
+        sizes = pd.Series(landmark[landmark != UNKNOWN]).value_counts()
+        false_negative = landmark[self.triplets["anchor"]] == landmark[self.triplets["negative"]]
+        copies = near_duplicates(self.pictures["perceptual_hash"].to_numpy())
         return pd.Series(
             {
                 "records": len(self.triplets) + len(self.problems),
@@ -150,10 +146,8 @@ class Catalogue:
                 "pictures per landmark, mean": round(float(sizes.mean()), 2),
                 "pictures per landmark, most": int(sizes.max()),
                 "degenerate triplets": int(self.degenerate.sum()),
-                "false negatives": int(self.false_negative.sum()),
-                "pairs of near-duplicates": len(
-                    near_duplicates(self.pictures["perceptual_hash"].to_numpy())
-                ),
+                "false negatives": int(false_negative.sum()),
+                "pairs of near-duplicates": len(copies),
             },
             dtype=object,
         )
@@ -184,15 +178,11 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
     return catalogue
 
 
-def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Catalogue:
-    """Read the shards once, on all processor cores, and find their landmarks.
+def build_catalogue(shards: Sequence[Path]) -> Catalogue:
+    """Read the shards, sorted by number, once on all processor cores, and find their landmarks.
 
     It verifies every record's checksums and decodes every picture, so that training meets no
     damage. Unusable records are left out and listed in ``problems``.
-
-    Args:
-        shards: paths, in the order of their numbers.
-        merge_neighbours: see :func:`identify`.
 
     Raises:
         CatalogueError: none of their records can be used.
@@ -214,19 +204,14 @@ def build_catalogue(shards: Sequence[Path], merge_neighbours: bool = True) -> Ca
             for start in range(0, len(of_shard), _CHUNK)
         )
         for found, failed in (map if total <= _FEW else pool.map)(_read_chunk, chunks):
-            rows.append(found)
-            problems.append(failed)
+            rows += found
+            problems += failed
             bar.update(len(found) // 3 + len(failed))
-    rows, problems = _stack(rows), _stack(problems)
-    if rows.empty:
-        reasons = "; ".join((problems["problem"] + ": " + problems["detail"]).head(3))
+    if not rows:
+        reasons = "; ".join(f"{problem}: {detail}" for *_, problem, detail in problems[:3])
         raise CatalogueError(f"no usable record in {where} ({reasons}): fetch them again")
-    return identify(Catalogue(shards, rows, problems), merge_neighbours)
-
-
-def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate all but empty tables, whose untyped columns would change the types."""
-    return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+    rows = pd.DataFrame(rows, columns=_COLUMNS).astype({"perceptual_hash": np.uint64})
+    return identify(Catalogue(shards, rows, pd.DataFrame(problems, columns=_PROBLEMS)))
 
 
 _COLUMNS = [
@@ -236,8 +221,8 @@ _COLUMNS = [
 _PROBLEMS = ["shard", "record", "offset", "problem", "detail"]
 
 
-def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Inspect records of one shard; returns their rows and problems, see :class:`Catalogue`."""
+def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[list[tuple], list[tuple]]:
+    """Inspect records of one shard; returns rows of _COLUMNS and of _PROBLEMS."""
     number, shard, frames = chunk
     rows, problems, inspected = [], [], {}
     with shard.open("rb") as file:
@@ -245,21 +230,20 @@ def _read_chunk(chunk: tuple[int, Path, list[Frame]]) -> tuple[pd.DataFrame, pd.
             try:
                 message = read_message(file, frame)
                 triplet = parse_triplet(message)
-                start = message_offset(frame)
                 record = []
                 for role, picture in enumerate(triplet.pictures):
                     image = image_hash(picture)
                     if image not in inspected:
                         inspected[image] = inspect_picture(picture)
                     # Equal bytes are the same picture, so the first occurrence will do.
-                    place = (start + message.find(picture), len(picture))
+                    place = (frame.message_offset + message.find(picture), len(picture))
                     names = [ids[role] if ids else None for ids in triplet[3:]]
                     where = (number, frame.number, frame.offset)
                     record.append((*where, role, image, *place, *inspected[image], *names))
                 rows += record
             except RecordError as error:
                 problems.append((number, frame.number, frame.offset, error.kind, error.detail))
-    return pd.DataFrame(rows, columns=_COLUMNS), pd.DataFrame(problems, columns=_PROBLEMS)
+    return rows, problems
 
 
 def inspect_picture(picture: bytes) -> tuple[int, int, int]:
@@ -270,7 +254,7 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
         bits, of which few differ between pictures that look alike.
 
     Raises:
-        RecordError: it is not an RGB or grey JPEG picture, or has more than MAX_PIXELS.
+        RecordError: it is not an RGB or grey JPEG picture, or has more than 50 megapixels.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
@@ -296,12 +280,9 @@ def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
 
     Landmarks are the connected components of the graph that links each record's anchor and
     positive. Neighbouring records are merged where :func:`lib.data.neighbours.pair_neighbours` is
-    certain, and put into one group where it finds them possible. If the shards state the landmarks
-    of all pictures, these are used instead.
-
-    Args:
-        catalogue: of any shards; its own ``landmark`` and ``group`` are ignored.
-        merge_neighbours: False uses no neighbours; then two groups may show the same landmark.
+    certain, and put into one group where it finds them possible. Without ``merge_neighbours``, two
+    groups may show the same landmark. If the shards state the landmarks of all pictures, these are
+    used instead.
     """
     triplets, pictures = catalogue.triplets, catalogue.pictures
     anchor, positive, negative = (triplets[role].to_numpy() for role in ROLES)
@@ -317,7 +298,7 @@ def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
         group = _components(n, [*joined, (np.arange(n), representative[stated])])
     elif merge_neighbours:
         pairs = pair_neighbours(landmark, anchor, positive, negative, _follows_previous(catalogue))
-        sure, perhaps = np.flatnonzero(pairs.certain), np.flatnonzero(pairs.possible)
+        sure, perhaps = map(np.flatnonzero, pairs)
         landmark = _components(n, [*joined, (anchor[sure], anchor[sure + 1])])
         group = _components(n, [*joined, (anchor[perhaps], anchor[perhaps + 1])])
     # Renumbered in the order of the pictures.
@@ -329,10 +310,7 @@ def identify(catalogue: Catalogue, merge_neighbours: bool = True) -> Catalogue:
 
 
 def _follows_previous(catalogue: Catalogue) -> np.ndarray:
-    """bool (triplets,): whether no record is missing between a triplet and the one before.
-
-    A record may be missing because it is unusable, or because its shard is.
-    """
+    """bool (triplets,): whether no record is missing between a triplet and the one before."""
     triplets, shards = catalogue.triplets, catalogue.shards
     record, shard = triplets["record"].to_numpy(), triplets["shard"].to_numpy()
     number = np.array([-10 if (n := shard_number(path)) is None else n for path in shards])[shard]
@@ -423,10 +401,8 @@ def save_catalogue(catalogue: Catalogue, path: Path) -> None:
 
 
 def _with_checksum(content: bytes) -> bytes:
-    """Put the right digits behind _CHECKSUM in a Parquet file: XXH3 of all other bytes.
-
-    Parquet's own checksums do not cover the footer, where columns are named and located.
-    """
+    """Put the right digits behind _CHECKSUM in a Parquet file: XXH3 of all other bytes."""
+    # Parquet's own checksums do not cover the footer, where columns are named and located.
     before, _, after = content.rpartition(_CHECKSUM)
     digits = xxhash.xxh3_128_hexdigest(before + after[32:]).encode()
     return before + _CHECKSUM + digits + after[32:]
@@ -436,7 +412,6 @@ def load_catalogue(path: Path) -> Catalogue:
     """Read a catalogue.
 
     Raises:
-        FileNotFoundError: there is none.
         CatalogueError: it is damaged, or the shards beside it are not those it was made from.
     """
     path = Path(path)
@@ -450,17 +425,11 @@ def load_catalogue(path: Path) -> Catalogue:
         # Separated before they become pandas: there, gaps would turn integers into floats.
         rows = table.filter(usable).drop_columns(["problem", "detail"]).to_pandas()
         problems = table.filter(pc.invert(usable)).select(_PROBLEMS).to_pandas()
-    except FileNotFoundError:
-        raise
     except (OSError, KeyError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
         reason = show_error(error)
         raise CatalogueError(f"{show_path(path)} is damaged, or no catalogue ({reason})") from None
-    shards = [path.parent / shard["name"] for shard in made_from["shards"]]
-    try:
-        state = _state(find_shards(path.parent))
-    except FileNotFoundError as error:
-        raise CatalogueError(str(error)) from None
-    if made_from != {"format": _FORMAT, "shards": state}:
+    shards = find_shards(path.parent)
+    if made_from != {"format": _FORMAT, "shards": _state(shards)}:
         raise CatalogueError(
             f"{show_path(path)} was made from other shards than those that are there now"
         )

@@ -11,7 +11,6 @@ Pixels stay uint8 RGB from 0 to 255: the backbone's own preprocessing is a part 
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -20,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from lib.data.catalogue import Catalogue
-from lib.data.decoding import Augmentation, Variation, decode_batch, draw_variations
+from lib.data.decoding import Augmentation, Variation, decode, draw_variations
+from lib.data.records import read_picture
 from lib.data.sampling import SamplingError, landmark_batches, triplet_batches, usable_triplets
 from lib.data_parallel import own_rows
 
@@ -97,11 +97,8 @@ class DatasetHandler:
         Anchor and positive are the landmark's first stored pair of different pictures. The negative
         is the anchor of another triplet, since the stored negative may be a training photo.
 
-        Args:
-            limit: at most so many triplets.
-
         Returns:
-            int64 (n, 3), pictures; each anchor's positive is its only one among all.
+            int64 (n <= limit, 3), pictures; each anchor's positive is its only one among all.
 
         Raises:
             SamplingError: fewer than two landmarks with two pictures.
@@ -170,18 +167,14 @@ class DatasetHandler:
         return photos, self._group[pictures[rows]]
 
     def _decode(self, pictures, size: int, variations: list[Variation] | None) -> np.ndarray:
-        places = [self.catalogue.places[picture] for picture in np.ravel(pictures).tolist()]
-        photos = _aligned((len(places), size, size, 3))
-        decode_batch(places, size, variations, photos)
+        flat = np.ravel(pictures).tolist()
+        # Aligned to 64 bytes, so that TensorFlow need not copy it.
+        raw = np.empty(len(flat) * size * size * 3 + 64, np.uint8)
+        photos = raw[-raw.ctypes.data % 64 :][: raw.size - 64].reshape(-1, size, size, 3)
+        variations = variations or [None] * len(flat)
+        for picture, variation, photo in zip(flat, variations, photos, strict=True):
+            decode(read_picture(self.catalogue.places[picture]), size, variation, photo)
         return photos.reshape(*np.shape(pictures), size, size, 3)
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty uint8 array, aligned to 64 bytes so that TensorFlow need not copy it."""
-    size = math.prod(shape)
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].reshape(shape)
 
 
 class Batches(keras.utils.PyDataset):
@@ -192,7 +185,7 @@ class Batches(keras.utils.PyDataset):
     Args:
         handler: makes the batches.
         plan: int64 (steps, ...), the pictures of each batch.
-        epoch: number of the epoch, for the augmentation.
+        epoch: its number, for the augmentation.
     """
 
     def __init__(self, handler: DatasetHandler, plan: np.ndarray, epoch: int):

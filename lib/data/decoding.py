@@ -10,16 +10,11 @@ Decoding releases Python's global lock, so threads run in parallel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
+from functools import cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import simplejpeg
-
-from lib.data.records import Place, read_picture
-
-cv2.setNumThreads(0)  # the threads that call us already keep all processor cores busy
 
 # The decoder itself shrinks large photos, by dropping high frequencies of the cosine transform. It
 # leaves at least twice the size, so that the final resizing filters well.
@@ -110,7 +105,7 @@ def decode(
     pixels = _part(pixels, variation)
     if pixels.shape != out.shape:
         pixels = resize(pixels, image_size, out)
-    return cv2.addWeighted(pixels, variation.gain, pixels, 0.0, variation.offset, dst=out)
+    return _opencv().addWeighted(pixels, variation.gain, pixels, 0.0, variation.offset, dst=out)
 
 
 def _part(pixels: np.ndarray, variation: Variation) -> np.ndarray:
@@ -122,28 +117,17 @@ def _part(pixels: np.ndarray, variation: Variation) -> np.ndarray:
     inside = pixels[max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)]
     beyond = max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0)
     if any(beyond):
-        return cv2.copyMakeBorder(inside, *beyond, cv2.BORDER_REFLECT_101)
+        return _opencv().copyMakeBorder(inside, *beyond, _opencv().BORDER_REFLECT_101)
     return inside
 
 
-def decode_batch(
-    places: list[Place],
-    image_size: int,
-    variations: list[Variation] | None,
-    out: np.ndarray,
-) -> None:
-    """Read and decode pictures into a batch.
+@cache
+def _opencv():
+    """OpenCV without threads of its own: those that call us keep all processor cores busy."""
+    import cv2  # at first use, since the setting is for the whole process
 
-    Args:
-        places: of n pictures.
-        image_size, variations: as for :func:`decode`.
-        out: uint8 (n, image_size, image_size, 3), filled in place.
-
-    Raises:
-        RecordError: a shard does not match its catalogue.
-    """
-    for place, variation, photo in zip(places, variations or repeat(None), out, strict=False):
-        decode(read_picture(place), image_size, variation, photo)
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def reduction(width: int, height: int, image_size: int) -> int:
@@ -157,6 +141,7 @@ def resize(pixels: np.ndarray, image_size: int, out: np.ndarray | None = None) -
 
     It averages areas if a side shrinks, and interpolates linearly else.
     """
+    cv2 = _opencv()
     height, width, _ = pixels.shape
     shrinks = height > image_size or width > image_size
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

@@ -1,32 +1,12 @@
 """Finds neighbouring records of the Kaggle set that show the same landmark, by their order.
 
-pairs = pair_neighbours(landmark, anchor, positive, negative, follows)
-pairs.certain, pairs.possible
+certain, possible = pair_neighbours(landmark, anchor, positive, negative, follows)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
-
-
-@dataclass(frozen=True)
-class NeighbourPairs:
-    """Which neighbouring records show the same landmark.
-
-    Attributes:
-        certain: bool (m,), whether records i and i + 1 certainly do.
-        possible: bool (m,), whether they may.
-        joined: number of neighbours that share a picture, evidence for the assumed order.
-        apart: number of landmarks whose records are not two neighbours, evidence against it.
-    """
-
-    certain: np.ndarray
-    possible: np.ndarray
-    joined: int
-    apart: int
 
 
 def pair_neighbours(
@@ -35,7 +15,7 @@ def pair_neighbours(
     positive: np.ndarray,
     negative: np.ndarray,
     follows: np.ndarray,
-) -> NeighbourPairs:
+) -> tuple[np.ndarray, np.ndarray]:
     """Find neighbouring records that must show the same landmark, from how the set was made.
 
     The anchors are the first two photos of each landmark, in the order of the landmarks. So the
@@ -52,15 +32,18 @@ def pair_neighbours(
         landmark: int (n,), of each picture by its bytes.
         anchor, positive, negative: int (m,), pictures of each record.
         follows: bool (m,), whether no record is missing between a record and the one before.
+
+    Returns:
+        certain, possible: bool (m,), whether records i and i + 1 certainly show the same landmark,
+        and whether they may.
     """
     m = len(anchor)
     own, other = landmark[anchor], landmark[negative]
     records = pd.Series(np.arange(m)).groupby(own).agg(["size", "min", "max"])
     paired = (records["size"] == 2) & (records["max"] - records["min"] == 1)
     odd_landmarks = (records["size"] > 1) & ~paired
-    joined, apart = int(paired.sum()), int(odd_landmarks.sum())
-    nothing = NeighbourPairs(np.zeros(m, dtype=bool), np.zeros(m, dtype=bool), joined, apart)
-    if apart > 0.01 * (joined + apart):
+    nothing = np.zeros(m, dtype=bool), np.zeros(m, dtype=bool)
+    if odd_landmarks.sum() > 0.01 * (paired | odd_landmarks).sum():
         return nothing
 
     alone = records["size"].to_numpy()[np.searchsorted(records.index, own)] == 1
@@ -78,7 +61,7 @@ def pair_neighbours(
     place = np.arange(m) - np.maximum.accumulate(np.where(gap_before, np.arange(m), 0))
     starts = records["min"][paired].to_numpy()
     shifts = pd.Series(place[starts] % 2).groupby(run[starts]).nunique()
-    if joined >= 100 and (shifts <= 1).all():
+    if len(starts) >= 100 and (shifts <= 1).all():
         may_be_single[:] = False
     by_itself = may_be_single | odd | (alone & (gap_before | gap_after))
 
@@ -88,19 +71,11 @@ def pair_neighbours(
     possible = may_pair & reach[:-1] & np.append(left[2:], False)
     alone_in_one = by_itself & reach[:-1] & left[1:]
     second_in_one = np.append(False, possible[:-1])
-    return NeighbourPairs(possible & ~alone_in_one & ~second_in_one, possible, joined, apart)
+    return possible & ~alone_in_one & ~second_in_one, possible
 
 
 def _cuts(by_itself: np.ndarray, may_pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether parts of a sequence of m records can be cut into singles and pairs.
-
-    Args:
-        by_itself: bool (m,), whether record i may be a single.
-        may_pair: bool (m,), whether records i and i + 1 may be a pair.
-
-    Returns:
-        two bool (m + 1,), whether the records before i can be cut, and those from i on.
-    """
+    """Whether the records before i, and those from i on, can be cut into singles and pairs."""
     m = len(by_itself)
     before = np.zeros(m + 1, dtype=bool)
     after = np.zeros(m + 1, dtype=bool)

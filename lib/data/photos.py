@@ -84,7 +84,7 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
         folder: may be absent; then there are no photos.
         subfolders: whether to search subfolders at any depth.
     """
-    root = os.path.realpath(folder)
+    root = os.path.realpath(folder)  # Path.resolve() raises on links that form a loop
     paths, left_out, folders = [], Counter(), [Path(folder)]
     while folders:
         below = []
@@ -106,15 +106,13 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
                         below.append(path)
                 elif kind in _UNREAD_SUFFIXES:
                     left_out[f"{kind} files"] += 1
-                elif kind in SUFFIXES and not entry.is_file():
+                elif kind not in SUFFIXES:
+                    continue
+                elif not entry.is_file():
                     left_out["files that are absent"] += 1
-                elif (
-                    kind in SUFFIXES
-                    and entry.is_symlink()
-                    and not Path(os.path.realpath(path)).is_relative_to(root)
-                ):
+                elif entry.is_symlink() and not path.resolve().is_relative_to(root):
                     left_out["links to files outside of the folder"] += 1
-                elif kind in SUFFIXES:
+                else:
                     paths.append(path)
             except OSError:
                 left_out["files that can't be read"] += 1
@@ -147,7 +145,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture file without decoding it; the caller closes it.
 
     Raises:
-        OSError: it can't be read, or is not a picture in one of FORMATS.
+        OSError: it can't be read, or is in none of FORMATS.
         PIL.Image.DecompressionBombError: it has more than 178 megapixels.
     """
     return Image.open(file, formats=FORMATS)
@@ -256,11 +254,7 @@ def read_photos(paths: Iterable[Path], image_size: int) -> tuple[np.ndarray, lis
 def jpeg_quality(image: Image.Image) -> int | None:
     """Estimate the quality from 1 to 100 that a JPEG file was saved with, on libjpeg's scale.
 
-    Args:
-        image: as opened by Pillow, not yet changed.
-
-    Returns:
-        the quality whose quantization table is nearest; None if it is not a JPEG file.
+    It is the quality whose quantization table is nearest; None if the opened file is not a JPEG.
     """
     tables = getattr(image, "quantization", None)
     if not tables:
@@ -314,7 +308,8 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
         TestSetError: no readable photo, or a ground truth that does not match the photos.
     """
     folder = Path(folder)
-    photos, paths, skipped = read_photos(list_photos(folder), image_size)
+    found = list_photos(folder)
+    photos, paths, skipped = read_photos(found, image_size)
     names = [path.name for path in paths]
     if not names:
         why = f": {'; '.join(skipped)}" if skipped else ""
@@ -325,21 +320,14 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
     truth_file = folder / GROUND_TRUTH
     if not truth_file.is_file():
         return TestSet(photos, names, query=0, positives=None, skipped=skipped)
-
-    roles = _read_roles(truth_file)
-    unreadable = {path.name for path in list_photos(folder)} - set(names)
-    for line, (image, role) in enumerate(roles.items(), start=2):
-        if image not in names and (image not in unreadable or role == "query"):
-            state = "can't be read" if image in unreadable else "does not exist"
-            raise TestSetError(
-                f"{show_path(truth_file)}, line {line}: {image!r} {state} in {show_path(folder)}"
-            )
+    roles = _read_roles(truth_file, names, {path.name for path in found} - set(names))
     role_of = [roles.get(name, "distractor") for name in names]
     positives = np.array([role == "positive" for role in role_of])
     return TestSet(photos, names, role_of.index("query"), positives, skipped)
 
 
-def _read_roles(truth_file: Path) -> dict[str, str]:
+def _read_roles(truth_file: Path, names: list[str], unreadable: set[str]) -> dict[str, str]:
+    """The role of each image that the ground truth names; the query is one of ``names``."""
     import pandas as pd  # here, so that the module imports fast
 
     where = show_path(truth_file)
@@ -353,14 +341,20 @@ def _read_roles(truth_file: Path) -> dict[str, str]:
         )
     roles: dict[str, str] = {}
     for line, (image, role) in enumerate(zip(table["image"], table["role"], strict=True), start=2):
+        problem = None
         if role not in ROLES:
-            raise TestSetError(f"{where}, line {line}: role {role!r} is none of {', '.join(ROLES)}")
-        if image in roles:
-            raise TestSetError(f"{where}, line {line}: {image!r} is listed twice")
+            problem = f"role {role!r} is none of {', '.join(ROLES)}"
+        elif image in roles:
+            problem = f"{image!r} is listed twice"
+        elif image not in names and (image not in unreadable or role == "query"):
+            state = "can't be read" if image in unreadable else "does not exist"
+            problem = f"{image!r} {state} in {show_path(truth_file.parent)}"
+        if problem:
+            raise TestSetError(f"{where}, line {line}: {problem}")
         roles[image] = role
-    lines = [line for line, role in enumerate(roles.values(), start=2) if role == "query"]
+    lines = [str(line) for line, role in enumerate(roles.values(), start=2) if role == "query"]
     if len(lines) != 1:
-        found = f"lines {', '.join(map(str, lines))} do" if lines else "no line does"
+        found = f"lines {', '.join(lines)} do" if lines else "no line does"
         raise TestSetError(f"{where} must name exactly one query; {found}")
     return roles
 

@@ -52,12 +52,7 @@ class DatasetNotFoundError(FileNotFoundError):
 
 
 class RecordError(ValueError):
-    """A record can't be used.
-
-    Attributes:
-        kind: the kind of problem, in a few words.
-        detail: particulars of this record.
-    """
+    """A record can't be used: ``kind`` names the problem, ``detail`` has the particulars."""
 
     def __init__(self, kind: str, detail: str, where: str = ""):
         super().__init__(f"{where}: {kind} ({detail})" if where else f"{kind} ({detail})")
@@ -86,48 +81,41 @@ class Triplet(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where a record lies in its shard.
+    """Where a record lies in its shard; offset and length are in bytes."""
 
-    Attributes:
-        number: of the record, from 0.
-        offset: of the frame, in bytes.
-        length: of the message, in bytes; None if the frame is damaged.
-    """
+    number: int  # from 0
+    offset: int  # of the frame
+    length: int | None  # of the message; None if the frame is damaged
 
-    number: int
-    offset: int
-    length: int | None
+    @property
+    def message_offset(self) -> int:
+        """Where the message begins."""
+        return self.offset + _HEADER.size
 
 
 def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list[Path]:
     """List a folder's shards ``train<number>.tfrec`` by ascending number.
 
     Args:
-        dataset_dir: the folder; its subfolders are not searched.
+        dataset_dir: its subfolders are not searched.
         numbers: of the shards to list; None lists all.
 
     Raises:
         DatasetNotFoundError: there are no shards, or one of ``numbers`` is missing.
     """
     dataset_dir = Path(dataset_dir)
-    found = {
-        number: path
-        for path in sorted(dataset_dir.glob("*.tfrec"))
-        if (number := shard_number(path)) is not None
-    }
+    found = {shard_number(path): path for path in sorted(dataset_dir.glob("*.tfrec"))}
+    found.pop(None, None)
+    numbers = sorted(found) if numbers is None else list(numbers)
+    missing = [shard_name(n) for n in numbers if n not in found]
+    if found and not missing:
+        return [found[n] for n in numbers]
+    problem = f"{show_path(dataset_dir)} lacks {', '.join(missing)}"
     if not found:
         nested = sorted({show_path(p.parent) for p in dataset_dir.glob("*/train*.tfrec")})
         hint = f" (there are some in {', '.join(nested)})" if nested else ""
-        raise DatasetNotFoundError(
-            f"no train*.tfrec in {show_path(dataset_dir)}{hint}. {HOW_TO_GET_THE_DATA}."
-        )
-    numbers = sorted(found) if numbers is None else list(numbers)
-    if missing := [n for n in numbers if n not in found]:
-        names = ", ".join(map(shard_name, missing))
-        raise DatasetNotFoundError(
-            f"{show_path(dataset_dir)} lacks {names}. {HOW_TO_GET_THE_DATA}."
-        )
-    return [found[n] for n in numbers]
+        problem = f"no train*.tfrec in {show_path(dataset_dir)}{hint}"
+    raise DatasetNotFoundError(f"{problem}. {HOW_TO_GET_THE_DATA}.")
 
 
 def shard_name(number: int) -> str:
@@ -144,21 +132,16 @@ def shard_number(shard: Path) -> int | None:
 # ---- messages
 
 
+# float_list and int64_list are messages, too; here they are bytes, as their content is never read.
 _EXAMPLE = """
 name: "example.proto" package: "tensorflow" syntax: "proto3"
 message_type { name: "BytesList"
   field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "FloatList"
-  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
-message_type { name: "Int64List"
-  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
 message_type { name: "Feature" oneof_decl { name: "kind" }
   field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE
     type_name: ".tensorflow.BytesList" oneof_index: 0 }
-  field { name: "float_list" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE
-    type_name: ".tensorflow.FloatList" oneof_index: 0 }
-  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_MESSAGE
-    type_name: ".tensorflow.Int64List" oneof_index: 0 } }
+  field { name: "float_list" number: 2 label: LABEL_OPTIONAL type: TYPE_BYTES oneof_index: 0 }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_BYTES oneof_index: 0 } }
 message_type { name: "Features"
   field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE
     type_name: ".tensorflow.Features.FeatureEntry" }
@@ -307,11 +290,6 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         start = offset + 1
 
 
-def message_offset(frame: Frame) -> int:
-    """Where the message of a record begins in its shard, in bytes."""
-    return frame.offset + _HEADER.size
-
-
 def read_message(file, frame: Frame) -> bytes:
     """Read the message of one record.
 
@@ -332,7 +310,7 @@ def read_message(file, frame: Frame) -> bytes:
                 raise RecordError("damaged length", "the record's length has a wrong checksum")
             whole = f" of {length + _FRAME} bytes"
         raise RecordError("cut off", f"{remaining} bytes left of a record{whole}")
-    file.seek(message_offset(frame))
+    file.seek(frame.message_offset)
     content = file.read(frame.length + _FOOTER.size)
     message = content[: frame.length]
     if _FOOTER.unpack(content[frame.length :])[0] != _checksum(message):
@@ -356,20 +334,13 @@ def read_triplets(shard: Path) -> Iterator[Triplet]:
 
 
 class Place(NamedTuple):
-    """Where one picture lies.
+    """Where one picture lies; position and length are in bytes."""
 
-    Attributes:
-        shard: path of the shard.
-        modified_ns: time of the shard's last modification, so that a changed file is reopened.
-        position, length: of the JPEG file within the shard, in bytes.
-        image: its :func:`image_hash`.
-    """
-
-    shard: str
-    modified_ns: int
+    shard: str  # its path
+    modified_ns: int  # when the shard was last modified, so that a changed file is reopened
     position: int
     length: int
-    image: bytes
+    image: bytes  # its image_hash()
 
 
 def read_picture(place: Place) -> memoryview:

@@ -10,9 +10,6 @@ gives the same batches in every process and after every restart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-
 import numpy as np
 
 from lib.data.catalogue import UNKNOWN, Catalogue
@@ -42,19 +39,9 @@ def usable_triplets(catalogue: Catalogue, chosen: np.ndarray) -> np.ndarray:
 
 
 def triplet_batches(
-    catalogue: Catalogue,
-    chosen: np.ndarray,
-    steps: int,
-    batch_size: int,
-    rng: np.random.Generator,
+    catalogue: Catalogue, chosen: np.ndarray, steps: int, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Batches of stored triplets, reshuffled whenever all have been used.
-
-    Args:
-        catalogue, chosen: see :func:`usable_triplets`.
-        steps: number of batches.
-        batch_size: triplets in a batch.
-        rng: of the order.
+    """Batches of :func:`usable_triplets`, reshuffled whenever all have been used.
 
     Returns:
         int64 (steps, batch_size, 3), pictures.
@@ -79,31 +66,19 @@ def shuffled_passes(n: int, needed: int, rng: np.random.Generator) -> np.ndarray
 
 
 def landmark_batches(
-    catalogue: Catalogue,
-    chosen: np.ndarray,
-    steps: int,
-    p: int,
-    k: int,
-    rng: np.random.Generator,
+    catalogue: Catalogue, chosen: np.ndarray, steps: int, p: int, k: int, rng: np.random.Generator
 ) -> np.ndarray:
     """P x K batches (Hermans et al., "In Defense of the Triplet Loss", 2017, section 2).
 
-    Each pass takes one landmark of every group, in random order, so that the landmarks of a batch
-    certainly differ. The k pictures of a landmark differ if it has that many; else they repeat
-    cyclically.
-
-    Args:
-        catalogue, chosen: see :func:`usable_triplets`.
-        steps: number of batches.
-        p: landmarks in a batch.
-        k: pictures of each, at least 2.
-        rng: of choice and order.
+    A batch has p landmarks with k >= 2 of their ``chosen`` pictures each. Each pass takes one
+    landmark of every group, in random order, so that the landmarks of a batch certainly differ. The
+    k pictures of a landmark differ if it has that many; else they repeat cyclically.
 
     Returns:
         int64 (steps, p * k), pictures, grouped by landmark.
 
     Raises:
-        SamplingError: fewer than p landmarks with two different pictures.
+        SamplingError: k is below 2, or fewer than p landmarks have two different pictures.
     """
     if k < 2:
         raise SamplingError(f"a landmark needs at least 2 pictures in a batch, not {k}")
@@ -120,16 +95,11 @@ def landmark_batches(
             f"{len(landmarks)}: use more shards, or a smaller batch"
         )
 
-    def in_turn() -> Iterator[np.ndarray]:
-        """Batches of landmarks, pass after pass; an incomplete batch at the end is dropped."""
-        while True:
-            order = rng.permutation(len(landmarks))
-            for start in range(0, len(order) - p + 1, p):
-                groups = landmarks.iloc[order[start : start + p]]
-                yield np.array([rng.choice(of_group) for of_group in groups])
-
-    batches = [
-        [np.resize(rng.permutation(pictures[landmark]), k) for landmark in batch]
-        for batch in islice(in_turn(), steps)
-    ]
+    batches = []
+    while len(batches) < steps:  # a pass over all groups; an incomplete batch at its end is dropped
+        order = rng.permutation(len(landmarks))
+        for start in range(0, len(order) - p + 1, p)[: steps - len(batches)]:
+            groups = landmarks.iloc[order[start : start + p]]
+            drawn = [rng.choice(of_group) for of_group in groups]
+            batches.append([np.resize(rng.permutation(pictures[one]), k) for one in drawn])
     return np.array(batches, dtype=np.int64).reshape(steps, p * k)

@@ -4,7 +4,7 @@
 
     truth = read_revisited(Path("gnd_roxford5k.mat"))["medium"]
     truth = read_landmarks(Path("retrieval_solution_v2.1.csv"), index_names, "Private")
-    photos = read_folder(Path("photos")).table                  # from lib.data.labelled
+    photos = read_folder(Path("photos")).table                  # from tools.labelled
     truth = from_labels(photos["image_id"], photos["landmark_id"], queries="first")
 
 Files of Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark): the ground truth is

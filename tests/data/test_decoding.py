@@ -1,6 +1,8 @@
 """Pixels: the same from a shard and from a folder, and varied as the settings say."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lib.data.decoding import (
     resize,
 )
 from lib.data.photos import read_photo
+from lib.files import project_root
 
 WHOLE = Variation(left=0.0, top=0.0, side=1.0, gain=1.0, offset=0.0)
 
@@ -119,6 +122,14 @@ def test_variations_keep_to_their_limits(rng):
     assert -25.51 <= brightness.min() < -24 and 24 < brightness.max() <= 25.51
     none = draw_variations(rng, 3, Augmentation(0.0, 0.0, 0.0, 0.0))
     np.testing.assert_allclose(none, [WHOLE] * 3)
+
+
+def test_opencv_is_set_to_no_threads_at_its_first_use_not_by_an_import():
+    # Importing the module changed OpenCV for the whole process.
+    code = "import cv2; cv2.setNumThreads(3); import lib.data.decoding as d, numpy as np; "
+    code += "assert cv2.getNumThreads() == 3; d.resize(np.zeros((4, 4, 3), np.uint8), 2); "
+    code += "assert cv2.getNumThreads() < 2"
+    assert subprocess.run([sys.executable, "-c", code], cwd=project_root()).returncode == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])

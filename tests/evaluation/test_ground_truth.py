@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from lib.data.labelled import read_folder
 from lib.evaluation import ground_truth
 from lib.evaluation.ground_truth import (
     GroundTruth,
@@ -19,6 +18,7 @@ from lib.evaluation.ground_truth import (
     read_revisited,
 )
 from lib.evaluation.metrics import REVISITED, query_table
+from tools.labelled import read_folder
 
 OXFORD = Path(__file__).parents[3] / "shared" / "ground_truth" / "gnd_roxford5k.mat"
 

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lib.data.labelled import ConversionError, plan_triplets, read_csv, read_folder
 from lib.data.records import parse_triplet, read_message, read_triplets, scan_frames, write_shard
 from lib.files import project_root
 from tools import convert as module
 from tools.convert import ConversionSettings, convert, encode_photo, main, verify
+from tools.labelled import ConversionError, plan_triplets, read_csv, read_folder
 
 
 def save(path, colour=(200, 30, 60), size=(24, 16), mode="RGB", **options):
