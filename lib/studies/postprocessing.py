@@ -14,11 +14,13 @@ A query is never part of the gallery it searches.
 
 from __future__ import annotations
 
+import functools
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -93,40 +95,29 @@ class Fold:
                 )
 
 
-@dataclass
-class Step:
-    """The results of one step; all but ``ap`` and ``base_ap`` have one entry per fold.
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The results of one step in one fold, with the settings that were best on validation.
 
     Attributes:
-        ap: average precision of all test queries, in the order of folds and rounds.
-        base_ap: the same without the step.
-        validation_map: mAP of the validation queries.
+        recipe: of the descriptors.
         settings: the changes of the recipe, or the settings of the re-ranking, that were chosen.
-        kept: whether later steps build on this one.
-        views: of the recipe.
+        validation: average precision of the validation queries.
+        ap: average precision of the test queries, in the order of the rounds.
         search_ms: milliseconds to rank the gallery, per query.
         prepare_ms: milliseconds to prepare the gallery, per photo.
+        base_ap: ``ap`` without the step.
+        kept: whether later steps build on this one.
     """
 
-    ap: list[float] = field(default_factory=list)
-    base_ap: list[float] = field(default_factory=list)
-    validation_map: list[float] = field(default_factory=list)
-    settings: list[dict] = field(default_factory=list)
-    kept: list[bool] = field(default_factory=list)
-    views: list[list[View]] = field(default_factory=list)
-    search_ms: list[float] = field(default_factory=list)
-    prepare_ms: list[float] = field(default_factory=list)
-
-    def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
-        """Append the results of one fold."""
-        self.ap.extend(trial.found.ap.tolist())
-        self.base_ap.extend(base.found.ap.tolist())
-        self.validation_map.append(float(trial.validation.mean()))
-        self.settings.append(trial.settings)
-        self.kept.append(kept)
-        self.views.append(trial.recipe.views)
-        self.search_ms.append(trial.found.search_ms)
-        self.prepare_ms.append(trial.found.prepare_ms)
+    recipe: Recipe
+    settings: dict[str, Any]
+    validation: np.ndarray
+    ap: np.ndarray
+    search_ms: float
+    prepare_ms: float
+    base_ap: np.ndarray | None = None
+    kept: bool = True
 
 
 def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
@@ -165,11 +156,8 @@ def first_photo_rounds(labels: np.ndarray) -> list[Round]:
     Raises:
         ValueError: no landmark has two photos.
     """
-    _, first, count = np.unique(labels, return_index=True, return_counts=True)
-    if not (count > 1).any():
-        raise ValueError("no landmark has two photos: there is nothing to find")
-    everything = np.arange(len(labels))
-    return [(np.array([q]), np.delete(everything, q)) for q in np.sort(first[count > 1])]
+    queries, _ = query_rounds(labels)[0]
+    return [(np.array([q]), np.delete(np.arange(len(labels)), q)) for q in queries]
 
 
 def describe_all(
@@ -206,17 +194,14 @@ def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, fl
     for size in sorted(set(image_sizes)):
         at_size = resized(tower, size)
         photos = np.zeros((64, size, size, 3), dtype=np.uint8)
-        embed(at_size, photos)  # compiles
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            embed(at_size, photos)
-            times.append(time.perf_counter() - start)
-        found[size] = 1000 * min(times) / len(photos)
+        run = functools.partial(embed, at_size, photos)
+        run()  # compiles
+        seconds = min(timeit.repeat(run, repeat=3, number=1))
+        found[size] = 1000 * seconds / len(photos)
     return found
 
 
-def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Step]:
+def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, list[Trial]]:
     """Run all steps in each fold.
 
     Args:
@@ -224,66 +209,57 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Ste
         options: the settings to choose from.
 
     Returns:
-        the results by name: "as trained", the steps of ``options.steps()``, the methods of
-        :func:`rerankings` ("no re-ranking" is the plain search with the best descriptors), and
-        "chosen on validation": the re-ranking that was best there, or none if its gain was not
-        significant.
+        a trial for each fold, by the step's name: "as trained", the steps of ``options.steps()``,
+        the methods of :func:`rerankings` ("no re-ranking" is the plain search with the best
+        descriptors), and "chosen on validation": the re-ranking that was best there, or none if its
+        gain was not significant.
     """
     methods = rerankings(options)
-    steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
+    improvements = {AS_TRAINED: [{}], **options.steps()}
+    steps = {name: [] for name in (*improvements, *methods, CHOSEN)}
     with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
         for fold in folds:
-            base = None
-            for name, changes in {AS_TRAINED: [{}], **options.steps()}.items():
-                before = base.recipe if base else Recipe((options.image_size,))
-                plain = methods[PLAIN]
-                trial = _best(fold, [(replace(before, **c), plain, {}, c) for c in changes])
+            recipe, base = Recipe((options.image_size,)), None
+            for name, changes in improvements.items():
+                trial = _best(fold, methods[PLAIN], [(replace(recipe, **c), c) for c in changes])
                 kept = base is None or _is_proven(fold, trial, base)
-                steps[name].add(trial, base or trial, kept)
-                base = trial if kept else base
+                steps[name].append(replace(trial, base_ap=(base or trial).ap, kept=kept))
+                if kept:
+                    recipe, base = trial.recipe, trial
                 bar.update()
             tried = {}
             for name, method in methods.items():
-                tried[name] = _best(fold, [(base.recipe, method, s, s) for s in method.settings])
-                steps[name].add(tried[name], base, kept=True)
+                trial = _best(fold, method, [(recipe, settings) for settings in method.settings])
+                tried[name] = replace(trial, base_ap=base.ap)
+                steps[name].append(tried[name])
                 bar.update()
             best = max(tried, key=lambda name: tried[name].validation.mean())
             best = best if _is_proven(fold, tried[best], base) else PLAIN
-            chosen = replace(tried[best], settings={"method": best} | tried[best].settings)
-            steps[CHOSEN].add(chosen, base, kept=True)
+            settings = {"method": best} | tried[best].settings
+            steps[CHOSEN].append(replace(tried[best], settings=settings))
     return steps
 
 
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A step with the settings that were best on validation."""
-
-    recipe: Recipe
-    settings: dict[str, Any]
-    validation: np.ndarray  # average precision of the validation queries
-    found: _Found  # on the test photos
-
-
-def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
-    """Run the choice (recipe, re-ranking, its settings, settings to report) best on validation."""
+def _best(fold: Fold, method: Reranking, choices: list[tuple[Recipe, dict[str, Any]]]) -> Trial:
+    """Run the choice of recipe and settings that is best on validation."""
     labels = fold.known.labels
-    described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
+    described = {recipe: _describe(fold, recipe) for recipe, _ in choices}
     validation = [
         np.concatenate(
             [
-                _search(x, labels, query_rounds(labels, part), method, settings).ap
-                for x, part in zip(described[recipe].known, fold.validation, strict=True)
+                _search(x, labels, query_rounds(labels, part), method, settings)[0]
+                for x, part in zip(described[recipe][0], fold.validation, strict=True)
             ]
         )
-        for recipe, method, settings, _ in choices
+        for recipe, settings in choices
     ]
     best = int(np.argmax([ap.mean() for ap in validation]))
-    recipe, method, settings, name = choices[best]
-    found = _search(described[recipe].test, fold.test.labels, fold.rounds, method, settings)
-    return _Trial(recipe, name, validation[best], found)
+    recipe, settings = choices[best]
+    found = _search(described[recipe][1], fold.test.labels, fold.rounds, method, settings)
+    return Trial(recipe, settings, validation[best], *found)
 
 
-def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
+def _is_proven(fold: Fold, trial: Trial, base: Trial) -> bool:
     """Check whether a trial's gain over another on validation is significant."""
     labels = fold.known.labels
     rounds = [round_ for part in fold.validation for round_ in query_rounds(labels, part)]
@@ -291,18 +267,14 @@ def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
     return interval(trial.validation - base.validation, groups).low > 0
 
 
-class _Descriptors:
-    """Descriptors of known photos for each validation part, and of test photos, see Fold."""
-
-    def __init__(self, fold: Fold, recipe: Recipe):
-        known, test = fold.known.described(recipe), fold.test.described(recipe)
-        self.known, self.test = [known] * len(fold.validation), test
-        if recipe.whitening:
-            labels = fold.known.labels
-            self.known = [
-                _learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation
-            ]
-            self.test = _learn(recipe, known, labels).apply(test)
+def _describe(fold: Fold, recipe: Recipe) -> tuple[list[np.ndarray], np.ndarray]:
+    """Describe the known photos for each validation part, and the test photos, see Fold."""
+    known, test = fold.known.described(recipe), fold.test.described(recipe)
+    if not recipe.whitening:
+        return [known] * len(fold.validation), test
+    labels = fold.known.labels
+    parts = [_learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation]
+    return parts, _learn(recipe, known, labels).apply(test)
 
 
 def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> Whitening:
@@ -312,17 +284,10 @@ def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> White
     return learn_supervised_whitening(descriptors, labels=labels, dimension=dimension)
 
 
-class _Found(NamedTuple):
-    """The result of a search; fields as in :class:`Step`, ``ap`` as an array."""
-
-    ap: np.ndarray
-    search_ms: float
-    prepare_ms: float
-
-
 def _search(
     x: np.ndarray, labels: np.ndarray, rounds: Sequence[Round], method: Reranking, settings: dict
-) -> _Found:
+) -> tuple[np.ndarray, float, float]:
+    """Search in all rounds; return ``ap``, ``search_ms`` and ``prepare_ms`` of a trial."""
     ap, preparing, searching = [], 0.0, 0.0
     for queries, gallery in rounds:
         start = time.perf_counter()
@@ -335,17 +300,17 @@ def _search(
         ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
     n_queries = sum(len(queries) for queries, _ in rounds)
     n_photos = sum(len(gallery) for _, gallery in rounds)
-    return _Found(np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos)
+    return np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos
 
 
 def summarize(
-    steps: Mapping[str, Step], groups: np.ndarray, view_ms: Mapping[int, float]
+    steps: Mapping[str, Sequence[Trial]], groups: np.ndarray, view_ms: Mapping[int, float]
 ) -> pd.DataFrame:
     """Summarize the steps in a table.
 
     Args:
         steps: from :func:`run_postprocessing`.
-        groups: (q,), the landmark of each test query in the order of ``ap``.
+        groups: (q,), the landmark of each test query, in the order of folds and rounds.
         view_ms: from :func:`embedding_ms`.
 
     Returns:
@@ -354,28 +319,27 @@ def summarize(
         * kind: "descriptor" or "re-ranking";
         * map, low, high: mAP of the test queries with its 95 % interval;
         * gain, gain_low, gain_high, p_value: paired by query, over the step it builds on;
-        * validation_map, search_ms, prepare_ms: means over the folds, see :class:`Step`;
+        * validation_map, search_ms, prepare_ms: means over the folds, see :class:`Trial`;
         * kept: number of folds in which later steps build on it;
         * embedding_ms: to embed all views of a query, mean over the folds;
         * settings: chosen in each fold.
     """
     rows, kind = [], "descriptor"
-    for name, step in steps.items():
+    for name, trials in steps.items():
         kind = "re-ranking" if name == PLAIN else kind
+        ap = np.concatenate([trial.ap for trial in trials])
+        gain, p_value = compare(np.concatenate([t.base_ap for t in trials]), ap, groups)
         row = {"step": name, "kind": kind}
-        row |= dict(zip(("map", "low", "high"), interval(step.ap, groups), strict=True))
-        gain, p_value = compare(step.base_ap, step.ap, groups)
+        row |= dict(zip(("map", "low", "high"), interval(ap, groups), strict=True))
         row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
         row |= {
             "p_value": p_value,
-            "validation_map": float(np.mean(step.validation_map)),
-            "kept": sum(step.kept),
-            "embedding_ms": float(
-                np.mean([sum(view_ms[size] for size, *_ in views) for views in step.views])
-            ),
-            "search_ms": float(np.mean(step.search_ms)),
-            "prepare_ms": float(np.mean(step.prepare_ms)),
-            "settings": step.settings,
+            "validation_map": np.mean([t.validation.mean() for t in trials]),
+            "kept": sum(t.kept for t in trials),
+            "embedding_ms": np.mean([sum(view_ms[v[0]] for v in t.recipe.views) for t in trials]),
+            "search_ms": np.mean([t.search_ms for t in trials]),
+            "prepare_ms": np.mean([t.prepare_ms for t in trials]),
+            "settings": [t.settings for t in trials],
         }
         rows.append(row)
     return pd.DataFrame(rows).set_index("step")

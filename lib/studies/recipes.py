@@ -87,15 +87,11 @@ class Options:
     def steps(self) -> dict[str, list[dict[str, Any]]]:
         """List the steps that improve descriptors: name -> alternative changes of the recipe."""
         return {
-            "mirrored": [{"mirrored": True}],
-            "sizes": [{"image_sizes": sizes} for sizes in self.image_sizes],
-            "other p (GeM+)": [{"gem_p": p} for p in self.gem_ps],
-            "scale GeM": [{"scale_p": p} for p in self.scale_ps],
-            "whitening": [
-                {"whitening": kind, "dimension": dimension}
-                for kind in ("pca", "supervised")
-                for dimension in self.dimensions
-            ],
+            "mirrored": _grid(mirrored=(True,)),
+            "sizes": _grid(image_sizes=self.image_sizes),
+            "other p (GeM+)": _grid(gem_p=self.gem_ps),
+            "scale GeM": _grid(scale_p=self.scale_ps),
+            "whitening": _grid(whitening=("pca", "supervised"), dimension=self.dimensions),
         }
 
 
