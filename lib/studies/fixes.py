@@ -172,11 +172,6 @@ def photo_maps(
 def landmark_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Split the landmarks at random for cross-validation.
 
-    Args:
-        labels: (n,), the landmark of each photo.
-        folds: number of folds.
-        seed: of the split.
-
     Returns:
         bool (folds, n), the test photos of each fold; every photo is in exactly one.
     """
@@ -189,11 +184,8 @@ def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw triplets as the Kaggle set does.
 
     The first two photos of each landmark are anchors. The positive is drawn from all photos of the
-    landmark, including the anchor; the negative from the anchors of all other landmarks.
-
-    Args:
-        labels: (n,), the landmark of each photo; at least two landmarks.
-        rng: random generator.
+    landmark, including the anchor; the negative from the anchors of all other landmarks (there must
+    be two).
 
     Returns:
         int64 (t, 3), indices of anchor, positive and negative in ``labels``.
@@ -210,9 +202,7 @@ def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def run_ladder(
-    data: LadderData,
-    settings: LadderSettings,
-    arms: Mapping[str, frozenset[str]] | None = None,
+    data: LadderData, settings: LadderSettings, arms: Mapping[str, frozenset[str]] | None = None
 ) -> pd.DataFrame:
     """Train every arm with every seed on every fold, and search with each test photo.
 
@@ -241,36 +231,33 @@ def run_ladder(
     total = len(data.test) * len(heads) * len(settings.seeds)
     with tqdm(total=total, desc="ladder", unit=" heads", mininterval=1) as bar:
         for fold, test in enumerate(data.test):
-            queries = {"fold": fold, "query": np.flatnonzero(test), "landmark": data.labels[test]}
-
-            def add(arm, seed, precision, rate=np.nan, queries=queries):
-                part = {"arm": arm, "seed": seed} | queries | {"average_precision": precision}
-                parts.append(pd.DataFrame(part | {"learning_rate": rate}))
-
-            for arm, precision in _search_frozen(data, test, settings.embedding_size).items():
-                for seed in settings.seeds:
-                    add(arm, seed, precision)
+            frozen = _search_frozen(data, test, settings.embedding_size)
+            found = [
+                (arm, seed, ap, np.nan) for arm, ap in frozen.items() for seed in settings.seeds
+            ]
             for fixes, of_head in heads.items():
                 rate = workshop.choose_rate(fixes, ~test)
                 for seed in settings.seeds:
                     search = workshop.train(fixes, ~test, rate, seed)
                     bar.update()
                     for arm in of_head:
-                        add(arm, seed, search(test, whitened="whitening" in arms[arm]), rate)
+                        found.append((arm, seed, search(test, "whitening" in arms[arm]), rate))
+            queries = {"fold": fold, "query": np.flatnonzero(test), "landmark": data.labels[test]}
+            for arm, seed, ap, rate in found:
+                part = {"arm": arm, "seed": seed, **queries, "average_precision": ap}
+                parts.append(pd.DataFrame(part | {"learning_rate": rate}))
     return pd.concat(parts, ignore_index=True)
 
 
 def _search_frozen(data: LadderData, test: np.ndarray, dimension: int) -> dict[str, np.ndarray]:
     """Compute the average precision of each test photo for the two references."""
-    descriptors = _unit(in_parts(partial(gem, p=3.0), data.maps[RIGHT]))
+    descriptors, labels = _unit(in_parts(partial(gem, p=3.0), data.maps[RIGHT])), data.labels
+    dimension = min(dimension, descriptors.shape[1])
     whitening = learn_supervised_whitening(
-        descriptors[~test],
-        labels=data.labels[~test],
-        dimension=min(dimension, descriptors.shape[1]),
+        descriptors[~test], labels=labels[~test], dimension=dimension
     )
     found = {FROZEN: descriptors[test], FROZEN_WHITENED: whitening.apply(descriptors[test])}
-    labels = data.labels[test]
-    return {arm: average_precision(leave_one_out(x, labels)) for arm, x in found.items()}
+    return {arm: average_precision(leave_one_out(x, labels[test])) for arm, x in found.items()}
 
 
 class _Workshop:
@@ -305,8 +292,7 @@ class _Workshop:
         if structure not in self.trainers:
             sizes = settings.embedding_size, settings.margin, settings.temperature
             self.trainers[structure] = HeadTrainer(trained_on.shape[1:], structure, *sizes)
-        trainer = self.trainers[structure]
-        rows = np.flatnonzero(learned)
+        trainer, rows = self.trainers[structure], np.flatnonzero(learned)
         rng = np.random.default_rng(seed)
         triplets = rows[draw_triplets(self.data.labels[rows], rng)]
         if "clean triplets" in fixes:
@@ -338,11 +324,12 @@ class _Workshop:
             return settings.learning_rates[0]
         validation = training.copy()
         validation[training] = landmark_folds(self.data.labels[training], 5, seed=0)[0]
-        values = []
-        for rate in settings.learning_rates:
+
+        def validation_map(rate: float) -> float:
             search = self.train(fixes, training & ~validation, rate, settings.seeds[0])
-            values.append(np.nanmean(search(validation, whitened=False)))
-        return settings.learning_rates[int(np.argmax(values))]
+            return np.nanmean(search(validation, whitened=False))
+
+        return max(settings.learning_rates, key=validation_map)
 
 
 def euclidean_leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:

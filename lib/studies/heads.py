@@ -120,7 +120,7 @@ class HeadTrainer:
         Args:
             maps: float (n, h, w, c) for :func:`start_from_pca`; None: Glorot uniform (Glorot and
                 Bengio, 2010), Keras' default.
-            rng: random generator.
+            rng: of the projection.
         """
         for variable, value in zip(self.variables, self.first, strict=True):
             variable.assign(value)
@@ -163,7 +163,7 @@ def start_from_pca(head: keras.Model, maps: np.ndarray, rng: np.random.Generator
     Args:
         head: with layers "pooling" and "projection", as from :func:`lib.network.tower.build_head`.
         maps: float (n, h, w, c), feature maps of training photos.
-        rng: random generator of the rotation.
+        rng: of the rotation.
     """
     pooling = keras.Model(head.input, head.get_layer("pooling").output)
     x = in_parts(pooling, maps).astype(np.float64)

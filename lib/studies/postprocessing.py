@@ -31,13 +31,148 @@ from lib.evaluation.metrics import average_precision, compare, interval
 from lib.network.tower import embed, resized
 from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
 from lib.search.descriptors import aggregate, describe_views
-from lib.studies.recipes import PLAIN, Options, Recipe, Reranking, View, rerankings
+from lib.search.rerank import (
+    augment_gallery,
+    encode_reciprocal,
+    expand_queries,
+    neighbour_graph,
+    rerank_diffusion,
+    rerank_k_reciprocal,
+    rerank_superglobal,
+)
 
+# Side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
+View = tuple[int, bool, float | None]
 # Indices of the queries, and of the gallery they search.
 Round = tuple[np.ndarray, np.ndarray]
 
-AS_TRAINED = "as trained"
-CHOSEN = "chosen on validation"
+AS_TRAINED, PLAIN, CHOSEN = "as trained", "no re-ranking", "chosen on validation"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a photo's descriptor is computed.
+
+    Attributes:
+        image_sizes: sides of the views in pixels.
+        mirrored: whether a mirrored view of each size is added.
+        gem_p: GeM's exponent; None: the tower's own.
+        scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
+        whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
+        dimension: dimensions that the whitening keeps, capped at their number; None: all.
+    """
+
+    image_sizes: tuple[int, ...]
+    mirrored: bool = False
+    gem_p: float | None = None
+    scale_p: float = 1.0
+    whitening: str = ""
+    dimension: int | None = None
+
+    @property
+    def views(self) -> list[View]:
+        """The views that the descriptor aggregates."""
+        sides = (False, True) if self.mirrored else (False,)
+        return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings to choose from.
+
+    Attributes:
+        image_size: side in pixels at which the tower was trained.
+        image_sizes: sets of sizes to embed at.
+        gem_ps: exponents of GeM, besides the tower's own.
+        scale_ps: exponents of the mean over views.
+        dimensions: of whitened descriptors.
+        neighbours: numbers of neighbours for the re-rankings, from about the photos per landmark to
+            several times that.
+        candidates: numbers of photos that SuperGlobal re-ranks.
+    """
+
+    image_size: int
+    image_sizes: tuple[tuple[int, ...], ...]
+    gem_ps: tuple[float, ...] = (2.0, 4.6)
+    scale_ps: tuple[float, ...] = (2.0, 10.0, float("inf"))
+    dimensions: tuple[int, ...] = (32, 64, 128, 256)
+    neighbours: tuple[int, ...] = (1, 2, 4, 8)
+    candidates: tuple[int, ...] = (20, 100)
+
+    @property
+    def views(self) -> list[View]:
+        """All views that any recipe uses."""
+        sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
+        return list(product(sizes, (False, True), (None, *self.gem_ps)))
+
+    def steps(self) -> dict[str, list[dict[str, Any]]]:
+        """List the steps that improve descriptors: name -> alternative changes of the recipe."""
+        return {
+            "mirrored": _grid(mirrored=(True,)),
+            "sizes": _grid(image_sizes=self.image_sizes),
+            "other p (GeM+)": _grid(gem_p=self.gem_ps),
+            "scale GeM": _grid(scale_p=self.scale_ps),
+            "whitening": _grid(whitening=("pca", "supervised"), dimension=self.dimensions),
+        }
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """A re-ranking method; the defaults give the plain search.
+
+    Attributes:
+        settings: the settings to choose from.
+        prepare: (gallery (n, d), settings) -> data computed once per gallery.
+        scores: (queries (q, d), gallery, prepared data, settings) -> float32 (q, n).
+    """
+
+    settings: list[dict[str, Any]]
+    prepare: Callable[[np.ndarray, dict], Any] = lambda gallery, settings: None
+    scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
+        lambda queries, gallery, prepared, settings: queries @ gallery.T
+    )
+
+
+def rerankings(options: Options) -> dict[str, Reranking]:
+    """List the re-rankings of :mod:`lib.search.rerank` by name."""
+    ks = options.neighbours
+    expansion = _grid(k=ks, alpha=(0.0, 3.0))
+    return {
+        PLAIN: Reranking([{}]),
+        "query expansion": Reranking(
+            expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
+        ),
+        "database augmentation": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: q @ augmented.T,
+        ),
+        "augmentation and expansion": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
+        ),
+        "k-reciprocal": Reranking(
+            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
+            prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
+            scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
+        ),
+        "diffusion": Reranking(
+            _grid(graph_k=[2 * k for k in ks], k=ks[:3], alpha=(0.8, 0.99)),
+            prepare=lambda g, s: neighbour_graph(g, s["graph_k"]),
+            scores=lambda q, g, graph, s: rerank_diffusion(
+                q, g, graph, s["k"], alpha=s["alpha"], tolerance=1e-4
+            ),
+        ),
+        "SuperGlobal": Reranking(
+            _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
+            scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
+        ),
+    }
+
+
+def _grid(**values: Iterable) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +190,6 @@ class Photos:
     def take(self, rows: np.ndarray) -> Photos:
         """Select the photos at ``rows``, int or bool."""
         return Photos({view: x[rows] for view, x in self.views.items()}, self.labels[rows])
-
-    def described(self, recipe: Recipe) -> np.ndarray:
-        """Aggregate the recipe's views, without whitening: float32 (n, d) of unit norm."""
-        return aggregate(np.stack([self.views[view] for view in recipe.views]), recipe.scale_p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,22 +273,6 @@ def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[
         raise ValueError("no landmark has two photos: there is nothing to find")
     searched = [(place == r) & can_be_query for r in range(size[can_be_query].max())]
     return [(np.flatnonzero(chosen), np.flatnonzero(~chosen)) for chosen in searched]
-
-
-def first_photo_rounds(labels: np.ndarray) -> list[Round]:
-    """Plan one search per landmark, with its first photo among all others, as INRIA Holidays does.
-
-    Jégou, Douze, Schmid, "Hamming Embedding and Weak Geometric Consistency for Large Scale Image
-    Search", ECCV 2008. Landmarks with a single photo have no query.
-
-    Args:
-        labels: (n,), the landmark of each photo.
-
-    Raises:
-        ValueError: no landmark has two photos.
-    """
-    queries, _ = query_rounds(labels)[0]
-    return [(np.array([q]), np.delete(np.arange(len(labels)), q)) for q in queries]
 
 
 def describe_all(
@@ -269,7 +384,10 @@ def _is_proven(fold: Fold, trial: Trial, base: Trial) -> bool:
 
 def _describe(fold: Fold, recipe: Recipe) -> tuple[list[np.ndarray], np.ndarray]:
     """Describe the known photos for each validation part, and the test photos, see Fold."""
-    known, test = fold.known.described(recipe), fold.test.described(recipe)
+    known, test = (
+        aggregate(np.stack([photos.views[view] for view in recipe.views]), recipe.scale_p)
+        for photos in (fold.known, fold.test)
+    )
     if not recipe.whitening:
         return [known] * len(fold.validation), test
     labels = fold.known.labels

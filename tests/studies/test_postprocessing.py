@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.postprocessing import first_photo_rounds
 from lib.evaluation.metrics import average_precision
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
@@ -15,16 +16,18 @@ from lib.studies.figures import plot_postprocessing
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
+    PLAIN,
     Fold,
+    Options,
     Photos,
+    Recipe,
     describe_all,
     embedding_ms,
-    first_photo_rounds,
     query_rounds,
+    rerankings,
     run_postprocessing,
     summarize,
 )
-from lib.studies.recipes import PLAIN, Options, Recipe, rerankings
 from tests.conftest import unit
 
 OPTIONS = Options(
