@@ -45,25 +45,20 @@ class _Builder:
     """Collects the faces of solids, and the windows and mouldings on them."""
 
     def __init__(self) -> None:
-        self.polygons: list[np.ndarray] = []
-        self.materials: list[int] = []
-        self.faces: list[int] = []
+        self.polygons: list[tuple[np.ndarray, int, int]] = []  # corners, material, face
 
     def face(self, corners, material: int) -> int:
         """Add a face, its corners counter-clockwise from outside; return its number."""
-        self.polygons.append(np.asarray(corners, dtype=np.float64))
-        self.materials.append(material)
-        self.faces.append(len(self.faces))
-        return len(self.faces) - 1
+        number = len(self.polygons)
+        self.polygons.append((np.asarray(corners, dtype=np.float64), material, number))
+        return number
 
     def on_face(self, face: int, outlines, material: int) -> None:
         """Add polygons on a four-cornered face: outlines (n, corners, 2), (u, v) from 0 to 1."""
-        origin, right, _, up = self.polygons[face]
+        origin, right, _, up = self.polygons[face][0]
         u, v = np.moveaxis(np.asarray(outlines, dtype=np.float64), -1, 0)[..., None]
         added = origin + u * (right - origin) + v * (up - origin)
-        self.polygons.extend(added)
-        self.materials.extend([material] * len(added))
-        self.faces.extend([face] * len(added))
+        self.polygons += [(corners, material, face) for corners in added]
 
     def prism(self, outline, z0: float, z1: float, material: int, top: int = ROOF) -> list[int]:
         """Add a prism over a counter-clockwise outline (n, 2); return its side faces."""
@@ -149,7 +144,7 @@ def _windows(build: _Builder, faces: list[int], rng: np.random.Generator, height
     width, tall = rng.uniform(0.3, 0.7), rng.uniform(0.45, 0.8)
     mouldings = rng.random() < 0.5
     for face in faces:
-        origin, right = build.polygons[face][:2]
+        origin, right = build.polygons[face][0][:2]
         columns = max(1, round(np.linalg.norm(right - origin) * per_unit))
         window = _opening(0, 0, width / columns, tall / rows, shape)
         u = (np.arange(columns) + 0.5) / columns
@@ -256,19 +251,14 @@ def build_landmark(seed: int, landmark_id: int) -> Landmark:
             _windows(build, faces, rng, low)
             _roof(build, wing, low, rng, ["gable", "hip", "flat", "battlement"])
 
-    vertices = np.concatenate(build.polygons)
+    polygons, materials, faces = zip(*build.polygons, strict=True)
+    vertices = np.concatenate(polygons)
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     vertices -= [*(low + high)[:2] / 2, 0.0]
     radius = np.linalg.norm(vertices - [0, 0, high[2] / 2], axis=1).max()
-    return Landmark(
-        seed,
-        landmark_id,
-        vertices / radius,
-        starts=np.cumsum([0, *map(len, build.polygons)]),
-        materials=np.array(build.materials),
-        faces=np.array(build.faces),
-        height=float(high[2] / radius),
-    )
+    starts, height = np.cumsum([0, *map(len, polygons)]), float(high[2] / radius)
+    materials, faces = np.array(materials), np.array(faces)
+    return Landmark(seed, landmark_id, vertices / radius, starts, materials, faces, height)
 
 
 def _entrance(build: _Builder, front: int, body: _Box, height: float, rng) -> None:

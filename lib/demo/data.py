@@ -155,11 +155,9 @@ def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str
     names = [*shards, *photos, _TRUTH]
     paths = {root / name: name for name in [_MANIFEST, *names]}
     folders = {folder for path in paths for folder in path.parents if root in folder.parents}
-    foreign = [folder for folder in folders if folder.exists() and not folder.is_dir()] + [
-        path
-        for path, name in paths.items()
-        if path.is_dir() or (name not in own and os.path.lexists(path))
-    ]
+    foreign = [folder for folder in folders if folder.exists() and not folder.is_dir()]
+    strangers = [path for path, name in paths.items() if name not in own or path.is_dir()]
+    foreign += [path for path in strangers if os.path.lexists(path)]
     if foreign:
         raise FileExistsError(
             f"the demo world needs the name {show_path(foreign[0])}, which holds something else "

@@ -109,6 +109,6 @@ def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | N
 
 def _draw_intervals(axis, rows, values: pd.DataFrame, color, label: str | None) -> None:
     """Draw points with error bars; ``values`` has the columns mean, low, high."""
-    mean, *ends = values.to_numpy(float).T
-    errors = error_bars(mean, *ends)
+    mean, low, high = values.to_numpy(float).T
+    errors = error_bars(mean, low, high)
     axis.errorbar(mean, rows, xerr=errors, fmt="o", color=color, capsize=4, label=label)

@@ -209,8 +209,7 @@ def run_ladder(
     The gallery of a query is all other test photos of its fold.
 
     Args:
-        data: maps, labels and folds.
-        settings: of the trainings.
+        data, settings: of the trainings.
         arms: some of :func:`ladder_arms`; None: all.
 
     Returns:
@@ -232,9 +231,7 @@ def run_ladder(
     with tqdm(total=total, desc="ladder", unit=" heads", mininterval=1) as bar:
         for fold, test in enumerate(data.test):
             frozen = _search_frozen(data, test, settings.embedding_size)
-            found = [
-                (arm, seed, ap, np.nan) for arm, ap in frozen.items() for seed in settings.seeds
-            ]
+            found = [(arm, seed, frozen[arm], np.nan) for arm in frozen for seed in settings.seeds]
             for fixes, of_head in heads.items():
                 rate = workshop.choose_rate(fixes, ~test)
                 for seed in settings.seeds:
@@ -356,8 +353,7 @@ def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.D
 
     Args:
         table: from :func:`run_ladder`.
-        resamples: number of bootstrap samples.
-        seed: equal arguments give equal intervals.
+        resamples, seed: number of bootstrap samples, and seed of the draws.
 
     Returns:
         a row per arm: kind ("reference", "rung" or "without"); fix (added or left out; else "");

@@ -299,12 +299,7 @@ def describe_all(
 
 
 def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, float]:
-    """Measure the milliseconds per view of each size: in batches, the fastest of three runs.
-
-    Args:
-        tower: from :func:`lib.network.tower.build_tower`.
-        image_sizes: sides in pixels.
-    """
+    """Measure the milliseconds per view of each size in pixels: the fastest of three batches."""
     found = {}
     for size in sorted(set(image_sizes)):
         at_size = resized(tower, size)
@@ -318,10 +313,6 @@ def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, fl
 
 def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, list[Trial]]:
     """Run all steps in each fold.
-
-    Args:
-        folds: the splits; their test queries are pooled.
-        options: the settings to choose from.
 
     Returns:
         a trial for each fold, by the step's name: "as trained", the steps of ``options.steps()``,
@@ -416,8 +407,7 @@ def _search(
         searching += time.perf_counter() - middle
         preparing += middle - start
         ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
-    n_queries = sum(len(queries) for queries, _ in rounds)
-    n_photos = sum(len(gallery) for _, gallery in rounds)
+    n_queries, n_photos = (sum(map(len, rows)) for rows in zip(*rounds, strict=True))
     return np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos
 
 
