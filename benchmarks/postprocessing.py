@@ -40,19 +40,29 @@ from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
     Fold,
+    Options,
     Photos,
     describe_all,
     embedding_ms,
-    first_photo_rounds,
+    query_rounds,
     run_postprocessing,
     summarize,
 )
-from lib.studies.recipes import Options
 
 OPTIONS = Options(
     image_size=224,
     image_sizes=((160, 224, 320), (224, 320), (224, 320, 448)),
 )
+
+
+def first_photo_rounds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Plan one search per landmark, with its first photo among all others, as INRIA Holidays does.
+
+    Jégou, Douze, Schmid, "Hamming Embedding and Weak Geometric Consistency for Large Scale Image
+    Search", ECCV 2008. Landmarks with a single photo have no query.
+    """
+    queries, _ = query_rounds(labels)[0]
+    return [(np.array([q]), np.delete(np.arange(len(labels)), q)) for q in queries]
 
 
 def make_folds(photos: Photos, n_folds: int) -> list[Fold]:

@@ -18,12 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.container import BarContainer
 
 from lib.evaluation.metrics import Interval
 from lib.files import replacing
 
 if TYPE_CHECKING:  # figures need no Faiss
     from lib.search.tuning import Loss
+
+Distances = tuple[np.ndarray, np.ndarray]  # to positives and to negatives, float (n,) each
 
 RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
 
@@ -69,13 +72,14 @@ def plot_photo_grid(
     height = size * (1.22 if titles is not None else 1.0)
     _, axes = plt.subplots(rows, columns, figsize=(size * columns, height * rows), squeeze=False)
     for i, axis in enumerate(axes.flat):
+        if i >= len(photos):
+            axis.axis("off")
+            continue
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
-        frame = frames[i] if frames is not None and i < len(photos) else None
+        frame = frames[i] if frames is not None else None
         for spine in axis.spines.values():
             spine.set(visible=frame is not None, color=frame, linewidth=4)
-        if i >= len(photos):
-            continue
         axis.imshow(photos[i], cmap="magma", interpolation="nearest")
         if titles is not None:
             axis.set_title(titles[i], fontsize=9)
@@ -104,28 +108,20 @@ def plot_retrieval_grid(
         positives: bool (n,), which photos show the query's landmark; None: unknown (grey frames).
         columns: photos in a row.
     """
-
-    def frame(photo: int) -> str:
-        if positives is None:
-            return UNKNOWN
-        return RIGHT if positives[photo] else WRONG
-
+    marks = [
+        UNKNOWN if positives is None else RIGHT if positives[photo] else WRONG
+        for photo in retrieved
+    ]
     titles = ["query", *(f"{r}: {s:.2f}" for r, s in enumerate(similarities, start=1))]
-    plot_photo_grid(
-        [photos[query], *(photos[i] for i in retrieved)],
-        columns,
-        titles=titles,
-        frames=[QUERY, *(frame(i) for i in retrieved)],
-        save=save,
-    )
+    shown = photos[[query, *retrieved]]
+    plot_photo_grid(shown, columns, titles=titles, frames=[QUERY, *marks], save=save)
 
 
 def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> None:
     """Draw loss, distances, collapse signals and validation by epoch.
 
     Args:
-        history: from :func:`lib.training.stages.train`, a row for each epoch. Dotted lines separate
-            the stages.
+        history: from :func:`lib.training.stages.train`; dotted lines separate the stages.
     """
     begins = [i for a, i in pairwise(history.index) if history["stage"][a] != history["stage"][i]]
     panels = {
@@ -149,13 +145,9 @@ def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> 
 
 
 def plot_distance_histograms(
-    distances: Mapping[str, tuple[np.ndarray, np.ndarray]], *, save: Path | None = None
+    distances: Mapping[str, Distances], *, save: Path | None = None
 ) -> None:
-    """Draw histograms of the distances to positives and negatives, a panel for each entry.
-
-    Args:
-        distances: title -> (squared distances to positives, to negatives).
-    """
+    """Draw histograms of the squared distances to positives and to negatives, a panel for each."""
     _, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 3.2), squeeze=False)
     bins = np.linspace(0, 4, 41)
     for axis, (title, (positive, negative)) in zip(axes.flat, distances.items(), strict=True):
@@ -169,12 +161,7 @@ def plot_distance_histograms(
 def plot_histograms(
     values: Mapping[str, np.ndarray], *, xlabel: str, save: Path | None = None
 ) -> None:
-    """Draw histograms over one axis.
-
-    Args:
-        values: name -> float (n,).
-        xlabel: the quantity.
-    """
+    """Draw histograms of the entries of ``values``, name -> float (n,), over one axis."""
     _, axis = plt.subplots(figsize=(6.5, 3.2))
     bins = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=40)
     for name, sample in values.items():
@@ -186,17 +173,9 @@ def plot_histograms(
 
 
 def plot_bars(values: Mapping[str, float], *, xlabel: str, save: Path | None = None) -> None:
-    """Draw a bar for each entry, labelled with its value.
-
-    Args:
-        values: name -> share, from 0 to 1.
-        xlabel: the quantity.
-    """
-    _, axis = plt.subplots(figsize=(7, 0.5 * len(values) + 1))
-    colours = sns.color_palette()[: len(values)]
-    bars = axis.barh(list(values), list(values.values()), color=colours, height=0.6)
+    """Draw a bar for each entry, name -> share from 0 to 1, labelled with its value."""
+    axis, bars = _draw_bars(list(values), list(values.values()))
     axis.bar_label(bars, fmt="{:.0%}", padding=4)
-    axis.invert_yaxis()
     axis.set(xlabel=xlabel, xlim=(0, 1))
     finish(save)
 
@@ -204,35 +183,34 @@ def plot_bars(values: Mapping[str, float], *, xlabel: str, save: Path | None = N
 def plot_intervals(
     values: Mapping[str, Interval], *, xlabel: str, save: Path | None = None
 ) -> None:
-    """Draw a bar with its confidence interval for each entry.
-
-    Args:
-        values: name -> mean and interval.
-        xlabel: the quantity.
-    """
-    names = list(values)
-    means = np.array([v.value for v in values.values()])
-    low, high = (np.array([getattr(v, end) for v in values.values()]) for end in ("low", "high"))
-    _, axis = plt.subplots(figsize=(7, 0.5 * len(names) + 1))
-    axis.barh(names, means, color=sns.color_palette()[: len(names)], height=0.6)
-    errors = np.clip([means - low, high - means], 0, None)
-    axis.errorbar(means, names, xerr=errors, fmt="none", ecolor="black", capsize=4)
-    axis.invert_yaxis()
+    """Draw a bar with its confidence interval for each entry."""
+    means, low, high = np.array(list(values.values())).T
+    axis, _ = _draw_bars(list(values), means)
+    errors = error_bars(means, low, high)
+    axis.errorbar(means, list(values), xerr=errors, fmt="none", ecolor="black", capsize=4)
     axis.set(xlabel=xlabel, xlim=(0, None))
     finish(save)
 
 
+def _draw_bars(names: list[str], values: Sequence[float]) -> tuple[plt.Axes, BarContainer]:
+    """Draw horizontal bars, the first on top."""
+    _, axis = plt.subplots(figsize=(7, 0.5 * len(names) + 1))
+    axis.invert_yaxis()
+    return axis, axis.barh(names, values, color=sns.color_palette()[: len(names)], height=0.6)
+
+
+def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Compute how far intervals reach below and above their means: three (n,) -> (2, n)."""
+    return np.clip([mean - low, high - mean], 0, None)
+
+
 def plot_mining(
-    distances: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    margin: float,
-    *,
-    save: Path | None = None,
+    distances: Mapping[str, Distances], margin: float, *, save: Path | None = None
 ) -> None:
     """Draw the triplets of a batch by their two distances: easy, semi-hard or hard.
 
     Args:
-        distances: title of a panel -> (distances of anchor and positive, of anchor and negative),
-            float (t,) each, of t triplets.
+        distances: title of a panel -> the anchors' distances, of t triplets.
         margin: a triplet is active below the diagonal plus the margin.
     """
     _, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 4), squeeze=False)
@@ -254,12 +232,7 @@ def plot_mining(
 
 
 def plot_loss_surface(margin: float, temperature: float, *, save: Path | None = None) -> None:
-    """Draw the margin loss and its soft form against the distance of the negative.
-
-    Args:
-        margin: of the margin loss.
-        temperature: of the soft loss.
-    """
+    """Draw the margin loss and its soft form against the distance of the negative."""
     negative = np.linspace(0, 2.5, 200)
     _, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
     for positive in (0.4, 1.0):
@@ -301,27 +274,15 @@ def plot_intervals_by(
     ylabel: str,
     save: Path | None = None,
 ) -> None:
-    """Draw curves of values with their intervals.
-
-    Args:
-        values: name of the curve -> x -> the value there.
-        xlabel: the quantity on the x axis.
-        ylabel: the quantity of the values.
-    """
+    """Draw a curve for each entry of ``values``, name -> x -> the value there, with intervals."""
     _, axis = plt.subplots(figsize=(6, 3.4))
     markers = "osDv^"
     for number, (name, of) in enumerate(values.items()):
         x = np.array(list(of), dtype=float)
         value, low, high = np.array(list(of.values()), dtype=float).T
         shift = 1 + 0.008 * (number - (len(values) - 1) / 2)  # apart, so that none hides another
-        axis.errorbar(
-            x * shift,
-            value,
-            yerr=np.clip([value - low, high - value], 0, None),
-            marker=markers[number % len(markers)],
-            capsize=3,
-            label=name,
-        )
+        style = {"marker": markers[number % len(markers)], "capsize": 3, "label": name}
+        axis.errorbar(x * shift, value, error_bars(value, low, high), **style)
     axis.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=[f"{v:g}" for v in x])
     axis.legend(fontsize=9)
     finish(save)
@@ -336,10 +297,8 @@ def plot_nearest(right: np.ndarray, wrong: np.ndarray, *, save: Path | None = No
     """
     _, axis = plt.subplots(figsize=(4.6, 4.2))
     failed = wrong > right
-    for chosen, colour, label in (
-        (~failed, RIGHT, f"right one first: {np.sum(~failed)}"),
-        (failed, WRONG, f"wrong one first: {np.sum(failed)}"),
-    ):
+    for kind, chosen, colour in (("right", ~failed, RIGHT), ("wrong", failed, WRONG)):
+        label = f"{kind} one first: {np.sum(chosen)}"
         axis.scatter(wrong[chosen], right[chosen], s=12, color=colour, alpha=0.6, label=label)
     low, high = min(right.min(), wrong.min()), 1.0
     axis.plot([low, high], [low, high], color="black", linewidth=0.8)
@@ -349,17 +308,12 @@ def plot_nearest(right: np.ndarray, wrong: np.ndarray, *, save: Path | None = No
 
 
 def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None = None) -> None:
-    """Draw recall against the number of results looked at.
-
-    Args:
-        curves: name -> float (n,), recall at 1, 2, ..., n.
-    """
+    """Draw recall at 1, 2, ..., n for each entry of ``curves``, name -> float (n,)."""
     _, axis = plt.subplots(figsize=(6, 3.4))
     for name, recall in curves.items():
         axis.plot(np.arange(1, len(recall) + 1), recall, label=name)
-    axis.set(
-        xlabel="photos looked at", ylabel="share of positives found", ylim=(0, 1), xscale="log"
-    )
+    axis.set(xlabel="photos looked at", ylabel="share of positives found")
+    axis.set(ylim=(0, 1), xscale="log")
     axis.legend(fontsize=9)
     finish(save)
 
@@ -451,11 +405,7 @@ def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> Non
 
 
 def plot_capacity(table: pd.DataFrame, *, save: Path | None = None) -> None:
-    """Draw hours and bytes against the number of photos, on logarithmic axes.
-
-    Args:
-        table: from :func:`lib.cluster.capacity.capacity`.
-    """
+    """Draw hours and bytes by photos, as of :func:`lib.cluster.capacity.capacity`."""
     _, (hours, room) = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, columns, scale, label in (
         (hours, ("training_hours", "embedding_hours"), 1, "hours"),

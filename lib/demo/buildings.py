@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,47 +45,40 @@ class _Builder:
     """Collects the faces of solids, and the windows and mouldings on them."""
 
     def __init__(self) -> None:
-        self.polygons: list[np.ndarray] = []
-        self.materials: list[int] = []
-        self.faces: list[int] = []
+        self.polygons: list[tuple[np.ndarray, int, int]] = []  # corners, material, face
 
     def face(self, corners, material: int) -> int:
         """Add a face, its corners counter-clockwise from outside; return its number."""
-        self.polygons.append(np.asarray(corners, dtype=np.float64))
-        self.materials.append(material)
-        self.faces.append(len(self.faces))
-        return len(self.faces) - 1
+        number = len(self.polygons)
+        self.polygons.append((np.asarray(corners, dtype=np.float64), material, number))
+        return number
 
     def on_face(self, face: int, outlines, material: int) -> None:
         """Add polygons on a four-cornered face: outlines (n, corners, 2), (u, v) from 0 to 1."""
-        origin, right, _, up = self.polygons[face]
+        origin, right, _, up = self.polygons[face][0]
         u, v = np.moveaxis(np.asarray(outlines, dtype=np.float64), -1, 0)[..., None]
         added = origin + u * (right - origin) + v * (up - origin)
-        self.polygons.extend(added)
-        self.materials.extend([material] * len(added))
-        self.faces.extend([face] * len(added))
+        self.polygons += [(corners, material, face) for corners in added]
 
     def prism(self, outline, z0: float, z1: float, material: int, top: int = ROOF) -> list[int]:
         """Add a prism over a counter-clockwise outline (n, 2); return its side faces."""
-        outline = np.asarray(outline, dtype=np.float64)
-        sides = []
-        for a, b in zip(outline, np.roll(outline, -1, axis=0), strict=True):
-            corners = [(*a, z0), (*b, z0), (*b, z1), (*a, z1)]
-            sides.append(self.face(corners, material))
+        sides = [
+            self.face([(*a, z0), (*b, z0), (*b, z1), (*a, z1)], material)
+            for a, b in _edges(outline)
+        ]
         self.face([(*p, z1) for p in outline], top)
         return sides
 
-    def pyramid(self, outline, z0: float, height: float, material: int = ROOF) -> None:
+    def pyramid(self, outline, z0: float, height: float) -> None:
         """Add a pyramid over a counter-clockwise outline; a round one gives a cone."""
-        outline = np.asarray(outline, dtype=np.float64)
-        apex = (*outline.mean(axis=0), z0 + height)
-        for a, b in zip(outline, np.roll(outline, -1, axis=0), strict=True):
-            self.face([(*a, z0), (*b, z0), apex], material)
+        apex = (*np.mean(outline, axis=0), z0 + height)
+        for a, b in _edges(outline):
+            self.face([(*a, z0), (*b, z0), apex], ROOF)
 
     def gable(self, box: _Box, z0: float, height: float, along_x: bool) -> None:
         """Add a saddle roof on a box, its ridge along x or y."""
         p0, p1, p2, p3 = box.outline if along_x else np.roll(box.outline, -1, axis=0)
-        (x0, y0), (x1, y1) = box.low, box.high
+        (x0, y0), _, (x1, y1), _ = box.outline
         a, b = ((x0, box.y), (x1, box.y)) if along_x else ((box.x, y0), (box.x, y1))
         slopes = [(p0, p1, b, a), (p2, p3, a, b)]
         ends = [(p1, p2, b), (p3, p0, a)]
@@ -94,13 +89,10 @@ class _Builder:
 
     def dome(self, x: float, y: float, radius: float, z0: float, profile) -> None:
         """Add a surface of revolution; ``profile``: (share of the radius, height), upwards."""
-        rings = [_circle(x, y, radius * share, 10) for share, _ in profile]
-        levels = [z0 + z for _, z in profile]
-        for lower, upper, za, zb in zip(rings, rings[1:], levels, levels[1:], strict=False):
-            for i in range(len(lower)):
-                j = (i + 1) % len(lower)
-                quad = [(*lower[i], za), (*lower[j], za), (*upper[j], zb), (*upper[i], zb)]
-                self.face(quad, ROOF)
+        rings = [[(*p, z0 + z) for p in _circle(x, y, radius * share, 10)] for share, z in profile]
+        for lower, upper in pairwise(rings):
+            for (a, b), (c, d) in zip(_edges(lower), _edges(upper), strict=True):
+                self.face([a, b, d, c], ROOF)
 
 
 @dataclass(frozen=True)
@@ -113,17 +105,16 @@ class _Box:
     depth: float
 
     @property
-    def low(self) -> tuple[float, float]:
-        return self.x - self.width / 2, self.y - self.depth / 2
-
-    @property
-    def high(self) -> tuple[float, float]:
-        return self.x + self.width / 2, self.y + self.depth / 2
-
-    @property
     def outline(self) -> list[tuple[float, float]]:
-        (x0, y0), (x1, y1) = self.low, self.high
+        """The corners, counter-clockwise from the front left."""
+        x0, x1 = self.x - self.width / 2, self.x + self.width / 2
+        y0, y1 = self.y - self.depth / 2, self.y + self.depth / 2
         return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def _edges(outline) -> Iterator[tuple]:
+    """Pair each corner with the next; the last one with the first."""
+    return zip(outline, [*outline[1:], outline[0]], strict=True)
 
 
 def _circle(x: float, y: float, radius: float, n: int) -> np.ndarray:
@@ -153,7 +144,7 @@ def _windows(build: _Builder, faces: list[int], rng: np.random.Generator, height
     width, tall = rng.uniform(0.3, 0.7), rng.uniform(0.45, 0.8)
     mouldings = rng.random() < 0.5
     for face in faces:
-        origin, right = build.polygons[face][:2]
+        origin, right = build.polygons[face][0][:2]
         columns = max(1, round(np.linalg.norm(right - origin) * per_unit))
         window = _opening(0, 0, width / columns, tall / rows, shape)
         u = (np.arange(columns) + 0.5) / columns
@@ -173,21 +164,18 @@ def _roof(build: _Builder, box: _Box, z: float, rng: np.random.Generator, kinds)
     if kind == "gable":
         rise = side * rng.uniform(0.25, 0.8)
         build.gable(box, z, rise, along_x=bool(rng.random() < 0.5))
-    elif kind == "hip":
-        rise = side * rng.uniform(0.25, 0.7)
-        build.pyramid(box.outline, z, rise)
-    elif kind == "spire":
-        rise = side * rng.uniform(1.3, 3.2)
+    elif kind in ("hip", "spire"):
+        rise = side * (rng.uniform(0.25, 0.7) if kind == "hip" else rng.uniform(1.3, 3.2))
         build.pyramid(box.outline, z, rise)
     elif kind == "dome":
         rise = _dome(build, box.x, box.y, side * rng.uniform(0.36, 0.5), z, rng)
     elif kind == "battlement":
         rise = 0.09
         teeth = int(rng.integers(3, 6))
+        (x0, y0), _, (_, y1), _ = box.outline
         for share in (np.arange(teeth) + 0.5) / teeth:
-            x = box.low[0] + share * box.width
-            for y in (box.low[1] + 0.02, box.high[1] - 0.02):
-                tooth = _Box(x, y, 0.5 * box.width / teeth, 0.04)
+            for y in (y0 + 0.02, y1 - 0.02):
+                tooth = _Box(x0 + share * box.width, y, 0.5 * box.width / teeth, 0.04)
                 build.prism(tooth.outline, z, z + rise, WALL, WALL)
     elif kind == "steps":
         rise, inner = 0.0, box
@@ -224,14 +212,12 @@ def _dome(build: _Builder, x, y, radius: float, z: float, rng: np.random.Generat
 
 def _tower(build: _Builder, x, y, width: float, height: float, style: np.random.Generator) -> None:
     """Add a square or round tower; equal states of ``style`` give equal towers."""
-    if style.random() < 0.4:
-        outline, sides = _circle(x, y, width / 2, 8), 8
-    else:
-        outline, sides = _Box(x, y, width, width).outline, 4
+    is_round = style.random() < 0.4
+    outline = _circle(x, y, width / 2, 8) if is_round else _Box(x, y, width, width).outline
     faces = build.prism(outline, 0, height, WALL)
     if style.random() < 0.85:
         _windows(build, faces, style, height)
-    if sides == 4:
+    if not is_round:
         roofs = ["spire", "hip", "dome", "battlement", "flat", "spire"]
         _roof(build, _Box(x, y, width * 1.04, width * 1.04), height, style, roofs)
     elif style.random() < 0.6:
@@ -265,34 +251,36 @@ def build_landmark(seed: int, landmark_id: int) -> Landmark:
             _windows(build, faces, rng, low)
             _roof(build, wing, low, rng, ["gable", "hip", "flat", "battlement"])
 
-    starts = np.cumsum([0, *(len(p) for p in build.polygons)])
-    vertices = np.concatenate(build.polygons)
+    polygons, materials, faces = zip(*build.polygons, strict=True)
+    vertices = np.concatenate(polygons)
     low, high = vertices.min(axis=0), vertices.max(axis=0)
-    vertices = vertices - [*(low + high)[:2] / 2, 0.0]
+    vertices -= [*(low + high)[:2] / 2, 0.0]
     radius = np.linalg.norm(vertices - [0, 0, high[2] / 2], axis=1).max()
-    materials, faces = np.array(build.materials), np.array(build.faces)
-    scaled, top = vertices / radius, float(high[2] / radius)
-    return Landmark(seed, landmark_id, scaled, starts, materials, faces, top)
+    starts, height = np.cumsum([0, *map(len, polygons)]), float(high[2] / radius)
+    materials, faces = np.array(materials), np.array(faces)
+    return Landmark(seed, landmark_id, vertices / radius, starts, materials, faces, height)
 
 
 def _entrance(build: _Builder, front: int, body: _Box, height: float, rng) -> None:
     """Add a door, a porch with columns, stairs, or nothing; it marks the building's front."""
     entrance = rng.choice(["door", "porch", "stairs", "none"])
+    y = body.outline[0][1]  # of the front
     if entrance == "door":
         tall, wide = rng.uniform(0.3, 0.65), rng.uniform(0.12, 0.3)
         shape = rng.choice(["plain", "arched", "pointed"])
         build.on_face(front, [_opening(0.5, 0, wide, tall, shape)], DOOR)
     elif entrance == "porch":
-        porch = _Box(0, body.low[1] - 0.16, body.width * rng.uniform(0.35, 0.9), 0.3)
+        porch = _Box(0, y - 0.16, body.width * rng.uniform(0.35, 0.9), 0.3)
         tall, n = height * rng.uniform(0.55, 0.95), int(rng.integers(3, 9))
-        for x in np.linspace(porch.low[0] + 0.05, porch.high[0] - 0.05, n):
-            build.prism(_circle(x, porch.low[1] + 0.05, 0.035, 6), 0, tall, TRIM)
+        (x0, y0), (x1, _), *_ = porch.outline
+        for x in np.linspace(x0 + 0.05, x1 - 0.05, n):
+            build.prism(_circle(x, y0 + 0.05, 0.035, 6), 0, tall, TRIM)
         build.prism(porch.outline, tall, tall + 0.06, TRIM)
         if rng.random() < 0.7:
             build.gable(porch, tall + 0.06, porch.width * rng.uniform(0.1, 0.25), along_x=False)
     elif entrance == "stairs":
         for step in range(3):
-            plan = _Box(0, body.low[1] - 0.1, body.width * 0.6 - 0.1 * step, 0.3 - 0.08 * step)
+            plan = _Box(0, y - 0.1, body.width * 0.6 - 0.1 * step, 0.3 - 0.08 * step)
             build.prism(plan.outline, 0.05 * step, 0.05 * (step + 1), TRIM, TRIM)
 
 

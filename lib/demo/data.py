@@ -18,7 +18,7 @@ import inspect
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from lib.workers import process_pool
 FULL_SHARDS = 15  # of equal size, as in the Kaggle set; another holds the remainder
 
 _DATASET, _TEST_SET = "Dataset/demo_world", "Test_set/demo_world"
-_MANIFEST = f"{_DATASET}/world.json"
+_MANIFEST, _TRUTH = f"{_DATASET}/world.json", f"{_TEST_SET}/{GROUND_TRUTH}"
 
 # First landmark of the unseen gallery and of the test set, beyond those of the shards.
 _FIRST_UNSEEN, _FIRST_TEST = 1_000_000, 2_000_000
@@ -97,21 +97,14 @@ def plan_triplets(settings: DemoSettings) -> list[tuple[View, View, View]]:
 
 def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:
     """Draw photos as JPEG files on all cores, with a progress bar."""
-    by_landmark: dict[int, list[int]] = {}
-    for landmark, view in sorted(set(views)):
-        by_landmark.setdefault(landmark, []).append(view)
-    jpegs: dict[View, bytes] = {}
-    with (
-        process_pool() as pool,
-        tqdm(total=sum(map(len, by_landmark.values())), desc="drawing", unit=" photos") as bar,
-    ):
+    views = sorted(set(views))
+    by_landmark = {i: [v.view for v in of] for i, of in groupby(views, lambda v: v.landmark)}
+    with process_pool() as pool:
         drawn = pool.map(
             render_jpegs, repeat(seed), by_landmark, by_landmark.values(), chunksize=16
         )
-        for (landmark, numbers), pictures in zip(by_landmark.items(), drawn, strict=True):
-            jpegs |= {View(landmark, v): p for v, p in zip(numbers, pictures, strict=True)}
-            bar.update(len(numbers))
-    return jpegs
+        jpegs = tqdm(chain.from_iterable(drawn), "drawing", total=len(views), unit=" photos")
+        return dict(zip(views, jpegs, strict=True))
 
 
 def make_demo_data(root: Path, settings: DemoSettings | None = None) -> bool:
@@ -149,7 +142,8 @@ def _read_manifest(root: Path) -> dict:
         manifest = read_json(root / _MANIFEST)
         if not isinstance(manifest["files"], dict):  # older manifests hold the number of files
             sizes = {name: manifest[name] for name in asdict(DemoSettings())}
-            manifest["files"] = dict.fromkeys(_file_names(_plan_photos(DemoSettings(**sizes))[0]))
+            shards, photos, _ = _plan_files(DemoSettings(**sizes))
+            manifest["files"] = dict.fromkeys([*shards, *photos, _TRUTH])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
     return manifest
@@ -157,15 +151,13 @@ def _read_manifest(root: Path) -> dict:
 
 def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str]) -> None:
     """Write all files; those named in ``own`` may be replaced."""
-    photos, roles = _plan_photos(settings)
-    names = _file_names(photos)
+    shards, photos, roles = _plan_files(settings)
+    names = [*shards, *photos, _TRUTH]
     paths = {root / name: name for name in [_MANIFEST, *names]}
     folders = {folder for path in paths for folder in path.parents if root in folder.parents}
-    foreign = [folder for folder in folders if folder.exists() and not folder.is_dir()] + [
-        path
-        for path, name in paths.items()
-        if path.is_dir() or (name not in own and os.path.lexists(path))
-    ]
+    foreign = [folder for folder in folders if folder.exists() and not folder.is_dir()]
+    strangers = [path for path, name in paths.items() if name not in own or path.is_dir()]
+    foreign += [path for path in strangers if os.path.lexists(path)]
     if foreign:
         raise FileExistsError(
             f"the demo world needs the name {show_path(foreign[0])}, which holds something else "
@@ -181,29 +173,26 @@ def _write_world(root: Path, settings: DemoSettings, wanted: dict, own: list[str
         with contextlib.suppress(OSError):  # the folder is not empty
             (root / name).parent.rmdir()
 
-    plan = plan_triplets(settings)
-    jpegs = _render(settings.seed, chain(*plan, photos.values()))
-    size = len(plan) // FULL_SHARDS
-    for number in range(FULL_SHARDS + 1):
-        end = (number + 1) * size if number < FULL_SHARDS else len(plan)
-        triplets = (Triplet(*(jpegs[v] for v in t)) for t in plan[number * size : end])
-        write_shard(root / names[number], triplets)
+    jpegs = _render(settings.seed, chain(*chain(*shards.values()), photos.values()))
+    for name, plan in shards.items():
+        write_shard(root / name, (Triplet(*(jpegs[view] for view in views)) for views in plan))
     for name, view in photos.items():
         (root / name).unlink(missing_ok=True)  # it may be a link to a file elsewhere
         (root / name).write_bytes(jpegs[view])
-    with replacing(root / names[-1]) as part, part.open("w", newline="") as file:
+    with replacing(root / _TRUTH) as part, part.open("w", newline="") as file:
         csv.writer(file).writerows([("image", "role"), *roles])
     write_json(root / _MANIFEST, wanted | {"files": {n: checksum(root / n) for n in names}})
 
 
-def _file_names(photos: Iterable[str]) -> list[str]:
-    """List all files but the manifest: shards, photos, and last the ground truth."""
-    shards = [f"{_DATASET}/{shard_name(number)}" for number in range(FULL_SHARDS + 1)]
-    return [*shards, *photos, f"{_TEST_SET}/{GROUND_TRUTH}"]
-
-
-def _plan_photos(settings: DemoSettings) -> tuple[dict[str, View], list[tuple[str, str]]]:
-    """Plan the photos of gallery and test set by file name, and the ground truth's rows."""
+def _plan_files(
+    settings: DemoSettings,
+) -> tuple[dict[str, list], dict[str, View], list[tuple[str, str]]]:
+    """Plan the triplets of each shard, the view of each photo, and the ground truth's rows."""
+    plan = plan_triplets(settings)
+    names = [f"{_DATASET}/{shard_name(number)}" for number in range(FULL_SHARDS + 1)]
+    size = len(plan) // FULL_SHARDS
+    shards = {name: plan[i * size : (i + 1) * size] for i, name in enumerate(names[:-1])}
+    shards[names[-1]] = plan[FULL_SHARDS * size :]
     photos = {
         f"{_DATASET}/unseen/landmark_{i:03d}/{v}.jpg": View(_FIRST_UNSEEN + i, v)
         for i in range(settings.unseen_landmarks)
@@ -218,4 +207,4 @@ def _plan_photos(settings: DemoSettings) -> tuple[dict[str, View], list[tuple[st
     for number, (view, role) in enumerate([query, *others]):
         roles.append((f"photo_{number:03d}.jpg", role))
         photos[f"{_TEST_SET}/{roles[-1][0]}"] = view
-    return photos, roles
+    return shards, photos, roles

@@ -15,8 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lib.demo.buildings import WINDOW, Landmark, build_landmark
 
-PHOTO_SIZE = 128  # pixels, as in the Kaggle set
-JPEG_QUALITY = 94  # likewise
+SIZE, JPEG_QUALITY = 128, 94  # pixels and quality of a photo, as in the Kaggle set
 
 # Sky at the top and at the horizon, colour of the sun's light, share of ambient light.
 _LIGHTS = {
@@ -47,11 +46,10 @@ def _jitter(rng: np.random.Generator, colour, spread: float = 12.0) -> np.ndarra
 
 
 def _rgb(colour) -> tuple[int, int, int]:
-    r, g, b = np.clip(colour, 0, 255).astype(int)
-    return int(r), int(g), int(b)
+    return tuple(np.clip(colour, 0, 255).astype(int).tolist())
 
 
-def _project(landmark: Landmark, rng: np.random.Generator, size: int):
+def _project(landmark: Landmark, rng: np.random.Generator):
     """Place a camera; return pixels (v, 2), depths (v,), camera position (3,), horizon row."""
     # Azimuth 0 is in front of the building, where most people stand.
     azimuth = np.deg2rad(np.clip(rng.normal(0, 20), -50, 50))
@@ -70,29 +68,28 @@ def _project(landmark: Landmark, rng: np.random.Generator, size: int):
     # The building fills this share of the frame; above 1, parts of it are cut off.
     share = rng.uniform(0.8, 1.02)
     low, high = plane.min(axis=0), plane.max(axis=0)
-    focal = share * size / (high - low).max()
-    offset = size * (0.5 + rng.uniform(-0.06, 0.06, 2)) - focal * (low + high) / 2
+    focal = share * SIZE / (high - low).max()
+    offset = SIZE * (0.5 + rng.uniform(-0.06, 0.06, 2)) - focal * (low + high) / 2
     roll = np.deg2rad(rng.normal(0, 1.5))
     turn = np.array([[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]])
-    pixels = (focal * plane + offset - size / 2) @ turn.T + size / 2
+    pixels = (focal * plane + offset - SIZE / 2) @ turn.T + SIZE / 2
     horizon = focal * np.tan(elevation) * -1 + offset[1]
     return pixels, depth, camera, horizon
 
 
-def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.ndarray:
+def draw_view(landmark: Landmark, view_id: int) -> np.ndarray:
     """Draw a photo of a landmark.
 
     Args:
         landmark: the building.
         view_id: number of the photo. Equal numbers give equal pixels: with the landmark's seed and
             id, it determines camera, light, paint, weather and passers-by.
-        size: side of the photo in pixels.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (128, 128, 3), RGB.
     """
     rng = np.random.default_rng([landmark.seed, landmark.landmark_id, 1 + view_id])
-    pixels, depth, camera, horizon = _project(landmark, rng, size)
+    pixels, depth, camera, horizon = _project(landmark, rng)
 
     hour = rng.choice(list(_LIGHTS), p=[0.32, 0.2, 0.14, 0.2, 0.06, 0.08])
     sky, skyline, sun_colour, ambient = (np.asarray(v, dtype=np.float64) for v in _LIGHTS[hour])
@@ -100,9 +97,9 @@ def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.nd
     height = np.deg2rad(rng.uniform(15, 65))
     sun = np.array([np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), np.sin(height)])
 
-    image = Image.new("RGB", (size, size))
+    image = Image.new("RGB", (SIZE, SIZE))
     draw = ImageDraw.Draw(image)
-    _draw_backdrop(draw, rng, size, horizon, _jitter(rng, sky), _jitter(rng, skyline), hour)
+    _draw_backdrop(draw, rng, horizon, _jitter(rng, sky), _jitter(rng, skyline), hour)
 
     wall = _jitter(rng, _PAINTS[rng.integers(len(_PAINTS))])
     second_wall = np.clip(wall * rng.uniform(0.8, 1.15), 0, 255)
@@ -118,7 +115,7 @@ def draw_view(landmark: Landmark, view_id: int, size: int = PHOTO_SIZE) -> np.nd
         draw, landmark, pixels, depth, camera, paint, sun, sun_colour, ambient, lit, haze, skyline
     )
     light = float(sun_colour.mean() * (0.6 + 0.4 * ambient))
-    _draw_passers_by(draw, rng, size, horizon, light)
+    _draw_passers_by(draw, rng, horizon, light)
     return _develop(image, rng, hour)
 
 
@@ -154,20 +151,20 @@ def _draw_building(
         draw.polygon(corners[starts[polygon] : starts[polygon + 1]], fill=fills[polygon])
 
 
-def _draw_backdrop(draw, rng, size: int, horizon: float, sky, skyline, hour: str) -> None:
+def _draw_backdrop(draw, rng, horizon: float, sky, skyline, hour: str) -> None:
     """Draw the sky with clouds, houses or hills on the horizon, and the ground."""
-    ground = int(np.clip(horizon, 0.05 * size, size))
+    ground = int(np.clip(horizon, 0.05 * SIZE, SIZE))
     for band in range(8):
         share = band / 7
         y0, y1 = ground * band // 8, ground * (band + 1) // 8
-        draw.rectangle([0, y0, size, y1], fill=_rgb(sky * (1 - share) + skyline * share))
+        draw.rectangle([0, y0, SIZE, y1], fill=_rgb(sky * (1 - share) + skyline * share))
     if hour in ("noon", "morning", "sunset"):
         for _ in range(int(rng.integers(0, 5))):
-            x, y = rng.uniform(0, size), rng.uniform(0, 0.7 * ground + 1)
-            w, h = rng.uniform(0.1, 0.35) * size, rng.uniform(0.03, 0.08) * size
+            x, y = rng.uniform(0, SIZE), rng.uniform(0, 0.7 * ground + 1)
+            w, h = rng.uniform(0.1, 0.35) * SIZE, rng.uniform(0.03, 0.08) * SIZE
             draw.ellipse([x - w, y - h, x + w, y + h], fill=_rgb(skyline * 0.5 + 122))
     for _ in range(int(rng.integers(0, 9))):
-        x, w, h = rng.uniform(-10, size), rng.uniform(6, 30), rng.uniform(2, 0.14 * size)
+        x, w, h = rng.uniform(-10, SIZE), rng.uniform(6, 30), rng.uniform(2, 0.14 * SIZE)
         colour = _rgb(skyline * 0.55 + _jitter(rng, (70, 74, 70), 14) * 0.45)
         if rng.random() < 0.5:
             draw.rectangle([x, ground - h, x + w, ground], fill=colour)
@@ -175,28 +172,28 @@ def _draw_backdrop(draw, rng, size: int, horizon: float, sky, skyline, hour: str
             draw.ellipse([x - w, ground - h, x + w, ground + h], fill=colour)
     light = 0.3 if hour == "night" else 1.0
     floor = _jitter(rng, _GROUNDS[rng.integers(len(_GROUNDS))], 12) * light
-    draw.rectangle([0, ground, size, size], fill=_rgb(floor))
+    draw.rectangle([0, ground, SIZE, SIZE], fill=_rgb(floor))
     if rng.random() < 0.4:  # a path or a pool
-        x, w = rng.uniform(0, size), rng.uniform(0.1, 0.3) * size
+        x, w = rng.uniform(0, SIZE), rng.uniform(0.1, 0.3) * SIZE
         draw.polygon(
-            [(size / 2, ground), (size / 2 + 4, ground), (x + w, size), (x - w, size)],
+            [(SIZE / 2, ground), (SIZE / 2 + 4, ground), (x + w, SIZE), (x - w, SIZE)],
             fill=_rgb(floor * rng.uniform(0.75, 1.2)),
         )
 
 
-def _draw_passers_by(draw, rng, size: int, horizon: float, light: float) -> None:
+def _draw_passers_by(draw, rng, horizon: float, light: float) -> None:
     """Draw trees, people and lamp posts in front of the building."""
-    base = np.clip(max(horizon, 0.8 * size), 0, size)
+    base = np.clip(max(horizon, 0.8 * SIZE), 0, SIZE)
     places = [(-0.05, 0.3), (0.7, 1.05), (0.0, 1.0)]  # mostly at the sides
     for _ in range(int(rng.choice([0, 1, 2, 3], p=[0.35, 0.35, 0.2, 0.1]))):
-        x = size * rng.uniform(*places[rng.integers(len(places))])
-        foot = rng.uniform(base, size * 1.02)
+        x = SIZE * rng.uniform(*places[rng.integers(len(places))])
+        foot = rng.uniform(base, SIZE * 1.02)
         drawing = rng.choice([_draw_tree, _draw_person, _draw_lamp], p=[0.45, 0.35, 0.2])
-        drawing(draw, rng, size, x, foot, light)
+        drawing(draw, rng, x, foot, light)
 
 
-def _draw_tree(draw, rng, size: int, x: float, foot: float, light: float) -> None:
-    tall, wide = rng.uniform(0.15, 0.42) * size, rng.uniform(0.05, 0.11) * size
+def _draw_tree(draw, rng, x: float, foot: float, light: float) -> None:
+    tall, wide = rng.uniform(0.15, 0.42) * SIZE, rng.uniform(0.05, 0.11) * SIZE
     trunk, green = np.array([82, 62, 44]) * light, _jitter(rng, (62, 96, 48), 16) * light
     draw.rectangle([x - 1.5, foot - tall * 0.5, x + 1.5, foot], fill=_rgb(trunk))
     if rng.random() < 0.4:  # a fir
@@ -209,8 +206,8 @@ def _draw_tree(draw, rng, size: int, x: float, foot: float, light: float) -> Non
         draw.ellipse([cx - wide, cy - wide, cx + wide, cy + wide], fill=leaves)
 
 
-def _draw_person(draw, rng, size: int, x: float, foot: float, light: float) -> None:
-    tall = rng.uniform(0.08, 0.2) * size
+def _draw_person(draw, rng, x: float, foot: float, light: float) -> None:
+    tall = rng.uniform(0.08, 0.2) * SIZE
     wide = tall * 0.16
     coat, skin = rng.uniform(20, 230, 3) * light, np.array([214, 170, 140]) * light
     draw.rectangle([x - wide, foot - tall * 0.82, x + wide, foot], fill=_rgb(coat))
@@ -218,8 +215,8 @@ def _draw_person(draw, rng, size: int, x: float, foot: float, light: float) -> N
     draw.ellipse(head, fill=_rgb(skin))
 
 
-def _draw_lamp(draw, rng, size: int, x: float, foot: float, light: float) -> None:
-    top = foot - rng.uniform(0.3, 0.6) * size
+def _draw_lamp(draw, rng, x: float, foot: float, light: float) -> None:
+    top = foot - rng.uniform(0.3, 0.6) * SIZE
     draw.line([x, foot, x, top], fill=(40, 42, 44), width=2)
     draw.ellipse([x - 3, top - 4, x + 3, top + 2], fill=(236, 226, 190))
 
@@ -228,11 +225,10 @@ def _develop(image: Image.Image, rng: np.random.Generator, hour: str) -> np.ndar
     """Add blur, rain, exposure, a colour cast and noise."""
     if rng.random() < 0.25:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.9)))
-    size = image.size[0]
     if hour == "overcast" and rng.random() < 0.3:
         draw = ImageDraw.Draw(image)
         for _ in range(40):
-            x, y = rng.uniform(0, size, 2)
+            x, y = rng.uniform(0, SIZE, 2)
             draw.line([x, y, x - 2, y + 7], fill=(190, 194, 200))
     photo = np.asarray(image, dtype=np.float32)
     cast = rng.uniform(0.88, 1.12, 3).astype(np.float32)
@@ -252,9 +248,7 @@ def draw_views(seed: int, landmark_id: int, view_ids: list[int]) -> np.ndarray:
 
 def render_jpegs(seed: int, landmark_id: int, view_ids: list[int]) -> list[bytes]:
     """Draw several photos of a landmark as JPEG files."""
-    jpegs = []
-    for photo in draw_views(seed, landmark_id, view_ids):
-        buffer = io.BytesIO()
-        Image.fromarray(photo).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        jpegs.append(buffer.getvalue())
-    return jpegs
+    jpegs = [io.BytesIO() for _ in view_ids]
+    for photo, jpeg in zip(draw_views(seed, landmark_id, view_ids), jpegs, strict=True):
+        Image.fromarray(photo).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    return [jpeg.getvalue() for jpeg in jpegs]

@@ -12,7 +12,7 @@ variance in a few dimensions, and are clustered by landmark. A sampled descripto
 scaled to unit norm. Both z are standard normal. The covariances between and within landmarks are
 estimated from the real set (one-way random effects: Searle, Casella, McCulloch, "Variance
 Components", 1992, chapter 3). Landmarks form clusters, too, so their means follow a mixture of
-components c. Spreads are drawn from those of real landmarks; landmark sizes have a Pareto tail.
+components c, found by k-means. Spreads are those of real landmarks; sizes have a Pareto tail.
 """
 
 from __future__ import annotations
@@ -80,14 +80,12 @@ class DescriptorModel:
         return vectors
 
 
-def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) -> DescriptorModel:
+def fit(descriptors: np.ndarray, landmarks: np.ndarray) -> DescriptorModel:
     """Estimate the distribution.
 
     Args:
         descriptors: float32 (n, d) of unit norm.
         landmarks: int (n,), the landmark of each.
-        components: of the mixture, found by k-means on the landmarks' means; capped at one for
-            every 8 landmarks.
 
     Raises:
         ValueError: no landmark has two photos.
@@ -105,7 +103,7 @@ def fit(descriptors: np.ndarray, landmarks: np.ndarray, components: int = 64) ->
     scatter = np.bincount(landmark, weights=np.sum(residuals**2, axis=1))[several]
     spreads = np.sqrt(scatter / (counts[several] - 1) / (np.trace(within) or 1))
 
-    components = min(components, max(1, len(centres) // 8))
+    components = min(64, max(1, len(centres) // 8))
     component = KMeans(components, n_init=1, random_state=0).fit_predict(centres)
     means, roots = np.empty((components, x.shape[1]), np.float32), []
     for c in range(components):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lib.plots import finish
+from lib.plots import error_bars, finish
 
 
 def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = None) -> None:
@@ -110,5 +110,5 @@ def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | N
 def _draw_intervals(axis, rows, values: pd.DataFrame, color, label: str | None) -> None:
     """Draw points with error bars; ``values`` has the columns mean, low, high."""
     mean, low, high = values.to_numpy(float).T
-    errors = np.clip([mean - low, high - mean], 0, None)
+    errors = error_bars(mean, low, high)
     axis.errorbar(mean, rows, xerr=errors, fmt="o", color=color, capsize=4, label=label)

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 from lib.data.sampling import shuffled_passes
@@ -124,11 +126,6 @@ class LadderSettings:
             raise ValueError("the ladder needs at least one seed and one learning rate")
 
 
-# --------------------------------------------------------------------------------------------------
-# The arms
-# --------------------------------------------------------------------------------------------------
-
-
 def ladder_arms() -> dict[str, frozenset[str]]:
     """List the arms by name, with the fixes of each.
 
@@ -145,7 +142,6 @@ def photo_maps(
     backbone: keras.Model,
     preprocess: Callable[[np.ndarray], np.ndarray],
     photos: np.ndarray,
-    batch_size: int = 128,
 ) -> dict[str, np.ndarray]:
     """Compute feature maps with the right preprocessing and with the two of the original.
 
@@ -153,7 +149,6 @@ def photo_maps(
         backbone: without preprocessing: float32 (n, s, s, 3) -> (n, h, w, c).
         preprocess: the backbone's own, for RGB pixels from 0 to 255.
         photos: uint8 (n, s, s, 3), RGB.
-        batch_size: photos per forward pass.
 
     Returns:
         float16 (n, h, w, c) for each of "right", "RGB / 255" and "BGR / 255".
@@ -166,24 +161,16 @@ def photo_maps(
         AS_TRAINED: lambda pixels: pixels / 255,
         AS_SEARCHED: lambda pixels: pixels[..., ::-1] / 255,
     }
-    maps = {}
-    for name, prepare in inputs.items():
-        batches = []
-        for start in range(0, len(photos), batch_size):
-            pixels = photos[start : start + batch_size].astype(np.float32)
-            batch = backbone.predict_on_batch(np.asarray(prepare(pixels)))
-            batches.append(to_float16(np.asarray(batch)))
-        maps[name] = np.concatenate(batches)
-    return maps
+
+    def maps(prepare: Callable, part: np.ndarray) -> np.ndarray:
+        pixels = np.asarray(prepare(part.astype(np.float32)))
+        return to_float16(np.asarray(backbone.predict_on_batch(pixels)))
+
+    return {name: in_parts(partial(maps, prepare), photos, 128) for name, prepare in inputs.items()}
 
 
 def landmark_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Split the landmarks at random into folds for cross-validation.
-
-    Args:
-        labels: (n,), the landmark of each photo.
-        folds: number of folds.
-        seed: of the split.
+    """Split the landmarks at random for cross-validation.
 
     Returns:
         bool (folds, n), the test photos of each fold; every photo is in exactly one.
@@ -197,11 +184,8 @@ def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw triplets as the Kaggle set does.
 
     The first two photos of each landmark are anchors. The positive is drawn from all photos of the
-    landmark, including the anchor; the negative from the anchors of all other landmarks.
-
-    Args:
-        labels: (n,), the landmark of each photo; at least two landmarks.
-        rng: random generator.
+    landmark, including the anchor; the negative from the anchors of all other landmarks (there must
+    be two).
 
     Returns:
         int64 (t, 3), indices of anchor, positive and negative in ``labels``.
@@ -217,23 +201,15 @@ def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array(triplets)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training and measuring
-# --------------------------------------------------------------------------------------------------
-
-
 def run_ladder(
-    data: LadderData,
-    settings: LadderSettings,
-    arms: Mapping[str, frozenset[str]] | None = None,
+    data: LadderData, settings: LadderSettings, arms: Mapping[str, frozenset[str]] | None = None
 ) -> pd.DataFrame:
     """Train every arm with every seed on every fold, and search with each test photo.
 
     The gallery of a query is all other test photos of its fold.
 
     Args:
-        data: maps, labels and folds.
-        settings: of the trainings.
+        data, settings: of the trainings.
         arms: some of :func:`ladder_arms`; None: all.
 
     Returns:
@@ -250,42 +226,35 @@ def run_ladder(
     for arm, fixes in arms.items():
         untouched = {"whitening"} if "loss" in fixes else {"whitening", "negatives"}
         heads.setdefault(fixes - untouched, []).append(arm)
-    workshop = _Workshop(data, settings)
-    choices = len(settings.learning_rates) if len(settings.learning_rates) > 1 else 0
-    total = len(data.test) * len(heads) * (choices + len(settings.seeds))
-    parts = []
+    workshop, parts = _Workshop(data, settings), []
+    total = len(data.test) * len(heads) * len(settings.seeds)
     with tqdm(total=total, desc="ladder", unit=" heads", mininterval=1) as bar:
         for fold, test in enumerate(data.test):
-            queries = {"fold": fold, "query": np.flatnonzero(test), "landmark": data.labels[test]}
-
-            def add(arm, seed, precision, rate=np.nan, queries=queries):
-                part = {"arm": arm, "seed": seed} | queries | {"average_precision": precision}
-                parts.append(pd.DataFrame(part | {"learning_rate": rate}))
-
-            for arm, precision in _search_frozen(data, test, settings.embedding_size).items():
-                for seed in settings.seeds:
-                    add(arm, seed, precision)
+            frozen = _search_frozen(data, test, settings.embedding_size)
+            found = [(arm, seed, frozen[arm], np.nan) for arm in frozen for seed in settings.seeds]
             for fixes, of_head in heads.items():
-                rate = workshop.choose_rate(fixes, fold, bar)
+                rate = workshop.choose_rate(fixes, ~test)
                 for seed in settings.seeds:
                     search = workshop.train(fixes, ~test, rate, seed)
-                    bar.update(1)
+                    bar.update()
                     for arm in of_head:
-                        add(arm, seed, search(test, whitened="whitening" in arms[arm]), rate)
+                        found.append((arm, seed, search(test, "whitening" in arms[arm]), rate))
+            queries = {"fold": fold, "query": np.flatnonzero(test), "landmark": data.labels[test]}
+            for arm, seed, ap, rate in found:
+                part = {"arm": arm, "seed": seed, **queries, "average_precision": ap}
+                parts.append(pd.DataFrame(part | {"learning_rate": rate}))
     return pd.concat(parts, ignore_index=True)
 
 
 def _search_frozen(data: LadderData, test: np.ndarray, dimension: int) -> dict[str, np.ndarray]:
     """Compute the average precision of each test photo for the two references."""
-    descriptors = _unit(_gem(data.maps[RIGHT], 3.0))
+    descriptors, labels = _unit(in_parts(partial(gem, p=3.0), data.maps[RIGHT])), data.labels
+    dimension = min(dimension, descriptors.shape[1])
     whitening = learn_supervised_whitening(
-        descriptors[~test],
-        labels=data.labels[~test],
-        dimension=min(dimension, descriptors.shape[1]),
+        descriptors[~test], labels=labels[~test], dimension=dimension
     )
     found = {FROZEN: descriptors[test], FROZEN_WHITENED: whitening.apply(descriptors[test])}
-    labels = data.labels[test]
-    return {arm: average_precision(leave_one_out(x, labels)) for arm, x in found.items()}
+    return {arm: average_precision(leave_one_out(x, labels[test])) for arm, x in found.items()}
 
 
 class _Workshop:
@@ -295,7 +264,10 @@ class _Workshop:
         self.data, self.settings = data, settings
         _, self.groups = np.unique(data.labels, return_inverse=True)
         # Average pooling has no weights, so it is computed once: maps of one position.
-        self.averages = {name: _gem(maps, 1.0)[:, None, None] for name, maps in data.maps.items()}
+        self.averages = {
+            name: in_parts(partial(gem, p=1.0), maps)[:, None, None]
+            for name, maps in data.maps.items()
+        }
         self.trainers: dict[frozenset[str], HeadTrainer] = {}
 
     def maps(self, fixes: frozenset[str], wrong_input: str) -> np.ndarray:
@@ -315,15 +287,9 @@ class _Workshop:
         settings, trained_on = self.settings, self.maps(fixes, AS_TRAINED)
         structure = fixes - {"input", "clean triplets", "PCA start"}
         if structure not in self.trainers:
-            self.trainers[structure] = HeadTrainer(
-                trained_on.shape[1:],
-                structure,
-                settings.embedding_size,
-                margin=settings.margin,
-                temperature=settings.temperature,
-            )
-        trainer = self.trainers[structure]
-        rows = np.flatnonzero(learned)
+            sizes = settings.embedding_size, settings.margin, settings.temperature
+            self.trainers[structure] = HeadTrainer(trained_on.shape[1:], structure, *sizes)
+        trainer, rows = self.trainers[structure], np.flatnonzero(learned)
         rng = np.random.default_rng(seed)
         triplets = rows[draw_triplets(self.data.labels[rows], rng)]
         if "clean triplets" in fixes:
@@ -348,35 +314,24 @@ class _Workshop:
 
         return search
 
-    def choose_rate(self, fixes: frozenset[str], fold: int, bar: tqdm) -> float:
-        """Choose the learning rate on a held-out fifth of the training landmarks."""
-        settings, training = self.settings, ~self.data.test[fold]
+    def choose_rate(self, fixes: frozenset[str], training: np.ndarray) -> float:
+        """Choose the learning rate on a fifth of the training landmarks, held out."""
+        settings = self.settings
         if len(settings.learning_rates) == 1:
             return settings.learning_rates[0]
         validation = training.copy()
         validation[training] = landmark_folds(self.data.labels[training], 5, seed=0)[0]
-        values = []
-        for rate in settings.learning_rates:
+
+        def validation_map(rate: float) -> float:
             search = self.train(fixes, training & ~validation, rate, settings.seeds[0])
-            bar.update(1)
-            values.append(np.nanmean(search(validation, whitened=False)))
-        return settings.learning_rates[int(np.argmax(values))]
+            return np.nanmean(search(validation, whitened=False))
 
-
-def _gem(maps: np.ndarray, p: float) -> np.ndarray:
-    """Pool maps by GeM in parts, float16 (n, h, w, c) -> float32 (n, c)."""
-    return in_parts(lambda part: gem(part, p), maps)
+        return max(settings.learning_rates, key=validation_map)
 
 
 def euclidean_leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rank as :func:`lib.evaluation.metrics.leave_one_out`, by Euclidean distance, for any norm.
-
-    Returns:
-        hits, bool (n, n - 1).
-    """
-    x = np.asarray(embeddings, dtype=np.float64)
-    squared = (x * x).sum(axis=1)
-    distance = squared[:, None] + squared[None, :] - 2 * x @ x.T
+    """Rank as :func:`lib.evaluation.metrics.leave_one_out`, but by Euclidean distance."""
+    distance = cdist(embeddings, embeddings, "sqeuclidean")
     np.fill_diagonal(distance, np.inf)  # ranks the query last, where it is cut off
     ranked = np.argsort(distance, axis=1, kind="stable")[:, :-1]
     return labels[ranked] == labels[:, None]
@@ -385,11 +340,6 @@ def euclidean_leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.nd
 def _unit(vectors: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# The summary
-# --------------------------------------------------------------------------------------------------
 
 
 def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -403,8 +353,7 @@ def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.D
 
     Args:
         table: from :func:`run_ladder`.
-        resamples: number of bootstrap samples.
-        seed: equal arguments give equal intervals.
+        resamples, seed: number of bootstrap samples, and seed of the draws.
 
     Returns:
         a row per arm: kind ("reference", "rung" or "without"); fix (added or left out; else "");
@@ -415,54 +364,43 @@ def summarize(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.D
     Raises:
         ValueError: no query has a positive.
     """
-    arms, total, size = _totals(table)
+    table = table.dropna(subset="average_precision")
+    if table.empty:
+        raise ValueError("no query has a positive in its gallery: there is nothing to average")
+    sums = table.pivot_table("average_precision", ["arm", "seed"], "landmark", aggfunc="sum")
+    arms = [arm for arm in (FROZEN, FROZEN_WHITENED, *ladder_arms()) if arm in sums.index]
+    total = np.stack([sums.loc[arm] for arm in arms])  # (arms, seeds, landmarks)
+    size = table.set_index(["arm", "seed"]).loc[sums.index[0]].groupby("landmark").size().to_numpy()
     rng = np.random.default_rng(seed)
     n_seeds, n_landmarks = total.shape[1:]
     seed_count = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples)
     count = rng.multinomial(n_landmarks, np.full(n_landmarks, 1 / n_landmarks), resamples)
     queries = count @ size * n_seeds
-    drawn = {
-        arm: ((seed_count @ of_arm) * count).sum(axis=1) / queries
-        for arm, of_arm in zip(arms, total, strict=True)
-    }
-    value = dict(zip(arms, total.sum(axis=(1, 2)) / (size.sum() * n_seeds), strict=True))
-    by_seed = dict(zip(arms, total.sum(axis=2) / size.sum(), strict=True))
+    drawn, by_seed = {}, {}
+    for arm, of_arm in zip(arms, total, strict=True):
+        drawn[arm] = ((seed_count @ of_arm) * count).sum(axis=1) / queries
+        by_seed[arm] = pd.Series(of_arm.sum(axis=1) / size.sum())
     ends = [(1 - 0.95) / 2, (1 + 0.95) / 2]
     rows = []
     for arm in arms:
         low, high = np.quantile(drawn[arm], ends)
         kind, fix, against = _describe(arm)
-        row = {"arm": arm, "kind": kind, "fix": fix, "map": value[arm], "low": low, "high": high}
-        row["seed_deviation"] = by_seed[arm].std(ddof=1) if n_seeds > 1 else np.nan
+        row = {"arm": arm, "kind": kind, "fix": fix, "map": by_seed[arm].mean()}
+        row |= {"low": low, "high": high, "seed_deviation": by_seed[arm].std()}
         if against in drawn:
             low, high = np.quantile(drawn[arm] - drawn[against], ends)
-            row |= {"against": against, "gain": value[arm] - value[against]}
+            row |= {"against": against, "gain": (by_seed[arm] - by_seed[against]).mean()}
             row |= {"gain_low": low, "gain_high": high}
         rows.append(row)
     return pd.DataFrame(rows).set_index("arm")
 
 
-def _totals(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Sum average precisions: arms, sums (arm, seed, landmark), and queries (landmark,)."""
-    table = table[table["average_precision"].notna()]
-    if table.empty:
-        raise ValueError("no query has a positive in its gallery: there is nothing to average")
-    sums = table.pivot_table(
-        index=["arm", "seed"], columns="landmark", values="average_precision", aggfunc="sum"
-    )
-    arms = [arm for arm in (FROZEN, FROZEN_WHITENED, *ladder_arms()) if arm in set(table["arm"])]
-    seeds = table["seed"].unique()
-    total = np.stack([sums.loc[arm].loc[seeds].to_numpy() for arm in arms])
-    first = table[(table["arm"] == arms[0]) & (table["seed"] == seeds[0])]
-    return arms, total, first.groupby("landmark").size().reindex(sums.columns).to_numpy()
-
-
 def _describe(arm: str) -> tuple[str, str, str]:
     """Look up the kind and fix of an arm, and the arm it is compared with."""
-    rungs = [ORIGINAL, *(f"+ {fix}" for fix in FIXES)]
-    if arm in rungs:
-        place = rungs.index(arm)
-        return "rung", arm.removeprefix("+ ") if place else "", rungs[place - 1] if place else ""
     if arm.startswith("all but "):
         return "without", arm.removeprefix("all but "), FULL
-    return "reference", "", FULL
+    rungs = list(ladder_arms())[: 1 + len(FIXES)]
+    if arm not in rungs:
+        return "reference", "", FULL
+    place = rungs.index(arm)
+    return "rung", ["", *FIXES][place], ["", *rungs][place]

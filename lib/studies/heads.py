@@ -24,37 +24,6 @@ from lib.network.pooling import make_pooling
 from lib.network.tower import Siamese, TowerSettings, build_head
 
 
-class OriginalLoss(keras.layers.Layer):
-    """The original's loss, as Keras computed it.
-
-    It was written for [anchors, positives, negatives], but Keras calls a loss once per output of a
-    model. So ``y_pred[0]``, ``y_pred[1]`` and ``y_pred[2]`` are the first three *photos* of the
-    anchors, then of the positives, then of the negatives. Only nine photos of a batch count, and
-    none is compared with its own positive or negative. The L2 penalty on the projection's weights
-    (Keras' default, 0.01) dominates the loss.
-
-    Args:
-        margin: of the triplet loss.
-        projection: the layer whose weights are penalized.
-
-    Call arguments: those of :class:`lib.network.losses.MetricLoss`, for stored triplets only.
-    """
-
-    def __init__(self, margin: float, projection: keras.layers.Layer):
-        super().__init__()
-        self.margin, self.projection = margin, projection
-
-    def build(self, groups_shape, embeddings_shape):
-        pass  # no weights of its own
-
-    def call(self, groups, embeddings):
-        first = embeddings[:3]  # axis 0: three photos; axis 1: anchors, positives, negatives
-        positive = ops.sum(ops.square(first[0] - first[1]), axis=-1)
-        negative = ops.sum(ops.square(first[0] - first[2]), axis=-1)
-        penalty = 0.01 * ops.sum(ops.square(self.projection.kernel))
-        return ops.sum(margin_loss(positive, negative, self.margin)) + penalty
-
-
 class OriginalTripletLoss(keras.layers.Layer):
     """The triplet loss the original intended: squared Euclidean distances, no L2 norm.
 
@@ -69,13 +38,41 @@ class OriginalTripletLoss(keras.layers.Layer):
         self.margin = margin
 
     def build(self, groups_shape, embeddings_shape):
-        pass  # no weights
+        pass  # no weights of its own
 
     def call(self, groups, embeddings):
         anchor, positive, negative = (embeddings[:, r] for r in (ANCHOR, POSITIVE, NEGATIVE))
-        to_positive = ops.sum(ops.square(anchor - positive), axis=-1)
-        to_negative = ops.sum(ops.square(anchor - negative), axis=-1)
-        return ops.mean(margin_loss(to_positive, to_negative, self.margin))
+        return ops.mean(self.of_each(anchor, positive, negative))
+
+    def of_each(self, anchor, positive, negative):
+        """Compute the loss of each triplet: three float (t, d) -> (t,)."""
+        to_positive, to_negative = (
+            ops.sum(ops.square(anchor - other), axis=-1) for other in (positive, negative)
+        )
+        return margin_loss(to_positive, to_negative, self.margin)
+
+
+class OriginalLoss(OriginalTripletLoss):
+    """The original's loss, as Keras computed it.
+
+    It was written for [anchors, positives, negatives], but Keras calls a loss once per output of a
+    model. So ``y_pred[0]``, ``y_pred[1]`` and ``y_pred[2]`` are the first three *photos* of the
+    anchors, then of the positives, then of the negatives. Only nine photos of a batch count, and
+    none is compared with its own positive or negative. The L2 penalty on the projection's weights
+    (Keras' default, 0.01) dominates the loss.
+
+    Args:
+        margin: of the triplet loss.
+        projection: the layer whose weights are penalized.
+    """
+
+    def __init__(self, margin: float, projection: keras.layers.Layer):
+        super().__init__(margin)
+        self.projection = projection
+
+    def call(self, groups, embeddings):
+        penalty = 0.01 * ops.sum(ops.square(self.projection.kernel))
+        return ops.sum(self.of_each(*(embeddings[photo] for photo in range(3)))) + penalty
 
 
 class HeadTrainer:
@@ -101,7 +98,15 @@ class HeadTrainer:
         self.head = head = _build_head(map_shape, fixes, embedding_size)
         end = head.get_layer("l2_normalization").input if "L2 norm" in fixes else head.output
         self.describer = keras.Model(head.input, end)
-        self.siamese = Siamese(head, _build_loss(head, fixes, margin, temperature))
+        if "loss" not in fixes:
+            loss = OriginalLoss(margin, head.get_layer("projection"))
+        elif "negatives" in fixes:
+            loss = MetricLoss(InfoNCE(temperature))
+        elif "L2 norm" in fixes:
+            loss = MetricLoss(TripletLoss(margin, mining=Stored()))
+        else:
+            loss = OriginalTripletLoss(margin)
+        self.siamese = Siamese(head, loss)
         # beta_2 of 0.99 averages over 100 steps; Adam's default over 1,000, more than there are.
         self.siamese.compile(keras.optimizers.Adam(beta_2=0.99))
         self.optimizer = self.siamese.optimizer
@@ -115,7 +120,7 @@ class HeadTrainer:
         Args:
             maps: float (n, h, w, c) for :func:`start_from_pca`; None: Glorot uniform (Glorot and
                 Bengio, 2010), Keras' default.
-            rng: random generator.
+            rng: of the projection.
         """
         for variable, value in zip(self.variables, self.first, strict=True):
             variable.assign(value)
@@ -158,7 +163,7 @@ def start_from_pca(head: keras.Model, maps: np.ndarray, rng: np.random.Generator
     Args:
         head: with layers "pooling" and "projection", as from :func:`lib.network.tower.build_head`.
         maps: float (n, h, w, c), feature maps of training photos.
-        rng: random generator of the rotation.
+        rng: of the rotation.
     """
     pooling = keras.Model(head.input, head.get_layer("pooling").output)
     x = in_parts(pooling, maps).astype(np.float64)
@@ -189,19 +194,7 @@ def _build_head(map_shape: tuple[int, int, int], fixes: frozenset[str], size: in
     return keras.Model(maps, x, name="head")
 
 
-def _build_loss(
-    head: keras.Model, fixes: frozenset[str], margin: float, temperature: float
-) -> keras.layers.Layer:
-    if "loss" not in fixes:
-        return OriginalLoss(margin, head.get_layer("projection"))
-    if "negatives" in fixes:
-        return MetricLoss(InfoNCE(temperature))
-    if "L2 norm" in fixes:
-        return MetricLoss(TripletLoss(margin, mining=Stored()))
-    return OriginalTripletLoss(margin)
-
-
-def in_parts(compute: Callable, maps: np.ndarray) -> np.ndarray:
-    """Apply ``compute`` to maps, 256 at a time."""
-    parts = [maps[i : i + 256] for i in range(0, len(maps), 256)]
-    return np.concatenate([ops.convert_to_numpy(compute(part)) for part in parts])
+def in_parts(compute: Callable, rows: np.ndarray, size: int = 256) -> np.ndarray:
+    """Apply ``compute`` to ``size`` rows at a time."""
+    parts = [compute(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return np.concatenate([ops.convert_to_numpy(part) for part in parts])

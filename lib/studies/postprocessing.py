@@ -14,11 +14,13 @@ A query is never part of the gallery it searches.
 
 from __future__ import annotations
 
+import functools
 import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -29,13 +31,148 @@ from lib.evaluation.metrics import average_precision, compare, interval
 from lib.network.tower import embed, resized
 from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
 from lib.search.descriptors import aggregate, describe_views
-from lib.studies.recipes import PLAIN, Options, Recipe, Reranking, View, rerankings
+from lib.search.rerank import (
+    augment_gallery,
+    encode_reciprocal,
+    expand_queries,
+    neighbour_graph,
+    rerank_diffusion,
+    rerank_k_reciprocal,
+    rerank_superglobal,
+)
 
+# Side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
+View = tuple[int, bool, float | None]
 # Indices of the queries, and of the gallery they search.
 Round = tuple[np.ndarray, np.ndarray]
 
-AS_TRAINED = "as trained"
-CHOSEN = "chosen on validation"
+AS_TRAINED, PLAIN, CHOSEN = "as trained", "no re-ranking", "chosen on validation"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a photo's descriptor is computed.
+
+    Attributes:
+        image_sizes: sides of the views in pixels.
+        mirrored: whether a mirrored view of each size is added.
+        gem_p: GeM's exponent; None: the tower's own.
+        scale_p: exponent of the mean over the views, see :func:`lib.search.descriptors.aggregate`.
+        whitening: "", "pca" or "supervised", see :mod:`lib.network.whitening`.
+        dimension: dimensions that the whitening keeps, capped at their number; None: all.
+    """
+
+    image_sizes: tuple[int, ...]
+    mirrored: bool = False
+    gem_p: float | None = None
+    scale_p: float = 1.0
+    whitening: str = ""
+    dimension: int | None = None
+
+    @property
+    def views(self) -> list[View]:
+        """The views that the descriptor aggregates."""
+        sides = (False, True) if self.mirrored else (False,)
+        return [(size, side, self.gem_p) for size in self.image_sizes for side in sides]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings to choose from.
+
+    Attributes:
+        image_size: side in pixels at which the tower was trained.
+        image_sizes: sets of sizes to embed at.
+        gem_ps: exponents of GeM, besides the tower's own.
+        scale_ps: exponents of the mean over views.
+        dimensions: of whitened descriptors.
+        neighbours: numbers of neighbours for the re-rankings, from about the photos per landmark to
+            several times that.
+        candidates: numbers of photos that SuperGlobal re-ranks.
+    """
+
+    image_size: int
+    image_sizes: tuple[tuple[int, ...], ...]
+    gem_ps: tuple[float, ...] = (2.0, 4.6)
+    scale_ps: tuple[float, ...] = (2.0, 10.0, float("inf"))
+    dimensions: tuple[int, ...] = (32, 64, 128, 256)
+    neighbours: tuple[int, ...] = (1, 2, 4, 8)
+    candidates: tuple[int, ...] = (20, 100)
+
+    @property
+    def views(self) -> list[View]:
+        """All views that any recipe uses."""
+        sizes = sorted({self.image_size, *(s for sizes in self.image_sizes for s in sizes)})
+        return list(product(sizes, (False, True), (None, *self.gem_ps)))
+
+    def steps(self) -> dict[str, list[dict[str, Any]]]:
+        """List the steps that improve descriptors: name -> alternative changes of the recipe."""
+        return {
+            "mirrored": _grid(mirrored=(True,)),
+            "sizes": _grid(image_sizes=self.image_sizes),
+            "other p (GeM+)": _grid(gem_p=self.gem_ps),
+            "scale GeM": _grid(scale_p=self.scale_ps),
+            "whitening": _grid(whitening=("pca", "supervised"), dimension=self.dimensions),
+        }
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """A re-ranking method; the defaults give the plain search.
+
+    Attributes:
+        settings: the settings to choose from.
+        prepare: (gallery (n, d), settings) -> data computed once per gallery.
+        scores: (queries (q, d), gallery, prepared data, settings) -> float32 (q, n).
+    """
+
+    settings: list[dict[str, Any]]
+    prepare: Callable[[np.ndarray, dict], Any] = lambda gallery, settings: None
+    scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
+        lambda queries, gallery, prepared, settings: queries @ gallery.T
+    )
+
+
+def rerankings(options: Options) -> dict[str, Reranking]:
+    """List the re-rankings of :mod:`lib.search.rerank` by name."""
+    ks = options.neighbours
+    expansion = _grid(k=ks, alpha=(0.0, 3.0))
+    return {
+        PLAIN: Reranking([{}]),
+        "query expansion": Reranking(
+            expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
+        ),
+        "database augmentation": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: q @ augmented.T,
+        ),
+        "augmentation and expansion": Reranking(
+            expansion,
+            prepare=lambda g, s: augment_gallery(g, **s),
+            scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
+        ),
+        "k-reciprocal": Reranking(
+            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
+            prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
+            scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
+        ),
+        "diffusion": Reranking(
+            _grid(graph_k=[2 * k for k in ks], k=ks[:3], alpha=(0.8, 0.99)),
+            prepare=lambda g, s: neighbour_graph(g, s["graph_k"]),
+            scores=lambda q, g, graph, s: rerank_diffusion(
+                q, g, graph, s["k"], alpha=s["alpha"], tolerance=1e-4
+            ),
+        ),
+        "SuperGlobal": Reranking(
+            _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
+            scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
+        ),
+    }
+
+
+def _grid(**values: Iterable) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +190,6 @@ class Photos:
     def take(self, rows: np.ndarray) -> Photos:
         """Select the photos at ``rows``, int or bool."""
         return Photos({view: x[rows] for view, x in self.views.items()}, self.labels[rows])
-
-    def described(self, recipe: Recipe) -> np.ndarray:
-        """Aggregate the recipe's views, without whitening: float32 (n, d) of unit norm."""
-        return aggregate(np.stack([self.views[view] for view in recipe.views]), recipe.scale_p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,40 +226,29 @@ class Fold:
                 )
 
 
-@dataclass
-class Step:
-    """The results of one step; all but ``ap`` and ``base_ap`` have one entry per fold.
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The results of one step in one fold, with the settings that were best on validation.
 
     Attributes:
-        ap: average precision of all test queries, in the order of folds and rounds.
-        base_ap: the same without the step.
-        validation_map: mAP of the validation queries.
+        recipe: of the descriptors.
         settings: the changes of the recipe, or the settings of the re-ranking, that were chosen.
-        kept: whether later steps build on this one.
-        views: of the recipe.
+        validation: average precision of the validation queries.
+        ap: average precision of the test queries, in the order of the rounds.
         search_ms: milliseconds to rank the gallery, per query.
         prepare_ms: milliseconds to prepare the gallery, per photo.
+        base_ap: ``ap`` without the step.
+        kept: whether later steps build on this one.
     """
 
-    ap: list[float] = field(default_factory=list)
-    base_ap: list[float] = field(default_factory=list)
-    validation_map: list[float] = field(default_factory=list)
-    settings: list[dict] = field(default_factory=list)
-    kept: list[bool] = field(default_factory=list)
-    views: list[list[View]] = field(default_factory=list)
-    search_ms: list[float] = field(default_factory=list)
-    prepare_ms: list[float] = field(default_factory=list)
-
-    def add(self, trial: _Trial, base: _Trial, kept: bool) -> None:
-        """Append the results of one fold."""
-        self.ap.extend(trial.found.ap.tolist())
-        self.base_ap.extend(base.found.ap.tolist())
-        self.validation_map.append(float(trial.validation.mean()))
-        self.settings.append(trial.settings)
-        self.kept.append(kept)
-        self.views.append(trial.recipe.views)
-        self.search_ms.append(trial.found.search_ms)
-        self.prepare_ms.append(trial.found.prepare_ms)
+    recipe: Recipe
+    settings: dict[str, Any]
+    validation: np.ndarray
+    ap: np.ndarray
+    search_ms: float
+    prepare_ms: float
+    base_ap: np.ndarray | None = None
+    kept: bool = True
 
 
 def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
@@ -153,25 +275,6 @@ def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[
     return [(np.flatnonzero(chosen), np.flatnonzero(~chosen)) for chosen in searched]
 
 
-def first_photo_rounds(labels: np.ndarray) -> list[Round]:
-    """Plan one search per landmark, with its first photo among all others, as INRIA Holidays does.
-
-    Jégou, Douze, Schmid, "Hamming Embedding and Weak Geometric Consistency for Large Scale Image
-    Search", ECCV 2008. Landmarks with a single photo have no query.
-
-    Args:
-        labels: (n,), the landmark of each photo.
-
-    Raises:
-        ValueError: no landmark has two photos.
-    """
-    _, first, count = np.unique(labels, return_index=True, return_counts=True)
-    if not (count > 1).any():
-        raise ValueError("no landmark has two photos: there is nothing to find")
-    everything = np.arange(len(labels))
-    return [(np.array([q]), np.delete(everything, q)) for q in np.sort(first[count > 1])]
-
-
 def describe_all(
     tower: keras.Model, photos_at: Callable[[int], np.ndarray], views: Sequence[View]
 ) -> dict[View, np.ndarray]:
@@ -196,94 +299,73 @@ def describe_all(
 
 
 def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, float]:
-    """Measure the milliseconds per view of each size: in batches, the fastest of three runs.
-
-    Args:
-        tower: from :func:`lib.network.tower.build_tower`.
-        image_sizes: sides in pixels.
-    """
+    """Measure the milliseconds per view of each size in pixels: the fastest of three batches."""
     found = {}
     for size in sorted(set(image_sizes)):
         at_size = resized(tower, size)
         photos = np.zeros((64, size, size, 3), dtype=np.uint8)
-        embed(at_size, photos)  # compiles
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            embed(at_size, photos)
-            times.append(time.perf_counter() - start)
-        found[size] = 1000 * min(times) / len(photos)
+        run = functools.partial(embed, at_size, photos)
+        run()  # compiles
+        seconds = min(timeit.repeat(run, repeat=3, number=1))
+        found[size] = 1000 * seconds / len(photos)
     return found
 
 
-def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, Step]:
+def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, list[Trial]]:
     """Run all steps in each fold.
 
-    Args:
-        folds: the splits; their test queries are pooled.
-        options: the settings to choose from.
-
     Returns:
-        the results by name: "as trained", the steps of ``options.steps()``, the methods of
-        :func:`rerankings` ("no re-ranking" is the plain search with the best descriptors), and
-        "chosen on validation": the re-ranking that was best there, or none if its gain was not
-        significant.
+        a trial for each fold, by the step's name: "as trained", the steps of ``options.steps()``,
+        the methods of :func:`rerankings` ("no re-ranking" is the plain search with the best
+        descriptors), and "chosen on validation": the re-ranking that was best there, or none if its
+        gain was not significant.
     """
     methods = rerankings(options)
-    steps = {name: Step() for name in (AS_TRAINED, *options.steps(), *methods, CHOSEN)}
+    improvements = {AS_TRAINED: [{}], **options.steps()}
+    steps = {name: [] for name in (*improvements, *methods, CHOSEN)}
     with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
         for fold in folds:
-            base = None
-            for name, changes in {AS_TRAINED: [{}], **options.steps()}.items():
-                before = base.recipe if base else Recipe((options.image_size,))
-                plain = methods[PLAIN]
-                trial = _best(fold, [(replace(before, **c), plain, {}, c) for c in changes])
+            recipe, base = Recipe((options.image_size,)), None
+            for name, changes in improvements.items():
+                trial = _best(fold, methods[PLAIN], [(replace(recipe, **c), c) for c in changes])
                 kept = base is None or _is_proven(fold, trial, base)
-                steps[name].add(trial, base or trial, kept)
-                base = trial if kept else base
+                steps[name].append(replace(trial, base_ap=(base or trial).ap, kept=kept))
+                if kept:
+                    recipe, base = trial.recipe, trial
                 bar.update()
             tried = {}
             for name, method in methods.items():
-                tried[name] = _best(fold, [(base.recipe, method, s, s) for s in method.settings])
-                steps[name].add(tried[name], base, kept=True)
+                trial = _best(fold, method, [(recipe, settings) for settings in method.settings])
+                tried[name] = replace(trial, base_ap=base.ap)
+                steps[name].append(tried[name])
                 bar.update()
             best = max(tried, key=lambda name: tried[name].validation.mean())
             best = best if _is_proven(fold, tried[best], base) else PLAIN
-            chosen = replace(tried[best], settings={"method": best} | tried[best].settings)
-            steps[CHOSEN].add(chosen, base, kept=True)
+            settings = {"method": best} | tried[best].settings
+            steps[CHOSEN].append(replace(tried[best], settings=settings))
     return steps
 
 
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A step with the settings that were best on validation."""
-
-    recipe: Recipe
-    settings: dict[str, Any]
-    validation: np.ndarray  # average precision of the validation queries
-    found: _Found  # on the test photos
-
-
-def _best(fold: Fold, choices: list[tuple[Recipe, Reranking, dict, dict]]) -> _Trial:
-    """Run the choice (recipe, re-ranking, its settings, settings to report) best on validation."""
+def _best(fold: Fold, method: Reranking, choices: list[tuple[Recipe, dict[str, Any]]]) -> Trial:
+    """Run the choice of recipe and settings that is best on validation."""
     labels = fold.known.labels
-    described = {recipe: _Descriptors(fold, recipe) for recipe, *_ in choices}
+    described = {recipe: _describe(fold, recipe) for recipe, _ in choices}
     validation = [
         np.concatenate(
             [
-                _search(x, labels, query_rounds(labels, part), method, settings).ap
-                for x, part in zip(described[recipe].known, fold.validation, strict=True)
+                _search(x, labels, query_rounds(labels, part), method, settings)[0]
+                for x, part in zip(described[recipe][0], fold.validation, strict=True)
             ]
         )
-        for recipe, method, settings, _ in choices
+        for recipe, settings in choices
     ]
     best = int(np.argmax([ap.mean() for ap in validation]))
-    recipe, method, settings, name = choices[best]
-    found = _search(described[recipe].test, fold.test.labels, fold.rounds, method, settings)
-    return _Trial(recipe, name, validation[best], found)
+    recipe, settings = choices[best]
+    found = _search(described[recipe][1], fold.test.labels, fold.rounds, method, settings)
+    return Trial(recipe, settings, validation[best], *found)
 
 
-def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
+def _is_proven(fold: Fold, trial: Trial, base: Trial) -> bool:
     """Check whether a trial's gain over another on validation is significant."""
     labels = fold.known.labels
     rounds = [round_ for part in fold.validation for round_ in query_rounds(labels, part)]
@@ -291,18 +373,17 @@ def _is_proven(fold: Fold, trial: _Trial, base: _Trial) -> bool:
     return interval(trial.validation - base.validation, groups).low > 0
 
 
-class _Descriptors:
-    """Descriptors of known photos for each validation part, and of test photos, see Fold."""
-
-    def __init__(self, fold: Fold, recipe: Recipe):
-        known, test = fold.known.described(recipe), fold.test.described(recipe)
-        self.known, self.test = [known] * len(fold.validation), test
-        if recipe.whitening:
-            labels = fold.known.labels
-            self.known = [
-                _learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation
-            ]
-            self.test = _learn(recipe, known, labels).apply(test)
+def _describe(fold: Fold, recipe: Recipe) -> tuple[list[np.ndarray], np.ndarray]:
+    """Describe the known photos for each validation part, and the test photos, see Fold."""
+    known, test = (
+        aggregate(np.stack([photos.views[view] for view in recipe.views]), recipe.scale_p)
+        for photos in (fold.known, fold.test)
+    )
+    if not recipe.whitening:
+        return [known] * len(fold.validation), test
+    labels = fold.known.labels
+    parts = [_learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation]
+    return parts, _learn(recipe, known, labels).apply(test)
 
 
 def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> Whitening:
@@ -312,17 +393,10 @@ def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> White
     return learn_supervised_whitening(descriptors, labels=labels, dimension=dimension)
 
 
-class _Found(NamedTuple):
-    """The result of a search; fields as in :class:`Step`, ``ap`` as an array."""
-
-    ap: np.ndarray
-    search_ms: float
-    prepare_ms: float
-
-
 def _search(
     x: np.ndarray, labels: np.ndarray, rounds: Sequence[Round], method: Reranking, settings: dict
-) -> _Found:
+) -> tuple[np.ndarray, float, float]:
+    """Search in all rounds; return ``ap``, ``search_ms`` and ``prepare_ms`` of a trial."""
     ap, preparing, searching = [], 0.0, 0.0
     for queries, gallery in rounds:
         start = time.perf_counter()
@@ -333,19 +407,18 @@ def _search(
         searching += time.perf_counter() - middle
         preparing += middle - start
         ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
-    n_queries = sum(len(queries) for queries, _ in rounds)
-    n_photos = sum(len(gallery) for _, gallery in rounds)
-    return _Found(np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos)
+    n_queries, n_photos = (sum(map(len, rows)) for rows in zip(*rounds, strict=True))
+    return np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos
 
 
 def summarize(
-    steps: Mapping[str, Step], groups: np.ndarray, view_ms: Mapping[int, float]
+    steps: Mapping[str, Sequence[Trial]], groups: np.ndarray, view_ms: Mapping[int, float]
 ) -> pd.DataFrame:
     """Summarize the steps in a table.
 
     Args:
         steps: from :func:`run_postprocessing`.
-        groups: (q,), the landmark of each test query in the order of ``ap``.
+        groups: (q,), the landmark of each test query, in the order of folds and rounds.
         view_ms: from :func:`embedding_ms`.
 
     Returns:
@@ -354,28 +427,27 @@ def summarize(
         * kind: "descriptor" or "re-ranking";
         * map, low, high: mAP of the test queries with its 95 % interval;
         * gain, gain_low, gain_high, p_value: paired by query, over the step it builds on;
-        * validation_map, search_ms, prepare_ms: means over the folds, see :class:`Step`;
+        * validation_map, search_ms, prepare_ms: means over the folds, see :class:`Trial`;
         * kept: number of folds in which later steps build on it;
         * embedding_ms: to embed all views of a query, mean over the folds;
         * settings: chosen in each fold.
     """
     rows, kind = [], "descriptor"
-    for name, step in steps.items():
+    for name, trials in steps.items():
         kind = "re-ranking" if name == PLAIN else kind
+        ap = np.concatenate([trial.ap for trial in trials])
+        gain, p_value = compare(np.concatenate([t.base_ap for t in trials]), ap, groups)
         row = {"step": name, "kind": kind}
-        row |= dict(zip(("map", "low", "high"), interval(step.ap, groups), strict=True))
-        gain, p_value = compare(step.base_ap, step.ap, groups)
+        row |= dict(zip(("map", "low", "high"), interval(ap, groups), strict=True))
         row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
         row |= {
             "p_value": p_value,
-            "validation_map": float(np.mean(step.validation_map)),
-            "kept": sum(step.kept),
-            "embedding_ms": float(
-                np.mean([sum(view_ms[size] for size, *_ in views) for views in step.views])
-            ),
-            "search_ms": float(np.mean(step.search_ms)),
-            "prepare_ms": float(np.mean(step.prepare_ms)),
-            "settings": step.settings,
+            "validation_map": np.mean([t.validation.mean() for t in trials]),
+            "kept": sum(t.kept for t in trials),
+            "embedding_ms": np.mean([sum(view_ms[v[0]] for v in t.recipe.views) for t in trials]),
+            "search_ms": np.mean([t.search_ms for t in trials]),
+            "prepare_ms": np.mean([t.prepare_ms for t in trials]),
+            "settings": [t.settings for t in trials],
         }
         rows.append(row)
     return pd.DataFrame(rows).set_index("step")

@@ -93,7 +93,7 @@ def test_photo_maps_feed_the_backbone_in_three_ways(rng):
     photos = rng.integers(0, 256, (5, 2, 2, 3), dtype=np.uint8)
     pixels = keras.Input((2, 2, 3))
     backbone = keras.Model(pixels, keras.layers.Identity()(pixels))
-    maps = photo_maps(backbone, lambda x: x / 127.5 - 1, photos, batch_size=2)
+    maps = photo_maps(backbone, lambda x: x / 127.5 - 1, photos)
     expected = {
         RIGHT: photos / 127.5 - 1,
         AS_TRAINED: photos / 255,

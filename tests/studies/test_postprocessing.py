@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.postprocessing import first_photo_rounds
 from lib.evaluation.metrics import average_precision
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
@@ -15,16 +16,18 @@ from lib.studies.figures import plot_postprocessing
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
+    PLAIN,
     Fold,
+    Options,
     Photos,
+    Recipe,
     describe_all,
     embedding_ms,
-    first_photo_rounds,
     query_rounds,
+    rerankings,
     run_postprocessing,
     summarize,
 )
-from lib.studies.recipes import PLAIN, Options, Recipe, rerankings
 from tests.conftest import unit
 
 OPTIONS = Options(
@@ -110,47 +113,54 @@ def test_views_are_those_of_the_tower(rng):
 # The ladder ---------------------------------------------------------------------------------------
 
 
+def run(fold: Fold, options: Options = OPTIONS) -> dict:
+    """The steps of a single fold."""
+    return {name: trial for name, (trial,) in run_postprocessing([fold], options).items()}
+
+
 def test_the_plain_rungs_are_what_a_search_gives(fold):
-    steps = run_postprocessing([fold], OPTIONS)
+    steps = run(fold)
     labels, x = fold.test.labels, fold.test.views[32, False, None]
     expected = []
     for queries, gallery in fold.rounds:
         order = np.argsort(-(x[queries] @ x[gallery].T), axis=1, kind="stable")
         expected += average_precision(labels[gallery][order] == labels[queries, None]).tolist()
-    assert steps[AS_TRAINED].ap == expected == steps[AS_TRAINED].base_ap
+    assert steps[AS_TRAINED].ap.tolist() == expected == steps[AS_TRAINED].base_ap.tolist()
     assert len(expected) == len(labels)
-    assert steps[PLAIN].ap == steps[PLAIN].base_ap
-    kept = [name for name in (AS_TRAINED, *OPTIONS.steps()) if steps[name].kept[0]]
-    assert steps[kept[-1]].ap == steps[PLAIN].ap  # re-ranking starts where the descriptors end
+    assert steps[PLAIN].ap.tolist() == steps[PLAIN].base_ap.tolist()
+    kept = [name for name in (AS_TRAINED, *OPTIONS.steps()) if steps[name].kept]
+    assert (
+        steps[kept[-1]].ap.tolist() == steps[PLAIN].ap.tolist()
+    )  # re-ranking starts where the descriptors end
 
 
 def test_each_step_builds_on_the_last_one_that_is_proven_on_validation(fold):
-    steps = run_postprocessing([fold], OPTIONS)
-    base, best = AS_TRAINED, steps[AS_TRAINED].validation_map[0]
+    steps = run(fold)
+    validation = {name: trial.validation.mean() for name, trial in steps.items()}
+    base, best = AS_TRAINED, validation[AS_TRAINED]
     for name in OPTIONS.steps():
         step = steps[name]
-        assert step.base_ap == steps[base].ap
-        if step.kept[0]:
-            assert step.validation_map[0] > best
-            base, best = name, step.validation_map[0]
-    assert base != AS_TRAINED and steps["mirrored"].kept == [True]
+        np.testing.assert_array_equal(step.base_ap, steps[base].ap)
+        if step.kept:
+            assert validation[name] > best
+            base, best = name, validation[name]
+    assert base != AS_TRAINED and steps["mirrored"].kept is True
     for name in (*rerankings(OPTIONS), CHOSEN):
-        assert steps[name].base_ap == steps[base].ap
-    chosen = steps[CHOSEN].settings[0]["method"]
-    validation = {name: steps[name].validation_map[0] for name in rerankings(OPTIONS)}
-    assert chosen in (PLAIN, max(validation, key=validation.get))
-    assert steps[CHOSEN].ap == steps[chosen].ap
+        np.testing.assert_array_equal(steps[name].base_ap, steps[base].ap)
+    chosen = steps[CHOSEN].settings["method"]
+    assert chosen in (PLAIN, max(rerankings(OPTIONS), key=validation.get))
+    np.testing.assert_array_equal(steps[CHOSEN].ap, steps[chosen].ap)
 
 
 def test_what_makes_no_difference_is_not_kept(fold):
     """Where the second size shows the same as the first, it is as good, but not better."""
     views = {v: fold.known.views[32, False, None] for v in OPTIONS.views}
     same = replace(fold, known=Photos(views, fold.known.labels))
-    steps = run_postprocessing([same], OPTIONS)
+    steps = run(same)
     for name in ("mirrored", "sizes", "other p (GeM+)", "scale GeM"):
-        assert steps[name].kept == [False]
-        assert steps[name].validation_map == steps[AS_TRAINED].validation_map
-        assert steps[name].base_ap == steps[AS_TRAINED].ap
+        assert steps[name].kept is False
+        assert steps[name].validation.mean() == steps[AS_TRAINED].validation.mean()
+        np.testing.assert_array_equal(steps[name].base_ap, steps[AS_TRAINED].ap)
 
 
 def test_views_that_carry_noise_of_their_own_help(fold):
@@ -162,10 +172,10 @@ def test_views_that_carry_noise_of_their_own_help(fold):
 
 def test_the_choice_does_not_see_the_test_photos(fold, rng):
     other = replace(fold, test=made_up(rng, 15, 2.0, first=100))
-    one, two = (run_postprocessing([f], OPTIONS) for f in (fold, other))
+    one, two = run(fold), run(other)
     for name in one:
         assert one[name].settings == two[name].settings
-        assert one[name].validation_map == two[name].validation_map
+        np.testing.assert_array_equal(one[name].validation, two[name].validation)
 
 
 def test_the_whitening_that_chooses_learns_from_the_others_alone(fold, monkeypatch):
@@ -176,7 +186,7 @@ def test_the_whitening_that_chooses_learns_from_the_others_alone(fold, monkeypat
         return learn_pca_whitening(descriptors, dimension)
 
     monkeypatch.setattr("lib.studies.postprocessing.learn_pca_whitening", spy)
-    run_postprocessing([fold], replace(OPTIONS, image_sizes=((32,),)))
+    run(fold, replace(OPTIONS, image_sizes=((32,),)))
     sizes = {len(descriptors) for descriptors in learned_from}
     assert sizes == {60, 90}  # 20 landmarks to choose by the other 10, then all 30 to measure
     # All had learned from the same photos, whatever the recipe: those in front.
@@ -187,10 +197,11 @@ def test_the_whitening_that_chooses_learns_from_the_others_alone(fold, monkeypat
 def test_validation_parts_take_turns(fold):
     labels = fold.known.labels
     parts = np.stack([labels >= 20, (labels >= 10) & (labels < 20)])
-    steps = [run_postprocessing([replace(fold, validation=v)], OPTIONS) for v in parts[:, None]]
-    both = run_postprocessing([replace(fold, validation=parts)], OPTIONS)
-    one, two = (each[AS_TRAINED].validation_map[0] for each in steps)
-    assert both[AS_TRAINED].validation_map[0] == pytest.approx((one + two) / 2)
+    one, two, both = (
+        run(replace(fold, validation=v))[AS_TRAINED].validation.mean()
+        for v in (*parts[:, None], parts)
+    )
+    assert both == pytest.approx((one + two) / 2)
 
 
 @pytest.mark.parametrize("name", list(rerankings(OPTIONS)))
@@ -225,7 +236,7 @@ def test_the_table_puts_folds_together(fold):
     assert (single["low"] <= single["map"]).all() and (single["map"] <= single["high"]).all()
     assert single.loc[AS_TRAINED, "kind"] == "descriptor"
     assert single.loc[[PLAIN, CHOSEN], "kind"].tolist() == ["re-ranking"] * 2
-    expected = np.mean(np.array(one["sizes"].ap) - np.array(one["sizes"].base_ap))
+    expected = np.mean(one["sizes"][0].ap - one["sizes"][0].base_ap)
     assert single.loc["sizes", "gain"] == pytest.approx(expected)
 
 
