@@ -67,7 +67,7 @@ def measure(vectors: np.ndarray, queries: np.ndarray, kind: str) -> list[dict]:
                 "build_seconds": flat_seconds if side == "flat" else float(row["build_seconds"]),
                 "query_ms": 1000 / float(row["qps_1"]),
                 "bytes": int(row["bytes"]),
-                "mapped_bytes": int(row["mapped_bytes"]),
+                "mapped_bytes": vectors.nbytes if row["rerank"] else 0,
             }
         )
     return rows

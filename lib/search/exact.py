@@ -135,8 +135,7 @@ def similarities_of(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) 
     """Exact similarities of each query to some vectors, which are not copied.
 
     Args:
-        queries: float32 (q, d), C-contiguous.
-        vectors: float32 (n, d), C-contiguous, maybe memory-mapped.
+        queries, vectors: as for :func:`knn`.
         rows: int64 (q, m), which vectors; -1 stands for none.
 
     Returns:

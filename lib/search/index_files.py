@@ -95,7 +95,7 @@ class Part:
 
     def live_names(self) -> list[str]:
         """Names of photos that have not been removed."""
-        return list(compress(self.names, self.live))
+        return list(compress(self.names, self.live.tolist()))
 
 
 @contextlib.contextmanager

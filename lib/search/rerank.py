@@ -21,8 +21,8 @@ similarity minus 2, or less if there are negative scores.
     rerank_superglobal    nothing                    a search, M^2 d products   M (M + d)
 
 A search compares with all n photos. Numbers of neighbours are capped at the number of photos.
-Descriptors must be (n, d), finite and of unit norm, the gallery not empty, and settings in their
-range, otherwise a ValueError is raised.
+A ValueError is raised for descriptors that are not (n, d), finite and of unit norm, an empty
+gallery, settings out of range, and an encoding or graph of a gallery of another size.
 """
 
 from __future__ import annotations
@@ -165,9 +165,6 @@ def rerank_k_reciprocal(
 
     Returns:
         float32 (q, n), 1 - the final distance, from -lam to 1.
-
-    Raises:
-        ValueError: an encoding of another gallery size.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be from 0 to 1, got {lam}")
@@ -278,9 +275,6 @@ def rerank_diffusion(
 
     Returns:
         float32 (q, n): above 0 for photos that the diffusion reaches, below 0 for others.
-
-    Raises:
-        ValueError: a graph of another gallery size.
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be from 0 to below 1, got {alpha}")
