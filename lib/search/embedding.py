@@ -102,7 +102,8 @@ def photos_below(folder: Path) -> PhotoSource:
     for path, name in zip(paths, names, strict=True):
         state = [name]
         with contextlib.suppress(OSError):  # the message comes when it is read
-            state += [path.stat().st_size, path.stat().st_mtime_ns]
+            stat = path.stat()
+            state += [stat.st_size, stat.st_mtime_ns]
         digest.update(json.dumps(state).encode())
 
     def read(number: int, image_size: int) -> np.ndarray:
@@ -238,7 +239,7 @@ def _go_on(
             _write_header(rows, (0, engine.dimension))
         left = range(len(names) + len(skipped), len(source))
         silent = on_progress is not None or not left
-        for batch in _embed(engine, source, left, batch_size, len(skipped), silent):
+        for batch in _embed(engine, source, left, batch_size, silent):
             # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
             # not written yet do not count.
             rows.write(batch.embeddings)
@@ -307,13 +308,9 @@ def _embed(
     source: PhotoSource,
     numbers: Sequence[int],
     batch_size: int,
-    failed: int = 0,
     silent: bool = False,
 ) -> Iterator[Embedded]:
-    """Embed pictures batch by batch, while the next batch is read.
-
-    The progress bar counts all other pictures as done, ``failed`` of them as skipped.
-    """
+    """Embed pictures batch by batch, while the next batch is read; a bar counts others as done."""
 
     def read(number: int) -> np.ndarray | PhotoError:
         try:
@@ -332,8 +329,5 @@ def _embed(
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
             photos = np.array([pictures[i] for i in good], np.uint8).reshape(-1, *shape)
             names = [source.names[numbers[start + i]] for i in good]
-            failed += len(skipped)
-            if failed:
-                bar.set_postfix(skipped=failed, refresh=False)
             yield Embedded(engine.embed(photos), names, skipped)
             bar.update(len(pictures))
