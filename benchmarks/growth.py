@@ -5,7 +5,7 @@
     python -m benchmarks.growth --most 100000 --name growth_small
 
 Descriptors are sampled by :mod:`benchmarks.big_sets`. The kind of index is what
-:func:`lib.search.tuning.tune` chooses for 100,000 of them (or all, if there are fewer), for
+:func:`lib.studies.index_tuning.tune` chooses for 100,000 of them (or all, if there are fewer), for
 recall@10 of 0.99 in a quarter of flat's memory. At each size that kind is built with lists as they
 suit the size, and the fastest search that still reaches the recall is found. Queries are 500
 others, given all at once to one thread.
@@ -32,8 +32,9 @@ from scipy.stats import linregress
 
 from benchmarks.big_sets import sample_file
 from lib.files import project_root, write_json
-from lib.plots import COSTS, plot_growth, set_style
-from lib.search.tuning import list_count, tune
+from lib.plots import set_style
+from lib.studies.figures import COSTS, plot_growth
+from lib.studies.index_tuning import list_count, tune
 
 LEAST, MOST, STEPS, QUERIES, TARGET, SHARE = 10_000, 1_000_000, 5, 500, 0.99, 0.25
 TUNED_AT = 100_000
@@ -66,7 +67,7 @@ def measure(vectors: np.ndarray, queries: np.ndarray, kind: str) -> list[dict]:
                 "build_seconds": flat_seconds if side == "flat" else float(row["build_seconds"]),
                 "query_ms": 1000 / float(row["qps_1"]),
                 "bytes": int(row["bytes"]),
-                "mapped_bytes": int(row["mapped_bytes"]),
+                "mapped_bytes": vectors.nbytes if row["rerank"] else 0,
             }
         )
     return rows

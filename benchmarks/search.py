@@ -7,10 +7,10 @@ Searches 762,000 descriptors of 512 dimensions, sampled by :mod:`benchmarks.big_
 others:
 
 * flat: Faiss's exact index, in memory;
-* tuned: what :func:`lib.search.tuning.tune` chooses for recall@10 of 0.99 in a quarter of flat's
-  memory. It re-ranks by vectors in a mapped file, which are stated apart: the system keeps in
-  memory what it has room for (here all, as the file has just been written). It is built anew after
-  tuning and asked queries that tuning has not seen;
+* tuned: what :func:`lib.studies.index_tuning.tune` chooses for recall@10 of 0.99 in a quarter of
+  flat's memory. It re-ranks by vectors in a mapped file, which are stated apart: the system keeps
+  in memory what it has room for (here all, as the file has just been written). It is built anew
+  after tuning and asked queries that tuning has not seen;
 * hnswlib, usearch and autofaiss, those that can be imported and are named by ``--rivals``.
 
 Queries are given all at once ("batch") with 1 and 2 threads, or one after the other ("single", 2
@@ -32,8 +32,8 @@ import numpy as np
 from faiss.contrib.evaluation import knn_intersection_measure
 
 from benchmarks.big_sets import sample_file
-from lib.search import tuning
 from lib.search.kinds import train_and_add
+from lib.studies import index_tuning
 
 PHOTOS, QUERIES, K, TARGET, SHARE = 762_000, 1000, 10, 0.99, 0.25
 ROUNDS, SINGLE = 3, 100
@@ -47,7 +47,7 @@ def of_faiss(search: Callable[[np.ndarray], np.ndarray]) -> Search:
     """Let Faiss use as many threads as are asked for."""
 
     def with_threads(queries: np.ndarray, number: int) -> np.ndarray:
-        with tuning.threads(number):
+        with index_tuning.threads(number):
             return search(queries)
 
     return with_threads
@@ -115,7 +115,7 @@ def build_autofaiss(vectors: np.ndarray) -> tuple[Search, int]:
         nb_cores=2,
         verbose=40,
     )
-    return of_faiss(lambda queries: index.search(queries, K)[1]), tuning.memory_of(index)
+    return of_faiss(lambda queries: index.search(queries, K)[1]), index_tuning.memory_of(index)
 
 
 def reach(search: Search, queries: np.ndarray, exact: np.ndarray) -> dict[str, float]:
@@ -158,10 +158,10 @@ def main() -> None:
 def compare(vectors: np.ndarray, queries: np.ndarray, rivals: list[str]) -> None:
     """Build and search with each of them."""
     rows = np.arange(len(vectors))
-    exact, _ = tuning.search_exactly(vectors, rows, queries, K)
+    exact, _ = index_tuning.search_exactly(vectors, rows, queries, K)
     start = time.perf_counter()
     most = int(SHARE * vectors.nbytes)
-    settings, table = tuning.tune(vectors, TARGET, most)
+    settings, table = index_tuning.tune(vectors, TARGET, most)
     tuning_seconds = time.perf_counter() - start
     front = table[table["frontier"]].drop(columns=["fits", "frontier"])
     print(front.to_string(float_format=lambda value: f"{value:.4g}"))
@@ -170,9 +170,9 @@ def compare(vectors: np.ndarray, queries: np.ndarray, rivals: list[str]) -> None
         index = train_and_add(vectors, settings)
 
         def search(queries: np.ndarray) -> np.ndarray:
-            return tuning.search_reranked(index, vectors, rows, queries, K, settings.rerank)
+            return index_tuning.search_reranked(index, vectors, rows, queries, K, settings.rerank)
 
-        return of_faiss(search), tuning.memory_of(index)
+        return of_faiss(search), index_tuning.memory_of(index)
 
     builders = {"flat": build_flat, "tuned": build_tuned}
     of_rivals = {"hnswlib": build_hnswlib, "usearch": build_usearch, "autofaiss": build_autofaiss}

@@ -1,4 +1,4 @@
-"""The figures of the notebooks: photos, training curves, search results, index costs.
+"""The figures of the notebooks: photos, training curves, search results.
 
     set_style()
     plot_retrieval_grid(photos, query, retrieved, similarities, positives, save=run / "grid.png")
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,9 +21,6 @@ from matplotlib.container import BarContainer
 
 from lib.evaluation.metrics import Interval
 from lib.files import replacing
-
-if TYPE_CHECKING:  # figures need no Faiss
-    from lib.search.tuning import Loss
 
 Distances = tuple[np.ndarray, np.ndarray]  # to positives and to negatives, float (n,) each
 
@@ -315,92 +311,6 @@ def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None =
     axis.set(xlabel="photos looked at", ylabel="share of positives found")
     axis.set(ylim=(0, 1), xscale="log")
     axis.legend(fontsize=9)
-    finish(save)
-
-
-def plot_frontier(frontier: pd.DataFrame, *, save: Path | None = None) -> None:
-    """Draw recall against speed for every setting of an index; larger marks take more memory.
-
-    Args:
-        frontier: from :func:`lib.search.tuning.tune`. Only measurements of the full index are
-            drawn. The line joins the settings that no other beats; the ring marks the choice.
-    """
-    table = frontier[frontier["vectors"] == frontier["vectors"].max()]
-    _, axis = plt.subplots(figsize=(7.5, 4.4))
-    for factory, rows in table.groupby("factory", sort=False):
-        size = 400 * rows["bytes"] / table["bytes"].max() + 12  # area by memory
-        label = f"{factory}: {rows['bytes'].iloc[0] / 1e6:,.3g} MB"
-        axis.scatter(rows["recall"], rows["qps_2"], size, alpha=0.5, label=label)
-    front = table[table["frontier"]].sort_values("recall")
-    axis.plot(front["recall"], front["qps_2"], color="black", linewidth=1)
-    chosen = table[table["chosen"]]
-    axis.scatter(chosen["recall"], chosen["qps_2"], 220, "none", edgecolor=WRONG, linewidth=2)
-    axis.set(xlabel="recall", ylabel="queries per second, 2 threads", yscale="log")
-    for handle in axis.legend(fontsize=9, loc="lower left").legend_handles:
-        handle.set_sizes([40])
-    finish(save)
-
-
-COSTS = {"build_seconds": "seconds to build", "query_ms": "ms per query", "bytes": "bytes"}
-
-
-def plot_growth(
-    table: pd.DataFrame,
-    fits: Mapping[str, Mapping[str, Mapping[str, float]]],
-    *,
-    save: Path | None = None,
-) -> None:
-    """Draw costs by the number of photos on logarithmic axes, where n^a is a line of slope a.
-
-    Args:
-        table: columns ``side``, ``photos``, and those of ``COSTS``.
-        fits: side -> cost -> ``exponent``, its standard ``error``, and ``factor``, as
-            ``python -m benchmarks.growth`` fits them.
-    """
-    _, axes = plt.subplots(1, len(COSTS), figsize=(14, 4))
-    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for number, (side, rows) in enumerate(table.groupby("side")):
-            line = fits[side][cost]
-            n, colour = rows["photos"].to_numpy(float), f"C{number}"
-            name = f"{side}: n^({line['exponent']:.2f} ± {line['error']:.2f})"
-            axis.plot(n, rows[cost], "o", color=colour, label=name)
-            axis.plot(n, line["factor"] * n ** line["exponent"], color=colour, linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="photos", title=label)
-        axis.legend(fontsize=9)
-    finish(save)
-
-
-def plot_probes(table: pd.DataFrame, *, save: Path | None = None) -> None:
-    """Draw the recall of an inverted file and its share of flat search's time, by lists visited.
-
-    Args:
-        table: indexed by the number of lists visited: ``recall``, and ``time`` as a share of the
-            time of comparing everything.
-    """
-    _, axis = plt.subplots(figsize=(7.5, 4))
-    axis.plot(table.index, table["recall"], "o-", label="of the ten nearest, found")
-    axis.plot(table.index, table["time"], "s--", label="of the time of comparing everything")
-    axis.set(xscale="log", xlabel="lists visited", ylabel="share", ylim=(0, 1.05))
-    axis.set_xticks(table.index, labels=map(str, table.index), minor=False)
-    axis.legend()
-    finish(save)
-
-
-def plot_compression(losses: Sequence[Loss], *, save: Path | None = None) -> None:
-    """Draw the similarities in compressed indexes against the exact ones.
-
-    Args:
-        losses: from :func:`lib.search.tuning.compression_losses`, a panel for each.
-    """
-    size = (3.4 * len(losses), 3.8)
-    _, axes = plt.subplots(1, len(losses), figsize=size, sharex=True, sharey=True, squeeze=False)
-    for axis, loss in zip(axes[0], losses, strict=True):
-        axis.scatter(loss.exact, loss.found, 3, alpha=0.2, linewidth=0, rasterized=True)
-        axis.axline((1, 1), slope=1, color="black", linewidth=1)
-        title = f"{loss.factory}: {loss.bytes_each} bytes a photo"
-        axis.set(title=f"{title}\nrecall {loss.recall:.2f}, re-ranked {loss.reranked:.2f}")
-        axis.set(xlabel="true similarity", aspect="equal")
-    axes[0, 0].set_ylabel("similarity in the index")
     finish(save)
 
 

@@ -1,6 +1,6 @@
 """Descriptors from several views of a photo: sizes, mirror images, pooling exponents.
 
-    views = describe_views(tower, lambda size: read_gallery(folder, size)[0], (24, 32, 48))
+    views = np.concatenate([describe_views(tower, photos_at[size]) for size in (24, 32, 48)])
     descriptors = aggregate(views)                     # float32 (n, d) of unit norm
 
 A trained network embeds several views of each photo, and their descriptors are averaged. Each view
@@ -10,7 +10,7 @@ costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -19,42 +19,26 @@ from lib.network.tower import embed, resized
 
 
 def describe_views(
-    tower: keras.Model,
-    photos_at: Callable[[int], np.ndarray],
-    image_sizes: Sequence[int],
-    *,
-    mirrored: bool = True,
-    gem_ps: Sequence[float | None] = (None,),
+    tower: keras.Model, photos: np.ndarray, gem_ps: Sequence[float | None] = (None,)
 ) -> np.ndarray:
-    """Embed photos at several sizes, as they are and mirrored, and pooled with several exponents.
+    """Embed photos as they are and mirrored (left and right exchanged), pooled with each exponent.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`, trained at any size.
-        photos_at: gives the photos at a size, uint8 (n, size, size, 3) RGB. It should read them at
-            that size, as enlarged ones show no more.
-        image_sizes: sides in pixels.
-        mirrored: whether each size gives a second view, left and right exchanged.
+        photos: uint8 (n, size, size, 3) RGB, read at that size, as enlarged ones show no more.
         gem_ps: exponents to pool with; None is the tower's own. A larger one than in training, such
             as 4.6 for 3, is SuperGlobal's GeM+ (Shao et al., "Global Features are All You Need for
             Image Retrieval and Reranking", ICCV 2023, section 3.1).
 
     Returns:
-        float32 (v, n, d), of unit norm, by size, then exponent, then plain and mirrored.
+        float32 (2 p, n, d), of unit norm, by exponent, then plain and mirrored.
 
     Raises:
-        ValueError: no size, or an exponent for a tower without GeM pooling.
+        ValueError: an exponent for a tower without GeM pooling.
     """
-    if not image_sizes:
-        raise ValueError("name at least one size")
-    views = []
-    for size in image_sizes:
-        photos = photos_at(size)
-        at_size = _with_exponents(resized(tower, size), gem_ps)
-        sides = [embed(at_size, photos)]
-        if mirrored:
-            sides.append(embed(at_size, photos[:, :, ::-1]))
-        views += [side[:, i] for i in range(len(gem_ps)) for side in sides]
-    return np.stack(views)
+    at_size = _with_exponents(resized(tower, photos.shape[1]), gem_ps)
+    sides = np.stack([embed(at_size, photos), embed(at_size, photos[:, :, ::-1])])
+    return sides.transpose(2, 0, 1, 3).reshape(-1, len(photos), sides.shape[-1])
 
 
 def _with_exponents(tower: keras.Model, gem_ps: Sequence[float | None]) -> keras.Model:

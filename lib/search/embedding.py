@@ -1,4 +1,4 @@
-"""Embedding photos from folders, lists of files or shards; long jobs can be resumed.
+"""Embedding photos from folders or shards; long jobs can be resumed.
 
     embeddings, names, skipped = embed_folder(tower, Path("my photos"))
     index = PhotoIndex.build(embeddings, names, fingerprint(tower))
@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,7 @@ class PhotoSource:
 
 
 def photos_below(folder: Path) -> PhotoSource:
-    """The photos of a folder and of all folders below, by their paths within it.
-
-    :func:`lib.data.photos.find_photos` says which files count, and in what order.
+    """The photos that :func:`lib.data.photos.find_photos` finds, by their paths within the folder.
 
     Raises:
         NoPhotosError: there is no photo.
@@ -99,13 +97,19 @@ def photos_below(folder: Path) -> PhotoSource:
     paths, left_out = find_photos(folder)
     if not paths:
         raise NoPhotosError(f"{show_path(folder)} holds no photos, nor do the folders in it")
-    return _of_files(paths, [path.relative_to(folder).as_posix() for path in paths], left_out)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    digest = hashlib.sha256()
+    for path, name in zip(paths, names, strict=True):
+        state = [name]
+        with contextlib.suppress(OSError):  # the message comes when it is read
+            stat = path.stat()
+            state += [stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(state).encode())
 
+    def read(number: int, image_size: int) -> np.ndarray:
+        return read_photo(paths[number], image_size)
 
-def photos_at(paths: Iterable[Path]) -> PhotoSource:
-    """Picture files in the order given, named by their paths as given."""
-    paths = [Path(path) for path in paths]
-    return _of_files(paths, [str(path) for path in paths])
+    return PhotoSource(names, read, digest.hexdigest(), left_out)
 
 
 def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -> PhotoSource:
@@ -115,9 +119,9 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
         catalogue: from :func:`lib.data.catalogue.open_catalogue`.
         pictures: int (n,), rows of the catalogue's pictures; all of them if None.
     """
-    rows = np.arange(len(catalogue.pictures)) if pictures is None else pictures
+    rows = range(len(catalogue.pictures)) if pictures is None else pictures.tolist()
     hashes = catalogue.pictures["image"].to_numpy()[rows].tolist()
-    places = [catalogue.places[row] for row in rows.tolist()]
+    places = [catalogue.places[row] for row in rows]
     names = [image.hex() for image in hashes]
 
     def read(number: int, image_size: int) -> np.ndarray:
@@ -129,37 +133,11 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
     return PhotoSource(names, read, hashlib.sha256(b"".join(hashes)).hexdigest())
 
 
-def _of_files(
-    paths: list[Path], names: list[str], left_out: dict[str, int] | None = None
-) -> PhotoSource:
-    digest = hashlib.sha256()
-    for path, name in zip(paths, names, strict=True):
-        try:
-            stat = path.stat()
-            state = [name, stat.st_size, stat.st_mtime_ns]
-        except OSError:  # the message comes when it is read
-            state = [name]
-        digest.update(json.dumps(state).encode())
-
-    def read(number: int, image_size: int) -> np.ndarray:
-        return read_photo(paths[number], image_size)
-
-    return PhotoSource(names, read, digest.hexdigest(), left_out or {})
-
-
 def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Embedded:
-    """Embed the photos of a folder and of all folders below with a Keras tower.
+    """Embed the photos of a folder, see :func:`photos_below`, with a Keras tower.
 
     Two batches of pixels are in memory at a time. A photo that can't be read does not stop the
-    others.
-
-    Args:
-        tower: from :func:`lib.network.tower.load_tower`.
-        folder: see :func:`photos_below`.
-        batch_size: photos that are read together.
-
-    Returns:
-        The embeddings; ``skipped`` ends with a line for each reason for which files were left out.
+    others. ``skipped`` ends with a line for each reason for which files were left out.
 
     Raises:
         NoPhotosError: there is no photo, or none that can be read.
@@ -187,7 +165,7 @@ def embed_job(
 
     Args:
         engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
-        source: from :func:`photos_below`, :func:`photos_at` or :func:`photos_in_shards`.
+        source: from :func:`photos_below` or :func:`photos_in_shards`.
         out_folder: used by this job only; made if absent.
         batch_size: pictures that are read together, and saved together.
         on_progress: called after each batch with the number of pictures done, and of all; None
@@ -205,14 +183,11 @@ def embed_job(
 
 
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
-    """The content of ``job.json``; a job is resumed only if all of it is equal.
-
-    The engine's name includes its precision, so all rows of a job have the same.
-    """
+    """The content of ``job.json``; a job is resumed only if all of it is equal."""
     return {
         "format": _FORMAT,
         "tower": engine.fingerprint,
-        "engine": engine.name,
+        "engine": engine.name,  # includes the precision
         "image_size": engine.image_size,
         "dimension": engine.dimension,
         "pictures": len(source),
@@ -223,16 +198,7 @@ def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
 
 @contextlib.contextmanager
 def claimed(folder: Path, job: dict) -> Iterator[None]:
-    """Lock the folder of a job for this process.
-
-    Args:
-        folder: made if absent.
-        job: from :func:`describe_job`.
-
-    Raises:
-        EmbeddingJobError: the folder holds another job.
-        JobBusyError: another process works in it.
-    """
+    """Lock the folder of a job from :func:`describe_job`; raises as :func:`embed_job`."""
     folder.mkdir(parents=True, exist_ok=True)
     where, remedy = show_path(folder), "choose another folder, or delete this one"
     busy = JobBusyError(f"another process works in {where}: wait until it has finished")
@@ -273,7 +239,7 @@ def _go_on(
             _write_header(rows, (0, engine.dimension))
         left = range(len(names) + len(skipped), len(source))
         silent = on_progress is not None or not left
-        for batch in _embed(engine, source, left, batch_size, len(skipped), silent):
+        for batch in _embed(engine, source, left, batch_size, silent):
             # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
             # not written yet do not count.
             rows.write(batch.embeddings)
@@ -299,9 +265,8 @@ def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]
     for line in progress:
         try:
             entry = json.loads(line)
-            shape = (len(entry["names"]), dimension)
-            embeddings = np.frombuffer(rows.read(4 * shape[0] * dimension), "<f4").reshape(shape)
-            batch = Embedded(embeddings, entry["names"], entry["skipped"])
+            content = rows.read(4 * len(entry["names"]) * dimension)
+            batch = Embedded(np.frombuffer(content, "<f4"), entry["names"], entry["skipped"])
             if line != _line(batch):
                 break
         except (ValueError, KeyError, TypeError):
@@ -333,12 +298,7 @@ def _write_header(rows, shape: tuple[int, int]) -> None:
 
 
 def embed_pictures(engine: Engine, source: PhotoSource, numbers: Sequence[int]) -> Embedded:
-    """Embed some pictures of a source as one batch of :func:`embed_job`.
-
-    Args:
-        engine, source: see :func:`embed_job`.
-        numbers: which of the source's pictures.
-    """
+    """Embed some pictures of a source, by their numbers, as one batch of :func:`embed_job`."""
     none = Embedded(np.empty((0, engine.dimension), np.float32), [], [])
     return next(_embed(engine, source, numbers, max(1, len(numbers)), silent=True), none)
 
@@ -348,16 +308,9 @@ def _embed(
     source: PhotoSource,
     numbers: Sequence[int],
     batch_size: int,
-    failed: int = 0,
     silent: bool = False,
 ) -> Iterator[Embedded]:
-    """Embed pictures of a source batch by batch, while the next batch is read.
-
-    Args:
-        numbers: which pictures; the progress bar counts all others as done.
-        failed: how many of the others could not be read.
-        silent: without a progress bar.
-    """
+    """Embed pictures batch by batch, while the next batch is read; a bar counts others as done."""
 
     def read(number: int) -> np.ndarray | PhotoError:
         try:
@@ -370,16 +323,11 @@ def _embed(
     with ThreadPoolExecutor(_THREADS) as threads, bar:
         ahead = threads.map(read, numbers[:batch_size])
         for start in range(0, len(numbers), batch_size):
-            some, pictures = numbers[start : start + batch_size], list(ahead)
-            next_start = start + batch_size
-            ahead = threads.map(read, numbers[next_start : next_start + batch_size])
+            end = start + batch_size
+            pictures, ahead = list(ahead), threads.map(read, numbers[end : end + batch_size])
+            skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
             photos = np.array([pictures[i] for i in good], np.uint8).reshape(-1, *shape)
-            names = [source.names[some[i]] for i in good]
-            skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
-            batch = Embedded(engine.embed(photos), names, skipped)
-            failed += len(skipped)
-            if failed:
-                bar.set_postfix(skipped=failed, refresh=False)
-            yield batch
+            names = [source.names[numbers[start + i]] for i in good]
+            yield Embedded(engine.embed(photos), names, skipped)
             bar.update(len(pictures))

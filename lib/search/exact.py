@@ -49,6 +49,14 @@ def checked(
     return descriptors
 
 
+def checked_pair(queries: np.ndarray | None, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`checked` queries, the gallery if None, and gallery, which must not be empty."""
+    gallery = checked(gallery, "gallery")
+    if len(gallery) == 0:
+        raise ValueError("the gallery is empty")
+    return gallery if queries is None else checked(queries, "queries", gallery.shape[1]), gallery
+
+
 def nearest(
     queries: np.ndarray | None, gallery: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -68,13 +76,10 @@ def nearest(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    gallery = checked(gallery, "gallery")
-    if len(gallery) == 0:
-        raise ValueError("the gallery is empty")
+    descriptors, gallery = checked_pair(queries, gallery)
+    similarities, rows = knn(descriptors, gallery, k + (queries is None))
     if queries is not None:
-        similarities, rows = knn(checked(queries, "queries", gallery.shape[1]), gallery, k)
         return rows, similarities
-    similarities, rows = knn(gallery, gallery, k + 1)
     others = rows != np.arange(len(rows))[:, None]
     others[others.all(axis=1), -1] = False  # more than k photos equal this one
     shape = len(rows), rows.shape[1] - 1
@@ -130,8 +135,7 @@ def similarities_of(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray) 
     """Exact similarities of each query to some vectors, which are not copied.
 
     Args:
-        queries: float32 (q, d), C-contiguous.
-        vectors: float32 (n, d), C-contiguous, maybe memory-mapped.
+        queries, vectors: as for :func:`knn`.
         rows: int64 (q, m), which vectors; -1 stands for none.
 
     Returns:

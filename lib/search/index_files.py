@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,7 +58,7 @@ class Part:
     """Photos that share their files.
 
     Attributes:
-        names: n names.
+        names: of n photos.
         vectors: float32 (n, d), in memory or memory-mapped.
         live: bool (n,), False where the photo has been removed.
         index: of all n vectors; None if every vector is compared.
@@ -94,16 +95,12 @@ class Part:
 
     def live_names(self) -> list[str]:
         """Names of photos that have not been removed."""
-        return [name for name, alive in zip(self.names, self.live.tolist(), strict=True) if alive]
+        return list(compress(self.names, self.live.tolist()))
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Keep other writers out, and delete files that the manifest does not list before and after.
-
-    Raises:
-        IndexBusyError: another process writes to the folder.
-    """
+    """Keep other writers out, and delete files that the manifest does not list before and after."""
     busy = f"another process writes to {show_path(folder)}: wait until it has finished"
     with only_writer(folder, IndexBusyError(busy)):
         _delete_unlisted(folder)  # left by a process that was killed
@@ -115,13 +112,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 def _delete_unlisted(folder: Path) -> None:
     remove_half_written(folder)
-    listed: set[str] = set()
-    try:
-        if (folder / MANIFEST).exists():
+    parts = []
+    if (folder / MANIFEST).exists():
+        try:
             parts = read_manifest(folder)["parts"]
-            listed = {entry["name"] for part in parts for entry in part["files"].values()}
-    except UnusableIndexError:
-        return  # the files may be all that is left of the index; a save replaces them
+        except UnusableIndexError:
+            return  # the files may be all that is left of the index; a save replaces them
+    listed = {entry["name"] for part in parts for entry in part["files"].values()}
     for path in folder.iterdir():
         if _FILES.fullmatch(path.name) and path.name not in listed:
             # Processes that have mapped the file keep it. Windows refuses to delete it then: a
@@ -132,8 +129,7 @@ def _delete_unlisted(folder: Path) -> None:
 
 def _next_number(folder: Path) -> int:
     """A number for the names of new files, above that of every file in the folder."""
-    found = (_FILES.fullmatch(path.name) for path in folder.iterdir())
-    numbers = [int(match[2]) for match in found if match]
+    numbers = [int(match[2]) for path in folder.iterdir() if (match := _FILES.fullmatch(path.name))]
     with contextlib.suppress(UnusableIndexError):
         numbers.append(read_manifest(folder)["number"])
     return max(numbers, default=0) + 1
@@ -147,13 +143,13 @@ def write_parts(
     Args:
         folder: locked by :func:`writing`.
         parts: all parts of the index.
-        content: model, dimension, metric and settings for the manifest.
+        content: of the manifest, beside the list of files.
 
     Returns:
         the parts, their vectors mapped from the files, and the manifest.
     """
     number = _next_number(folder)
-    parts = [_write_part(folder, number, i, part) for i, part in enumerate(parts)]
+    parts = [_write_part(folder, f"{number:06d}-{i}", part) for i, part in enumerate(parts)]
     manifest = {
         "format": _FORMAT,
         **content,
@@ -168,43 +164,37 @@ def write_parts(
     return parts, manifest
 
 
-def _write_part(folder: Path, number: int, i: int, part: Part) -> Part:
-    files, vectors = dict(part.files), part.vectors
+def _write_part(folder: Path, number: str, part: Part) -> Part:
+    files, dimension = dict(part.files), part.vectors.shape[1]
 
     def write(kind: str, suffix: str, fill: Callable[[BinaryIO], Any]) -> None:
         if kind not in files:
-            files[kind] = _write(folder / f"{kind}-{number:06d}-{i}.{suffix}", fill)
+            files[kind] = _write(folder / f"{kind}-{number}.{suffix}", fill)
 
-    starts = range(0, len(vectors), _BLOCK)
-    blocks = (vectors[start : start + _BLOCK] for start in starts)
+    starts = range(0, len(part.vectors), _BLOCK)
+    blocks = (part.vectors[start : start + _BLOCK] for start in starts)
     write("vectors", "f32", lambda file: file.writelines(blocks))
     # JSON in ASCII also keeps file names that are not valid Unicode.
     write("names", "json", lambda file: file.write(json.dumps(part.names).encode()))
     if part.selector:
         write("live", "bits", lambda file: file.write(np.packbits(part.live)))
     if part.index is not None:
-
-        def fill(file: BinaryIO) -> None:
-            # Through Python: Faiss's own writer overlooks a disk that is full at the very end.
-            faiss.write_index(part.index, faiss.PyCallbackIOWriter(file.write, 2**20))
-
-        write("index", "faiss", fill)
-    vectors = _mapped(folder / files["vectors"]["name"], vectors.shape[1])
-    return replace(part, vectors=vectors, files=files)
+        # Through Python: Faiss's own writer overlooks a disk that is full at the very end.
+        write(
+            "index",
+            "faiss",
+            lambda file: faiss.write_index(part.index, faiss.PyCallbackIOWriter(file.write, 2**20)),
+        )
+    return replace(part, vectors=_mapped(folder / files["vectors"]["name"], dimension), files=files)
 
 
 def write_vectors(
     folder: Path, blocks: Iterable[np.ndarray], dimension: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Write vectors of a new part that may not fit into memory.
-
-    Args:
-        folder: locked by :func:`writing`.
-        blocks: float32 (m, d) each.
-        dimension: d.
+    """Write vectors of a new part that may not fit into memory, float32 (m, dimension) each block.
 
     Returns:
-        float32 (n, d), mapped from the file; and the file's entry of the manifest.
+        float32 (n, dimension), mapped from the file; and the file's entry of the manifest.
     """
     path = folder / f"vectors-{_next_number(folder):06d}-0.f32"
     entry = _write(path, lambda file: file.writelines(blocks))
@@ -245,11 +235,7 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
-    """Read the manifest of an index.
-
-    Args:
-        folder: of the index.
-        model: fingerprint of the model that must have made it; any if None.
+    """Read the manifest of an index that the model, by its fingerprint, has made; any if None.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -287,11 +273,9 @@ def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
 
 
 def read_index(folder: Path, model: str) -> tuple[dict[str, Any], IndexSettings, list[Part]]:
-    """Read an index: its manifest, settings and parts; vectors and Faiss index are memory-mapped.
+    """Read the manifest, settings and parts, whose vectors and Faiss index are memory-mapped.
 
-    All files are compared with their sizes and checksums first.
-
-    Raises: as :func:`read_manifest`.
+    Each file is first compared with its checksum. Raises as :func:`read_manifest`.
     """
     manifest = read_manifest(folder, model)
     try:
@@ -314,35 +298,37 @@ def _read_part(
     folder: Path, entry: dict[str, Any], dimension: int, settings: IndexSettings
 ) -> Part:
     files, rows = entry["files"], entry["rows"]
-    if not all(_FILES.fullmatch(of["name"]) for of in files.values()):
-        raise ValueError("a file with an unknown name")
-    paths = {kind: folder / of["name"] for kind, of in files.items()}
-    for kind, path in paths.items():
-        with _whole(path):
-            if (size := path.stat().st_size) != files[kind]["bytes"]:
-                raise ValueError(f"it has {size} bytes and should have {files[kind]['bytes']}")
-            if checksum(path) != files[kind]["xxh3"]:
-                raise ValueError("its checksum differs")
-    with _whole(paths["vectors"]):
+    with _checked(folder, files["vectors"]) as path:
         # Nothing is allocated by a number of the manifest before it agrees with a file's size.
-        if rows < 1 or files["vectors"]["bytes"] != 4 * rows * dimension:
+        if rows < 1 or path.stat().st_size != 4 * rows * dimension:
             raise ValueError(f"it does not hold {rows} x {dimension} numbers")
-        vectors = _mapped(paths["vectors"], dimension)
-    with _whole(paths["names"]):
-        names = json.loads(paths["names"].read_bytes())
+        vectors = _mapped(path, dimension)
+    with _checked(folder, files["names"]) as path:
+        names = json.loads(path.read_bytes())
         if len(names) != rows:
             raise ValueError(f"{len(names)} names and not {rows}")
     live, index = np.ones(rows, bool), None
-    if "live" in paths:
-        with _whole(paths["live"]):
-            bits = np.unpackbits(np.fromfile(paths["live"], np.uint8))
-            live, rest = bits[:rows].astype(bool), bits[rows:]
-            if len(live) != rows or len(rest) > 7:
+    if "live" in files:
+        with _checked(folder, files["live"]) as path:
+            bits = np.unpackbits(np.fromfile(path, np.uint8))
+            if not rows <= len(bits) < rows + 8:
                 raise ValueError(f"{len(bits)} marks and not {rows}")
-    if "index" in paths:
-        with _whole(paths["index"]):
-            index = faiss.read_index(str(paths["index"]), faiss.IO_FLAG_MMAP_IFC)
+            live = bits[:rows].astype(bool)
+    if "index" in files:
+        with _checked(folder, files["index"]) as path:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             if (index.ntotal, index.d) != (rows, dimension):
                 raise ValueError(f"{index.ntotal} x {index.d} numbers and not {rows} x {dimension}")
             set_search(index, settings.search)
     return Part(names, vectors, live, index, files)
+
+
+@contextlib.contextmanager
+def _checked(folder: Path, entry: dict[str, Any]) -> Iterator[Path]:
+    """The path of a file that is as the manifest lists it; the block reads it."""
+    if not _FILES.fullmatch(entry["name"]):
+        raise ValueError("a file with an unknown name")
+    with _whole(path := folder / entry["name"]):
+        if (path.stat().st_size, checksum(path)) != (entry["bytes"], entry["xxh3"]):
+            raise ValueError("its size or its checksum differs")
+        yield path

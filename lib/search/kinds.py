@@ -61,41 +61,29 @@ def train_and_add(
     """
     from tqdm import tqdm  # here: a sixth of the time that importing the index takes
 
-    n = len(vectors) if rows is None else len(rows)
-
-    def take(places: slice | np.ndarray) -> np.ndarray:
-        return vectors[places] if rows is None else vectors[rows[places]]
-
+    rows = np.arange(len(vectors)) if rows is None else rows
+    n = len(rows)
     with _refusing(f"make an index {settings.factory!r} of {n} x {vectors.shape[1]}"):
         index = empty_index(vectors.shape[1], settings)
         lists = faiss.try_extract_index_ivf(index)
         # k-means needs 40 to 256 vectors for each centroid; codebooks have up to 256 centroids.
         sample = max(65_536, 64 * lists.nlist if lists else 0)
-        index.train(take(np.sort(np.random.default_rng(0).permutation(n)[:sample])))
+        index.train(vectors[rows[np.sort(np.random.default_rng(0).permutation(n)[:sample])]])
         starts = range(0, n, _BLOCK)
         for start in tqdm(starts, desc="indexing", unit=" blocks", disable=len(starts) < 10):
-            index.add(take(slice(start, start + _BLOCK)))
+            index.add(vectors[rows[start : start + _BLOCK]])
     return index
 
 
 def empty_index(dimension: int, settings: IndexSettings) -> faiss.Index:
-    """An untrained Faiss index by inner product, its search parameters set.
-
-    Raises:
-        RuntimeError: a factory that Faiss does not know.
-        ValueError: search parameters that this kind of index does not have.
-    """
+    """An untrained Faiss index by inner product; RuntimeError for a factory that Faiss refuses."""
     index = faiss.index_factory(dimension, settings.factory, faiss.METRIC_INNER_PRODUCT)
     set_search(index, settings.search)
     return index
 
 
 def set_search(index: faiss.Index, search: str) -> None:
-    """Set search parameters of a Faiss index; those that are not named stay as they are.
-
-    Raises:
-        ValueError: it has no such parameters.
-    """
+    """Set search parameters, others stay as they are; ValueError if the index has no such ones."""
     if search:
         with _refusing(f"search by {search!r}"):
             faiss.ParameterSpace().set_index_parameters(index, search)

@@ -16,11 +16,11 @@ unfinished one leaves no trace.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 
 from lib.files import show_path
@@ -93,11 +93,7 @@ class PhotoIndex:
                 repeated name; settings that Faiss does not know, or too few photos to train on.
         """
         vectors, names = checked_vectors(embeddings, names)
-        index = cls([], model, settings, vectors.shape[1])
-        if names:
-            live = np.ones(len(names), bool)
-            index._set_parts([Part(names, vectors, live, _faiss_index(vectors, settings))])
-        return index
+        return cls(_one_part(names, vectors, settings), model, settings, vectors.shape[1])
 
     @classmethod
     def load(cls, path: Path, model: str) -> PhotoIndex:
@@ -144,15 +140,14 @@ class PhotoIndex:
         queries = checked(queries, "queries", self.dimension)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        similarities = np.empty((len(queries), 0), np.float32)
-        numbers = np.empty((len(queries), 0), np.int64)
-        names: list[str] = []
+        similarities = [np.empty((len(queries), 0), np.float32)]
+        numbers, names = [np.empty((len(queries), 0), np.int64)], []
         for part in self._parts:
             found, rows = _search_part(part, queries, k, self.settings.rerank)
-            similarities = np.concatenate([similarities, found], axis=1)
-            numbers = np.concatenate([numbers, rows + len(names)], axis=1)
+            similarities.append(found)
+            numbers.append(rows + len(names))
             names = names + part.names if names else part.names
-        similarities, numbers = nearest_of(similarities, numbers, k)
+        similarities, numbers = nearest_of(np.hstack(similarities), np.hstack(numbers), k)
         return [[names[i] for i in row] for row in numbers.tolist()], similarities
 
     def add(self, names: Sequence[str], embeddings: np.ndarray) -> None:
@@ -180,9 +175,7 @@ class PhotoIndex:
                 merged_part = parts.pop()
                 blocks = [*merged_part.live_blocks(), *blocks]
                 names = merged_part.live_names() + names
-            if names:
-                parts.append(Part(names, np.concatenate(blocks), np.ones(len(names), bool), None))
-            self._commit(folder, parts, self.settings)
+            self._commit(folder, parts + _one_part(names, np.concatenate(blocks)), self.settings)
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove photos; their embeddings take up room until :meth:`compact`.
@@ -207,11 +200,7 @@ class PhotoIndex:
             self._commit(folder, parts, self.settings)
 
     def tune(self, search: str, rerank: int) -> None:
-        """Change how the index is searched.
-
-        Args:
-            search: as in :class:`IndexSettings`; parameters that are not named stay as they are.
-            rerank: as in :class:`IndexSettings`.
+        """Change how the index is searched, see :class:`IndexSettings`; other parameters stay.
 
         Raises:
             ValueError: parameters that this kind of index does not have.
@@ -243,18 +232,13 @@ class PhotoIndex:
                     vectors = np.concatenate(list(blocks))
                 else:  # through the file: all vectors may be larger than the memory
                     vectors, files["vectors"] = write_vectors(folder, blocks, self.dimension)
-                live = np.ones(len(vectors), bool)
-                index = _faiss_index(vectors, self.settings)
-                parts = [Part(self.names, vectors, live, index, files)]
+                parts = _one_part(self.names, vectors, self.settings, files)
             self._commit(folder, parts, self.settings)
 
     def save(self, path: Path) -> None:
-        """Write the index to a folder, in place of an index that may be there.
+        """Write the index to a folder, made if absent, in place of an index that may be there.
 
         From then on changes go to that folder, and the embeddings are read from it.
-
-        Args:
-            path: the folder; it is made if absent.
 
         Raises:
             UnusableIndexError: there is a file at ``path``.
@@ -276,10 +260,7 @@ class PhotoIndex:
             return
         with writing(self.path):
             if read_manifest(self.path, self.model)["xxh3"] != self._manifest:
-                other = PhotoIndex.load(self.path, self.model)
-                self.settings, self.dimension = other.settings, other.dimension
-                self._manifest = other._manifest
-                self._set_parts(other._parts)
+                vars(self).update(vars(PhotoIndex.load(self.path, self.model)))
             yield self.path
 
     def _commit(self, folder: Path | None, parts: list[Part], settings: IndexSettings) -> None:
@@ -298,28 +279,31 @@ class PhotoIndex:
 
 
 def checked_vectors(embeddings: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Check embeddings and names of photos.
-
-    Returns:
-        float32 (n, d), not copied if they are that already; and the names as a list.
+    """Embeddings as float32 (n, d), see :func:`lib.search.exact.checked`, and n unique names.
 
     Raises:
-        ValueError: embeddings that are not (n, d), finite and of unit norm; n != names; or a
-            repeated name.
+        ValueError: embeddings that are not of unit norm; n != names; or a repeated name.
     """
     vectors, names = checked(embeddings), list(names)
     if len(vectors) != len(names):
         raise ValueError(f"{len(vectors)} embeddings, but {len(names)} names")
     if len(set(names)) != len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
+        (twice, _), *_ = Counter(names).most_common(1)
         raise ValueError(f"names must be unique ({twice!r} comes twice)")
     return vectors, names
 
 
-def _faiss_index(vectors: np.ndarray, settings: IndexSettings) -> faiss.Index | None:
-    """A Faiss index of vectors, float32 (n, d); None for "Flat", where the vectors are enough."""
-    return None if settings.factory == "Flat" else train_and_add(vectors, settings)
+def _one_part(
+    names: list[str],
+    vectors: np.ndarray,
+    settings: IndexSettings = FLAT,
+    files: dict[str, dict] | None = None,
+) -> list[Part]:
+    """A part of all photos, or none without photos; "Flat" needs only the vectors."""
+    if not names:
+        return []
+    index = None if settings.factory == "Flat" else train_and_add(vectors, settings)
+    return [Part(names, vectors, np.ones(len(names), bool), index, files or {})]
 
 
 def _search_part(

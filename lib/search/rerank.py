@@ -21,17 +21,19 @@ similarity minus 2, or less if there are negative scores.
     rerank_superglobal    nothing                    a search, M^2 d products   M (M + d)
 
 A search compares with all n photos. Numbers of neighbours are capped at the number of photos.
-Descriptors must be (n, d), finite and of unit norm, and the gallery not empty; a ValueError else.
+A ValueError is raised for descriptors that are not (n, d), finite and of unit norm, an empty
+gallery, settings out of range, and an encoding or graph of a gallery of another size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+from scipy.sparse.linalg import cg
 
-from lib.search.exact import checked, nearest
+from lib.search.exact import checked_pair, nearest
 
 _BLOCK = 2**23  # numbers that are computed at a time
 
@@ -49,15 +51,12 @@ def expand_queries(
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        k: how many photos.
+        k: how many photos, at least 1.
         alpha: 0 or more; the larger, the less weight dissimilar photos have.
 
     Returns:
         float32 (q, d) of unit norm. A query whose sum vanishes (opposite photos with alpha 0) is
         unchanged.
-
-    Raises:
-        ValueError: k below 1, or alpha negative or not finite.
     """
     return _moved(queries, gallery, k, alpha)
 
@@ -73,14 +72,11 @@ def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many other photos.
+        k: how many other photos, at least 1.
         alpha: 0 or more.
 
     Returns:
         float32 (n, d) of unit norm, to be searched in place of ``gallery``.
-
-    Raises:
-        ValueError: as for :func:`expand_queries`.
     """
     return _moved(None, gallery, k, alpha)
 
@@ -88,22 +84,18 @@ def augment_gallery(gallery: np.ndarray, k: int = 20, alpha: float = 3.0) -> np.
 def _moved(queries: np.ndarray | None, gallery: np.ndarray, k: int, alpha: float) -> np.ndarray:
     """Queries, or if None the gallery, moved towards their k nearest photos."""
     _check_not_negative("alpha", alpha)
+    descriptors, gallery = checked_pair(queries, gallery)
     rows, similarities = nearest(queries, gallery, k)
-    gallery = checked(gallery, "gallery")
-    descriptors = gallery if queries is None else checked(queries, "queries")
     weights = _sparse_rows(rows, np.maximum(similarities, 0) ** np.float32(alpha), len(gallery))
     moved = descriptors + weights @ gallery
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
     return np.divide(moved, norms, out=descriptors.copy(), where=norms > 0)
 
 
-@dataclass(frozen=True, eq=False)
-class ReciprocalEncoding:
-    """A gallery encoded by :func:`encode_reciprocal`.
+class ReciprocalEncoding(NamedTuple):
+    """A gallery encoded by :func:`encode_reciprocal`, whose k1 and k2 it keeps.
 
     Attributes:
-        k1: how many nearest photos count as neighbours.
-        k2: how many encodings are averaged.
         reach: float32 (n,), the similarity from which a query is one of a photo's k1 nearest.
         close: sparse int32 (n, n), 1 for k-reciprocal neighbours with k = k1 // 2.
         single: sparse float32 (n, n), row i is the encoding of photo i.
@@ -133,15 +125,12 @@ def encode_reciprocal(gallery: np.ndarray, k1: int = 20, k2: int = 6) -> Recipro
 
     Args:
         gallery: float (n, d) of unit norm.
-        k1: how many nearest other photos count; half of it is rounded down.
-        k2: how many encodings are averaged; 1 takes the photo's own.
-
-    Raises:
-        ValueError: k1 or k2 below 1.
+        k1: how many nearest other photos count, at least 1; half of it is rounded down.
+        k2: how many encodings are averaged, at least 1, which takes the photo's own.
     """
     _check_counts(k1=k1, k2=k2)
+    gallery, _ = checked_pair(None, gallery)
     rows, similarities = nearest(None, gallery, max(k1, k2 - 1))
-    gallery = checked(gallery, "gallery")
     n = len(gallery)
     if similarities.shape[1] < k1:  # fewer others: any query is among the k1 nearest
         reach = np.full(n, -np.inf, dtype=np.float32)
@@ -176,28 +165,24 @@ def rerank_k_reciprocal(
 
     Returns:
         float32 (q, n), 1 - the final distance, from -lam to 1.
-
-    Raises:
-        ValueError: lam out of range, or an encoding of another gallery size.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be from 0 to 1, got {lam}")
-    queries, gallery = _checked(queries, gallery)
+    queries, gallery = checked_pair(queries, gallery)
     n = len(gallery)
     if len(encoding.reach) != n:
         raise ValueError(
             f"the encoding is of a gallery of {len(encoding.reach)} photos, got one of {n}"
         )
-    k1, k2 = encoding.k1, encoding.k2
+    k1, k2, reach, *_ = encoding
     rows, similarities = nearest(queries, gallery, max(k1, k2 - 1))
-    mutual = similarities[:, :k1] >= encoding.reach[rows[:, :k1]]
+    mutual = similarities[:, :k1] >= reach[rows[:, :k1]]
     reciprocal = _sparse_rows(rows[:, :k1], mutual.astype(np.int32), n)
     reciprocal.eliminate_zeros()
     single = _encoded(_extended(reciprocal, encoding.close), queries, gallery)
     others = rows[:, : k2 - 1]
     added = _sparse_rows(others, np.ones(others.shape, dtype=np.float32), n) @ encoding.single
     encodings = ((single + added) / np.float32(1 + others.shape[1])).tocsr()
-
     sums = encoding.averaged.sum(axis=1)
     scores = queries @ gallery.T
     for i in range(len(queries)):
@@ -238,30 +223,24 @@ def _encoded(
     return sparse.csr_array((np.exp(values - 1), (rows, columns)), shape=pattern.shape)
 
 
-def neighbour_graph(gallery: np.ndarray, k: int = 50, gamma: float = 3.0) -> sparse.csr_array:
+def neighbour_graph(gallery: np.ndarray, k: int = 50) -> sparse.csr_array:
     """The graph of a gallery for :func:`rerank_diffusion`, made once for all queries.
 
     Two photos are joined if each is among the k nearest others of the other one. Their affinity is
-    s^gamma; similarities s of 0 or below join nothing. The affinities A are normalized by the
-    degrees D = diag(A 1) to S = D^(-1/2) A D^(-1/2). From Iscen, Tolias, Avrithis, Furon, Chum,
-    "Efficient Diffusion on Region Manifolds", CVPR 2017, section 3.
+    s^3; similarities s of 0 or below join nothing. The affinities A are normalized by the degrees
+    D = diag(A 1) to S = D^(-1/2) A D^(-1/2). From Iscen, Tolias, Avrithis, Furon, Chum, "Efficient
+    Diffusion on Region Manifolds", CVPR 2017, section 3.
 
     Args:
         gallery: float (n, d) of unit norm.
-        k: how many nearest others.
-        gamma: above 0; the larger, the less weight dissimilar photos have.
+        k: how many nearest others, at least 1.
 
     Returns:
         S, sparse float64 (n, n), symmetric, with eigenvalues from -1 to 1. A photo that is joined
         to none has an empty row.
-
-    Raises:
-        ValueError: k below 1, or gamma not above 0 or not finite.
     """
-    _check_gamma(gamma)
     rows, similarities = nearest(None, gallery, k)
-    affinities = np.maximum(similarities, 0).astype(np.float64) ** gamma
-    directed = _sparse_rows(rows, affinities, len(rows))
+    directed = _sparse_rows(rows, _affinities(similarities), len(rows))
     # The smaller of both directions: 0 unless mutual, and free of differences by rounding.
     graph = directed.minimum(directed.T).tocsr()
     graph.eliminate_zeros()
@@ -276,78 +255,52 @@ def rerank_diffusion(
     gallery: np.ndarray,
     graph: sparse.csr_array,
     k: int = 10,
-    gamma: float = 3.0,
     alpha: float = 0.99,
     tolerance: float = 1e-6,
 ) -> np.ndarray:
     """Diffusion: similarity spreads from the query's neighbours along the graph of the gallery.
 
-    The scores f solve (I - alpha S) f = y by conjugate gradients, where y is s^gamma for the k
-    photos nearest to the query and 0 for others, so the query itself is not in the graph. See the
-    paper of :func:`neighbour_graph`; its image regions are left out, as a photo has one descriptor.
+    The scores f solve (I - alpha S) f = y by conjugate gradients, where y is s^3 for the k photos
+    nearest to the query and 0 for others, so the query itself is not in the graph. See the paper of
+    :func:`neighbour_graph`; its image regions are left out, as a photo has one descriptor.
 
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
         graph: :func:`neighbour_graph` of this gallery.
-        k: from how many photos it spreads.
-        gamma: above 0, that of the graph.
+        k: from how many photos it spreads, at least 1.
         alpha: from 0 (y itself) to below 1; the larger, the farther it spreads and the longer it
             takes.
         tolerance: from 1e-12 to below 1; the solver stops when the residual is that share of y.
 
     Returns:
         float32 (q, n): above 0 for photos that the diffusion reaches, below 0 for others.
-
-    Raises:
-        ValueError: a setting out of range, or a graph of another gallery size.
     """
-    _check_gamma(gamma)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be from 0 to below 1, got {alpha}")
     if not 1e-12 <= tolerance < 1:
         raise ValueError(f"tolerance must be from 1e-12 to below 1, got {tolerance}")
-    queries, gallery = _checked(queries, gallery)
+    queries, gallery = checked_pair(queries, gallery)
     n = len(gallery)
     if graph.shape != (n, n):
         raise ValueError(f"the graph is of a gallery of {graph.shape[0]} photos, got one of {n}")
     rows, similarities = nearest(queries, gallery, k)
     system = (sparse.eye_array(n) - alpha * graph).tocsr()
-    sources = _sparse_rows(rows, np.maximum(similarities, 0).astype(np.float64) ** gamma, n)
     scores = np.empty((len(queries), n), dtype=np.float32)
-    step = max(1, _BLOCK // (4 * n))
-    for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        scores[part] = _solved(system, sources[part].T.toarray(order="C"), tolerance).T
+    for i, sources in enumerate(_affinities(similarities)):
+        y = np.zeros(n)
+        y[rows[i]] = sources
+        scores[i] = cg(system, y, rtol=tolerance)[0]
     # The solution is positive within reach and exactly 0 beyond it.
     return _others_below(scores, queries @ gallery.T, scores > 0)
 
 
-def _solved(system: sparse.csr_array, y: np.ndarray, tolerance: float) -> np.ndarray:
-    """Conjugate gradients for q right sides together: (n, n), (n, q) -> (n, q)."""
-    f = np.zeros_like(y)
-    residual, direction = y.copy(), y.copy()
-    squares = np.einsum("nq,nq->q", residual, residual)
-    enough = tolerance**2 * squares
-    # A solved column is not changed any more, so its result does not depend on the others.
-    while (unsolved := squares > enough).any():
-        product = system @ direction
-        curvature = np.einsum("nq,nq->q", direction, product)
-        length = np.divide(squares, curvature, out=np.zeros_like(squares), where=unsolved)
-        f += length * direction
-        residual -= length * product
-        before, squares = squares, np.einsum("nq,nq->q", residual, residual)
-        kept = np.divide(squares, before, out=np.zeros_like(squares), where=unsolved)
-        direction = residual + kept * direction
-    return f
+def _affinities(similarities: np.ndarray) -> np.ndarray:
+    return np.maximum(similarities, 0).astype(np.float64) ** 3  # the paper's gamma
 
 
 def rerank_superglobal(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    top: int = 400,
-    k: int = 9,
-    beta: float = 0.15,
+    queries: np.ndarray, gallery: np.ndarray, top: int = 400, k: int = 9, beta: float = 0.15
 ) -> np.ndarray:
     """SuperGlobal's re-ranking: candidates refine each other, the best expand the query.
 
@@ -365,19 +318,16 @@ def rerank_superglobal(
     Args:
         queries: float (q, d) of unit norm.
         gallery: float (n, d) of unit norm.
-        top: how many candidates are re-ranked (the paper's M).
-        k: how many neighbours refine a candidate; capped at top - 1.
+        top: how many candidates are re-ranked (the paper's M), at least 1.
+        k: how many neighbours refine a candidate, at least 1; capped at top - 1.
         beta: 0 or more, the weight of neighbours.
 
     Returns:
         float32 (q, n), the candidates before all others.
-
-    Raises:
-        ValueError: top or k below 1, or beta negative or not finite.
     """
     _check_counts(top=top, k=k)
     _check_not_negative("beta", beta)
-    queries, gallery = _checked(queries, gallery)
+    queries, gallery = checked_pair(queries, gallery)
     similarities = queries @ gallery.T
     candidates, _ = nearest(queries, gallery, top)
     scores = np.zeros_like(similarities)
@@ -409,13 +359,6 @@ def _sparse_rows(columns: np.ndarray, values: np.ndarray, n: int) -> sparse.csr_
     return sparse.csr_array((values.flatten(), columns.flatten(), bounds), shape=(m, n))
 
 
-def _checked(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    gallery = checked(gallery, "gallery")
-    if len(gallery) == 0:
-        raise ValueError("the gallery is empty")
-    return checked(queries, "queries", gallery.shape[1]), gallery
-
-
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
@@ -425,8 +368,3 @@ def _check_counts(**counts: int) -> None:
 def _check_not_negative(name: str, setting: float) -> None:
     if not 0 <= setting < np.inf:
         raise ValueError(f"{name} must be 0 or more and finite, got {setting}")
-
-
-def _check_gamma(gamma: float) -> None:
-    if not 0 < gamma < np.inf:  # 0^0 would join photos that have nothing in common
-        raise ValueError(f"gamma must be above 0 and finite, got {gamma}")

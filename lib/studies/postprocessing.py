@@ -292,7 +292,7 @@ def describe_all(
     found = {}
     for size in tqdm(sizes, desc="embedding", unit=" sizes"):
         names = product([size], gem_ps, (False, True))
-        described = describe_views(tower, photos_at, (size,), gem_ps=gem_ps)
+        described = describe_views(tower, photos_at(size), gem_ps)
         for (_, p, mirrored), descriptors in zip(names, described, strict=True):
             found[size, mirrored, p] = descriptors
     return {view: found[view] for view in views}

@@ -114,7 +114,7 @@ QUERY = """
 import sys
 from pathlib import Path
 import numpy as np
-from lib.search.embedding import embed_job, photos_at
+from lib.search.embedding import embed_job, photos_below
 from lib.network.engine import load_engine
 from lib.data.photos import read_photo
 

@@ -18,37 +18,31 @@ def tower() -> keras.Model:
 
 
 @pytest.fixture
-def photos_at(rng):
-    photos = {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (24, 32)}
-    return photos.__getitem__
+def photos(rng):
+    return {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (24, 32)}
 
 
-def test_views_are_in_order_of_size_each_followed_by_its_mirror_image(tower, photos_at):
-    views = describe_views(tower, photos_at, (24, 32))
-    assert views.shape == (4, 3, 512) and views.dtype == np.float32
-    np.testing.assert_allclose(views[2], embed(tower, photos_at(32)), atol=1e-6)
-    np.testing.assert_allclose(views[3], embed(tower, photos_at(32)[:, :, ::-1]), atol=1e-6)
-    np.testing.assert_allclose(views[0], embed(resized(tower, 24), photos_at(24)), atol=1e-6)
-    np.testing.assert_array_equal(
-        describe_views(tower, photos_at, (24, 32), mirrored=False), views[::2]
-    )
-    with pytest.raises(ValueError, match="at least one size"):
-        describe_views(tower, photos_at, ())
+def test_views_of_any_size_are_followed_by_their_mirror_images(tower, photos):
+    views = [*describe_views(tower, photos[24]), *describe_views(tower, photos[32])]
+    assert all(view.shape == (3, 512) and view.dtype == np.float32 for view in views)
+    np.testing.assert_allclose(views[2], embed(tower, photos[32]), atol=1e-6)
+    np.testing.assert_allclose(views[3], embed(tower, photos[32][:, :, ::-1]), atol=1e-6)
+    np.testing.assert_allclose(views[0], embed(resized(tower, 24), photos[24]), atol=1e-6)
 
 
-def test_another_exponent_changes_the_views_but_not_the_tower(tower, photos_at):
-    before = embed(tower, photos_at(32))
-    (view,) = describe_views(tower, photos_at, (32,), mirrored=False, gem_ps=(1.0,))
-    maps = tower.get_layer("trunk").predict(photos_at(32), verbose=0)
+def test_another_exponent_changes_the_views_but_not_the_tower(tower, photos):
+    before = embed(tower, photos[32])
+    view = describe_views(tower, photos[32], (1.0,))[0]
+    maps = tower.get_layer("trunk").predict(photos[32], verbose=0)
     np.testing.assert_allclose(view, unit(maps.mean(axis=(1, 2))), atol=1e-3)  # p = 1: the average
-    np.testing.assert_array_equal(embed(tower, photos_at(32)), before)
-    both = describe_views(tower, photos_at, (32,), gem_ps=(1.0, None))
+    np.testing.assert_array_equal(embed(tower, photos[32]), before)
+    both = describe_views(tower, photos[32], (1.0, None))
     assert both.shape == (4, 3, 512)
     np.testing.assert_allclose(both[[0, 2]], [view, before], atol=1e-6)
 
     average = build_tower(TowerSettings(32, 0, pooling="average", last_stage=3, weights=""))
     with pytest.raises(ValueError, match="no GeM pooling"):
-        describe_views(average, photos_at, (32,), gem_ps=(4.6,))
+        describe_views(average, photos[32], (4.6,))
 
 
 def test_aggregate_by_hand():

@@ -105,7 +105,7 @@ def test_views_are_those_of_the_tower(rng):
     photos = {s: rng.integers(0, 256, (2, s, s, 3), dtype=np.uint8) for s in (32, 48)}
     found = describe_all(tower, photos.__getitem__, OPTIONS.views)
     assert list(found) == OPTIONS.views
-    expected = describe_views(tower, photos.__getitem__, (48,), gem_ps=(4.6,))
+    expected = describe_views(tower, photos[48], (4.6,))
     np.testing.assert_array_equal(found[48, True, 4.6], expected[1])
     assert set(times := embedding_ms(tower, [32])) == {32} and times[32] > 0
 

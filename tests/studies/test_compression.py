@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import plots
 from lib.search.kinds import IndexSettings, train_and_add
-from lib.search.tuning import compression_losses
+from lib.studies import figures
+from lib.studies.index_tuning import compression_losses
 from tests.conftest import unit
 
 N, D, K = 1500, 16, 10
@@ -57,13 +57,13 @@ def test_kinds_that_faiss_does_not_know_are_refused(sets):
 
 
 def test_the_figures_are_drawn(losses, tmp_path):
-    plots.plot_compression(losses, save=tmp_path / "losses.png")
+    figures.plot_compression(losses, save=tmp_path / "losses.png")
     probes = pd.DataFrame({"recall": [0.5, 1], "time": [0.1, 0.4]}, index=[1, 8])
-    plots.plot_probes(probes, save=tmp_path / "probes.png")
+    figures.plot_probes(probes, save=tmp_path / "probes.png")
     table = pd.DataFrame({"side": ["flat"] * 2, "photos": [10, 100]})
-    table = table.assign(**{cost: [1.0, 10.0] for cost in plots.COSTS})
+    table = table.assign(**{cost: [1.0, 10.0] for cost in figures.COSTS})
     line = {"exponent": 1.0, "error": 0.0, "factor": 0.1}
-    fits = {"flat": {cost: line for cost in plots.COSTS}}
-    plots.plot_growth(table, fits, save=tmp_path / "growth.png")
+    fits = {"flat": {cost: line for cost in figures.COSTS}}
+    figures.plot_growth(table, fits, save=tmp_path / "growth.png")
     for path in tmp_path.glob("*.png"):
         assert path.stat().st_size > 10_000

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import faiss
@@ -44,11 +44,10 @@ class Tuned(NamedTuple):
             ``search``, ``rerank``: as in :class:`lib.search.kinds.IndexSettings`; ``vectors``: how
             many were in the index, fewer than all in the trial with a sample; ``recall``: mean over
             the queries; ``recall_low``: its :func:`lower_limit`; ``qps_1``, ``qps_2``: queries per
-            second, in one batch, with 1 and 2 threads; ``bytes``: of the index in memory;
-            ``mapped_bytes``: of the memory-mapped vectors that re-ranking reads, 0 without it;
-            ``build_seconds``; ``fits``: within the memory allowed; ``frontier``: no other setting
-            of the full index that fits is better in recall or ``qps_2`` and as good in the other;
-            ``chosen``: True in one row.
+            second, in one batch, with 1 and 2 threads; ``bytes``: of the index in memory, without
+            the vectors that re-ranking reads; ``build_seconds``; ``fits``: within the memory
+            allowed; ``frontier``: no other setting of the full index that fits is better in recall
+            or ``qps_2`` and as good in the other; ``chosen``: True in one row.
     """
 
     settings: IndexSettings
@@ -62,67 +61,49 @@ class _Trial(NamedTuple):
         vectors: float32 (n, d), maybe memory-mapped.
         rows: int64 (m,), the vectors that are indexed.
         queries: float32 (q, d).
+        k: neighbours.
         exact: int64 (q, k), places in ``rows`` of the nearest.
-        flat: the row of the table for a flat index.
     """
 
     vectors: np.ndarray
     rows: np.ndarray
     queries: np.ndarray
+    k: int
     exact: np.ndarray
-    flat: dict[str, Any]
 
-    @classmethod
-    def of(cls, vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int) -> _Trial:
-        """Find the true neighbours, and time the search."""
-        seconds = {}
+    def measure(self, run: Callable[[], tuple[np.ndarray, float]], **row: Any) -> dict[str, Any]:
+        """Complete a row of the table by a search that returns what it found, and its seconds."""
         for number in (1, 2):
             with threads(number):
-                exact, seconds[number] = search_exactly(vectors, rows, queries, k)
-        flat = {
-            "vectors": len(rows),
-            "recall": 1.0,
-            "recall_low": 1.0,  # by definition, whatever the queries
-            "qps_1": len(queries) / seconds[1],
-            "qps_2": len(queries) / seconds[2],
-            "mapped_bytes": 0,
-            "factory": "Flat",
-            "search": "",
-            "rerank": 0,
-            "bytes": len(rows) * vectors.shape[1] * vectors.itemsize,
-            "build_seconds": 0.0,
-        }
-        return cls(vectors, rows, queries, exact, flat)
-
-    def row(self, index: faiss.Index, rerank: int) -> dict[str, Any]:
-        """Measure the recall and the speed of an index."""
-        seconds, (q, k) = {}, self.exact.shape
-        for number in (1, 2):
-            with threads(number):
-                start = time.perf_counter()
-                found = search_reranked(index, self.vectors, self.rows, self.queries, k, rerank)
-                seconds[number] = time.perf_counter() - start
+                found, seconds = run()
+            row[f"qps_{number}"] = len(found) / seconds
         recall = knn_intersection_measure(self.exact, found)
-        return {
-            "vectors": len(self.rows),
-            "recall": recall,
-            "recall_low": lower_limit(recall, q),
-            "qps_1": q / seconds[1],
-            "qps_2": q / seconds[2],
-            "mapped_bytes": self.flat["bytes"] if rerank else 0,
-            "rerank": rerank,
-        }
+        low = lower_limit(recall, len(found))
+        return {"vectors": len(self.rows), "recall": recall, "recall_low": low} | row
+
+    def flat(self) -> dict[str, Any]:
+        """The row of a flat index, whose recall is 1 by definition, whatever the queries."""
+        size = self.vectors[:1].nbytes * len(self.rows)
+        row = {"factory": "Flat", "search": "", "rerank": 0, "bytes": size, "build_seconds": 0.0}
+        of_all = (self.vectors, self.rows, self.queries, self.k)
+        return self.measure(lambda: search_exactly(*of_all), **row, recall_low=1.0)
+
+    def reranked(self, index: faiss.Index, rerank: int) -> dict[str, Any]:
+        """The row of an index as its search parameters are set, without its kind."""
+
+        def timed() -> tuple[np.ndarray, float]:
+            start = time.perf_counter()
+            found = search_reranked(index, self.vectors, self.rows, self.queries, self.k, rerank)
+            return found, time.perf_counter() - start
+
+        return self.measure(timed, rerank=rerank)
 
 
 def lower_limit(recall: float, queries: int) -> float:
     """The recall that is exceeded with 95 % certainty: Clopper and Pearson's limit.
 
-    Each query is one trial, as its neighbours are not independent. The limit is below 1 even if all
-    were found: 10 of 10 give 0.74.
-
-    Args:
-        recall: mean over the queries, from 0 to 1.
-        queries: number of queries.
+    ``recall`` is the mean over so many queries. Each query is one trial, as its neighbours are not
+    independent. The limit is below 1 even if all were found: 10 of 10 give 0.74.
     """
     hits = recall * queries
     return float(special.betaincinv(hits, queries - hits + 1, 0.05)) if hits > 0 else 0.0
@@ -175,16 +156,19 @@ def tune(
     queries = checked(queries, "queries", vectors.shape[1])
 
     n, d = len(order), vectors.shape[1]
-    tables: list[pd.DataFrame] = []
+    rows = np.sort(order)
+    trial = _Trial(vectors, rows, queries, k, search_exactly(vectors, rows, queries, k)[0])
+    tables = [pd.DataFrame([trial.flat()])]
     wanted = None
     if kinds is None:
         kinds = _kinds(n, n, d, most_bytes)
         if n > 2 * sample:
-            trial = _Trial.of(vectors, np.sort(order[:sample]), queries, k)
-            tables = _measure_all(trial, _kinds(sample, n, d, most_bytes), target_recall)
-            kinds, wanted = _by_speed(kinds, tables, target_recall), SHORTLIST
-    trial = _Trial.of(vectors, np.sort(order), queries, k)
-    tables.append(pd.DataFrame([trial.flat]))
+            rows = np.sort(order[:sample])
+            exact, _ = search_exactly(vectors, rows, queries, k)
+            small = trial._replace(rows=rows, exact=exact)
+            tried = _measure_all(small, _kinds(sample, n, d, most_bytes), target_recall)
+            kinds, wanted = _by_speed(kinds, tried, target_recall), SHORTLIST
+            tables += tried
     # Kinds that reach the target with a sample may miss it with all; then the next ones are built.
     tables += _measure_all(trial, kinds, target_recall, wanted)
     return _choice(pd.concat(tables, ignore_index=True), n, k, target_recall, most_bytes)
@@ -197,8 +181,8 @@ def _by_speed(
 
     A kind that misses the target with a sample misses it with more vectors, too.
     """
-    fastest = [_fastest([of], target_recall) for of in tables]
-    able = [kinds[i] for i in np.argsort(-np.array(fastest)) if fastest[i] > 0]
+    speeds = [_fastest([of], target_recall) for of in tables]
+    able = [kinds[i] for i in np.argsort(speeds)[::-1] if speeds[i] > 0]
     return able or [kinds[i] for i in np.argsort([-t["recall"].max() for t in tables])[:1]]
 
 
@@ -207,11 +191,9 @@ def _measure_all(
 ) -> list[pd.DataFrame]:
     """Measure kinds of index in turn, until as many as are wanted reach the target."""
     tables: list[pd.DataFrame] = []
-    able = 0
     for kind in kinds:
         tables.append(_measure(trial, kind, target_recall, _fastest(tables, target_recall)))
-        able += _fastest(tables[-1:], target_recall) > 0
-        if able == wanted:
+        if sum(_fastest([of], target_recall) > 0 for of in tables) == wanted:
             break
     return tables
 
@@ -249,16 +231,14 @@ def search_exactly(
         int64 (q, k), places in ``rows``, the nearest first; and the seconds that comparing took,
         without reading the vectors.
     """
-    similarities = np.empty((len(queries), 0), np.float32)
+    similarities, seconds = np.empty((len(queries), 0), np.float32), 0.0
     places = np.empty((len(queries), 0), np.int64)
-    seconds = 0.0
     for start in range(0, len(rows), _BLOCK):
         block = vectors[rows[start : start + _BLOCK]]
         begin = time.perf_counter()
         found, at = knn(queries, block, k)
-        similarities = np.concatenate([similarities, found], axis=1)
-        places = np.concatenate([places, at + start], axis=1)
-        similarities, places = nearest_of(similarities, places, k)
+        found, at = np.hstack([similarities, found]), np.hstack([places, at + start])
+        similarities, places = nearest_of(found, at, k)
         seconds += time.perf_counter() - begin
     return places, seconds
 
@@ -275,10 +255,7 @@ def search_reranked(
 
     Args:
         index: of ``vectors[rows]``.
-        vectors: float32 (n, d), C-contiguous, maybe memory-mapped.
-        rows: int64 (m,).
-        queries: float32 (q, d), C-contiguous.
-        k: neighbours.
+        vectors, rows, queries, k: as for :func:`search_exactly`, C-contiguous.
         rerank: k * rerank results are ranked again; 0 keeps the index's own ranking.
 
     Returns:
@@ -294,15 +271,7 @@ def search_reranked(
 
 def memory_of(index: faiss.Index) -> int:
     """Bytes of an index in a file, which are also those in memory."""
-    written = 0
-
-    def count(part: bytes) -> int:
-        nonlocal written
-        written += len(part)
-        return len(part)
-
-    faiss.write_index(index, faiss.PyCallbackIOWriter(count))
-    return written
+    return faiss.serialize_index(index).nbytes
 
 
 @contextlib.contextmanager
@@ -356,8 +325,8 @@ def _measure(
 ) -> pd.DataFrame:
     """Build a kind of index, and search with its parameters from the fastest to the best.
 
-    Settings far slower than ``enough`` are left out: queries per second of a setting that reaches
-    the target.
+    Settings far slower than one of ``enough`` queries per second, which reaches the target, are
+    left out.
     """
     start = time.perf_counter()
     index = train_and_add(trial.vectors, IndexSettings(factory), trial.rows)
@@ -368,7 +337,7 @@ def _measure(
         space.set_index_parameters(index, number)
         recall, first = 0.0, len(rows)
         for rerank in RERANK:
-            row = trial.row(index, rerank)
+            row = trial.reranked(index, rerank)
             rows.append(row | {"search": space.combination_name(number)})
             gained, recall = row["recall"] - recall, row["recall"]
             if row["recall_low"] >= target_recall:
@@ -380,8 +349,7 @@ def _measure(
         if recall - before < _LITTLE or rows[first]["qps_2"] < enough / _FAR_SLOWER:
             break
         before = recall
-    table = pd.DataFrame(rows)
-    return table.assign(factory=factory, bytes=size, build_seconds=build_seconds)
+    return pd.DataFrame(rows).assign(factory=factory, bytes=size, build_seconds=build_seconds)
 
 
 def _search_space(index: faiss.Index) -> faiss.ParameterSpace:
@@ -426,7 +394,7 @@ class Loss(NamedTuple):
         factory: for Faiss's ``index_factory``.
         bytes_each: of a photo in memory, without what all photos share.
         recall: share of the truly nearest k that the index finds, from 0 to 1.
-        reranked: the same when the first k * rerank are ranked again by exact similarity.
+        reranked: the same when the first 10 k are ranked again by exact similarity.
         found: float32 (q, k), cosines of queries and photos found, as the index has them.
         exact: float32 (q, k), the true ones.
     """
@@ -444,7 +412,6 @@ def compression_losses(
     queries: np.ndarray,
     factories: Sequence[str],
     k: int = 10,
-    rerank: int = 10,
 ) -> list[Loss]:
     """Measure what kinds of compressed index lose.
 
@@ -453,12 +420,10 @@ def compression_losses(
     PAMI 2011); a scalar quantizer rounds each number.
 
     Args:
-        vectors: float32 (n, d) of unit norm, n at least k.
-        queries: float32 (q, d) of unit norm.
+        vectors, queries: float32 (n, d) and (q, d) of unit norm, n at least k.
         factories: kinds without lists, such as "SQ8" or "PQ16np"; without "np" a product quantizer
             is also trained for another kind of search, which takes minutes.
         k: neighbours.
-        rerank: k * rerank candidates are ranked again.
 
     Raises:
         ValueError: a kind that Faiss does not know or that can't be trained with so few vectors.
@@ -471,7 +436,7 @@ def compression_losses(
     for factory in factories:
         index = train_and_add(vectors, IndexSettings(factory))
         found, photos = index.search(queries, k)
-        anew = search_reranked(index, vectors, rows, queries, k, rerank)
+        anew = search_reranked(index, vectors, rows, queries, k, rerank=10)
         losses.append(
             Loss(
                 factory=factory,
