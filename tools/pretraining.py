@@ -39,7 +39,7 @@ from lib.network.tower import (
     embed,
     fast_policy,
 )
-from lib.training.optimizer import make_optimizer
+from lib.training.stages import make_optimizer
 from lib.workers import process_pool
 
 WEIGHTS = Path("weights/demo_resnet50.weights.h5")  # below the project's folder

@@ -5,8 +5,7 @@
     picture = overlay(photo[None], heat[None])[0]
 
 Occlusion: Zeiler, Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014,
-section 4.2. They covered squares and measured the probability of a class; here, the similarity to
-another photo is measured. It works with any network.
+section 4.2, with the similarity to another photo in place of the probability of a class.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ def failure_table(embeddings: np.ndarray, labels: np.ndarray, names: Sequence[st
 
     Returns:
         a row for each photo whose landmark has another photo, indexed by its row of
-        ``embeddings``, the lowest average precision first: name, label; AP (average precision);
-        first_hit (rank of the first photo of its landmark, from 1); right, wrong (rows of the most
-        similar photo of its landmark and of another); right_similarity, wrong_similarity.
+        ``embeddings``, the lowest AP (average precision) first: name, label; AP; first_hit (rank of
+        the first photo of its landmark, from 1); right, wrong (rows of the most similar photo of
+        its landmark and of another); right_similarity, wrong_similarity.
 
     Raises:
         ValueError: no landmark has two photos, or there is only one landmark.
@@ -79,13 +78,10 @@ def occlusion_heat(
             :meth:`lib.network.engine.Engine.embed`.
         photo: uint8 (s, s, 3).
         target: float (d,) of unit norm, the embedding of the other photo.
-        grid: cells along each side, at most s.
+        grid: cells along each side, from 1 to s; otherwise a ValueError.
 
     Returns:
         float32 (grid, grid): the fall of the cosine when the cell is covered; 0 if it rises.
-
-    Raises:
-        ValueError: ``grid`` is below 1 or above s.
     """
     size = len(photo)
     if not 1 <= grid <= size:
@@ -103,17 +99,13 @@ def occlusion_heat(
 
 
 def overlay(photos: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """Lay heat maps over photos, bright where the heat is.
+    """Lay heat maps over photos, uint8 (n, s, s, 3) RGB, as the result; bright where the heat is.
 
     Args:
-        photos: uint8 (n, s, s, 3), RGB.
         heat: float (n, h, w), not negative, from :func:`occlusion_heat` or
             :func:`lib.network.pooling.contribution`. Each map is divided by its maximum; a map of
             zeros stays dark.
         opacity: of the heat, from 0 (only the photo) to 1.
-
-    Returns:
-        uint8 (n, s, s, 3), RGB.
     """
     size = photos.shape[1:3]
     pictures = []

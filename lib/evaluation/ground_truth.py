@@ -5,7 +5,7 @@
     truth = read_revisited(Path("gnd_roxford5k.mat"))["medium"]
     truth = read_landmarks(Path("retrieval_solution_v2.1.csv"), index_names, "Private")
     photos = read_folder(Path("photos")).table                  # from tools.labelled
-    truth = from_labels(photos["image_id"], photos["landmark_id"], queries="first")
+    truth = from_labels(photos["image_id"], photos["landmark_id"])
 
 Files of Google Landmarks v2 (https://github.com/cvdfoundation/google-landmark): the ground truth is
 https://s3.amazonaws.com/google-landmark/ground_truth/retrieval_solution_v2.1.csv, the gallery
@@ -71,7 +71,7 @@ class GroundTruth:
 
     Attributes:
         queries: names of the query photos.
-        gallery: names of the photos to search in. A photo's number is its place here.
+        gallery: names of the photos to search in; a photo's number is its place here.
         positives: for each query the numbers of the photos to find, int (p,). Measures are not
             defined for a query without positives, and means leave it out.
         junk: for each query the numbers of photos that count neither for nor against, int (j,).
@@ -98,10 +98,8 @@ class GroundTruth:
                 (twice, _), *_ = Counter(names).most_common(1)
                 raise GroundTruthError(f"{twice!r} is twice among the {what}")
         if not len(self.queries) == len(self.positives) == len(self.junk):
-            raise GroundTruthError(
-                f"{len(self.queries)} queries, but positives of {len(self.positives)} and junk of "
-                f"{len(self.junk)}"
-            )
+            lists = f"positives of {len(self.positives)} and junk of {len(self.junk)}"
+            raise GroundTruthError(f"{len(self.queries)} queries, but {lists}")
         if self.boxes is not None and self.boxes.shape != (len(self.queries), 4):
             raise GroundTruthError(f"boxes must be (q, 4), got {self.boxes.shape}")
         for number, query in enumerate(self.queries):
@@ -118,8 +116,7 @@ class GroundTruth:
                     return f"photo {number} is not in the gallery of {len(self.gallery)}"
         if len(np.unique(positives)) < len(positives):
             return "a photo is twice among the positives"
-        both = np.intersect1d(positives, junk)
-        if len(both):
+        if len(both := np.intersect1d(positives, junk)):
             return f"photo {both[0]} ({self.gallery[both[0]]!r}) is both positive and junk"
         if self.boxes is not None:
             x1, y1, x2, y2 = box = self.boxes[query].tolist()
@@ -128,41 +125,23 @@ class GroundTruth:
         return None
 
 
-def from_labels(
-    names: Sequence[str], labels: Sequence[str], queries: Literal["all", "first"] = "all"
-) -> GroundTruth:
-    """Make a ground truth of labelled photos: a query should find the others of its landmark.
+def from_labels(names: Sequence[str], labels: Sequence[str]) -> GroundTruth:
+    """Make a ground truth of photos and the landmark of each, which all are queries and gallery.
 
-    All photos are the gallery. The query itself is junk, so it does not count in its own ranking.
-
-    Args:
-        names: of the photos.
-        labels: the landmark of each photo.
-        queries: "all": each photo is a query once; "first": the first photo by name of each
-            landmark, which is the protocol of INRIA Holidays (Jégou, Douze, Schmid, "Hamming
-            Embedding and Weak Geometric Consistency for Large Scale Image Search", ECCV 2008).
-
-    Returns:
-        queries in the order of ``names``. A landmark's only photo has no positives.
+    A query should find the other photos of its landmark, if any. The query itself is junk, so it
+    does not count in its own ranking.
 
     Raises:
         GroundTruthError: no photos, a name twice, or not as many labels as names.
-        ValueError: an unknown ``queries``.
     """
     names, labels = list(names), np.asarray(labels)
     if len(names) != len(labels):
         raise GroundTruthError(f"{len(names)} names, but {len(labels)} labels")
-    if queries not in ("all", "first"):
-        raise ValueError(f"queries must be 'all' or 'first', got {queries!r}")
     _, landmark = np.unique(labels, return_inverse=True)
     ends = np.cumsum(np.bincount(landmark))
     members = np.split(np.argsort(landmark, kind="stable"), ends[:-1])
-    chosen = range(len(names))
-    if queries == "first":
-        chosen = sorted(min(rows, key=names.__getitem__) for rows in members if len(rows))
-    positives = [members[landmark[i]][members[landmark[i]] != i] for i in chosen]
-    junk = [np.array([i]) for i in chosen]
-    return GroundTruth([names[i] for i in chosen], names, positives, junk)
+    positives = [members[of][members[of] != i] for i, of in enumerate(landmark)]
+    return GroundTruth(names, names, positives, list(np.arange(len(names))[:, None]))
 
 
 def read_landmarks(
@@ -180,9 +159,10 @@ def read_landmarks(
     Raises:
         GroundTruthError: the file can't be used; the message names the line.
     """
-    where = f"{show_path(solution)}, line 1"
+    shown = show_path(solution)
+    where = f"{shown}, line 1"
     number_of = {name: number for number, name in enumerate(index_names)}
-    positives: dict[str, dict[str, np.ndarray]] = {"Public": {}, "Private": {}, "Ignored": {}}
+    found: dict[str, tuple[np.ndarray, str]] = {}  # positives and usage of each query
     try:
         with Path(solution).open(newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
@@ -191,24 +171,22 @@ def read_landmarks(
                 header = ",".join(header)
                 raise GroundTruthError(f"the columns must be id,images,Usage, not {header}")
             for line in lines:
-                where = f"{show_path(solution)}, line {lines.line_num}"
+                where = f"{shown}, line {lines.line_num}"
                 query, numbers, its_usage = _solution_line(line, number_of)
-                if any(query in of_usage for of_usage in positives.values()):
+                if query in found:
                     raise GroundTruthError(f"query {query!r} is there twice")
-                positives[its_usage][query] = np.array(numbers)
-        where = f"{show_path(solution)}, usage {usage!r}"
-        found = positives.get(usage, {})
-        junk = [np.empty(0, dtype=np.int64)] * len(found)
-        return GroundTruth(list(found), list(index_names), list(found.values()), junk)
+                found[query] = np.array(numbers), its_usage
+        where = f"{shown}, usage {usage!r}"
+        positives = {query: numbers for query, (numbers, of) in found.items() if of == usage}
+        junk = [np.empty(0, dtype=np.int64)] * len(positives)
+        return GroundTruth(list(positives), list(index_names), list(positives.values()), junk)
     except GroundTruthError as error:
         raise GroundTruthError(f"{where}: {error}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        where = show_path(solution)
-        raise GroundTruthError(f"{where} can't be read as a CSV file: {error}") from None
+        raise GroundTruthError(f"{shown} can't be read as a CSV file: {error}") from None
 
 
 def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, list[int], str]:
-    """Return the query, the numbers of its images and its usage."""
     if len(line) != 3 or not line[0]:
         raise GroundTruthError("it is not id,images,Usage")
     query, images, usage = line
@@ -266,7 +244,6 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
 
 
 def _load_mat(path: Path) -> dict[str, Any]:
-    """Read the variables of a ``.mat`` file as lists, numbers, strings and dictionaries."""
     if path.suffix != ".mat":
         raise GroundTruthError(
             "only .mat files are read, for a pickle can run any program: download "
@@ -301,7 +278,7 @@ def _names(content: dict[str, Any], key: str) -> list[str]:
 
 
 def _numbers(entry: Any, key: str) -> np.ndarray:
-    """Return the box of a query, or its photos, which MATLAB counts from 1, counted from 0."""
+    """Return a query's box, or its photos counted from 0, which MATLAB counts from 1."""
     if not isinstance(entry, dict) or key not in entry:
         raise GroundTruthError(f"it has no list {key}")
     try:  # MATLAB's lists have any shape

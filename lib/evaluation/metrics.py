@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
 def judge(
     ranks: np.ndarray, positives: Sequence[np.ndarray], junk: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Turn rankings into ``hits``, given the positives and the junk of each query.
+    """Turn rankings into ``hits``, bool (q, r), given the positives and the junk of each query.
 
     Junk counts neither for nor against: it is removed, and the photos behind it move up (Philbin,
     Chum, Isard, Sivic, Zisserman, "Object Retrieval with Large Vocabularies and Fast Spatial
@@ -55,11 +55,7 @@ def judge(
     Args:
         ranks: int (q, r), numbers of gallery photos, the best first; -1, a miss, where a search
             found fewer than r.
-        positives: for each query the numbers of its positives, int (p,).
-        junk: for each query the numbers of its junk, int (j,); None: no junk.
-
-    Returns:
-        hits, bool (q, r).
+        positives, junk: for each query the numbers of these photos, int (p,); None: no junk.
 
     Raises:
         ValueError: not as many rankings as positives and junk; for a query, a photo that is ranked
@@ -70,10 +66,8 @@ def judge(
         raise ValueError(f"ranks must be int (q, r), got {ranks.dtype} {ranks.shape}")
     junk = [()] * len(ranks) if junk is None else junk
     if not len(ranks) == len(positives) == len(junk):
-        raise ValueError(
-            f"{len(ranks)} rankings, but positives of {len(positives)} queries and junk of "
-            f"{len(junk)}"
-        )
+        given = f"positives of {len(positives)} queries and junk of {len(junk)}"
+        raise ValueError(f"{len(ranks)} rankings, but {given}")
     positives, junk = ([np.asarray(n, dtype=np.intp) for n in lists] for lists in (positives, junk))
     numbers = np.concatenate([np.empty(0, dtype=np.intp), *positives, *junk])
     if numbers.min(initial=0) < 0 or ranks.min(initial=0) < -1:
@@ -102,10 +96,7 @@ def judge(
 
 
 def _find(hits: np.ndarray, n_positives: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """Return the query, rank and place among its query's of each hit; hits and positives of each.
-
-    Hits are far fewer than misses, so their positions are quicker to work with than the matrix.
-    """
+    """Return each hit's query, rank and place in its query; each query's hits and positives."""
     hits = np.atleast_2d(np.asarray(hits, dtype=bool))
     query, rank = np.divmod(np.flatnonzero(hits), hits.shape[1])  # far quicker than nonzero in 2-D
     count = np.bincount(query, minlength=len(hits))
@@ -124,13 +115,13 @@ def average_precision(
 ) -> np.ndarray:
     """Average precision: the precision at each hit's rank, averaged over a query's positives.
 
-    With ``k`` it is AP@k: only the first k ranks count, and the sum is divided by min(k,
-    positives), so that a perfect start scores 1. Two protocols use AP@k:
+    The measures below have the same arguments, result and errors. With ``k`` it is AP@k: only the
+    first k ranks count, and the sum is divided by min(k, positives), so that a perfect start scores
+    1. Two protocols use AP@k:
 
     * k = 100 is mAP@100 of the Google Landmarks retrieval challenges (Weyand, Araujo, Cao, Sim,
       "Google Landmarks Dataset v2", CVPR 2020, and the rules of the Kaggle challenges "Landmark
-      Retrieval" 2019 to 2021): the mean over queries q of
-      1 / min(m_q, 100) * sum of P_q(k) rel_q(k) over k = 1 to min(n_q, 100);
+      Retrieval" 2019 to 2021);
     * k = n_positives is MAP@R (Musgrave, Belongie, Lim, "A Metric Learning Reality Check", ECCV
       2020).
 
@@ -169,8 +160,7 @@ def capped_precision_at(
 
     Its mean is mP@k of the revisited Oxford and Paris benchmarks (compute_map in the repository
     that :func:`average_precision` names): a query with fewer than k positives can reach 1, too. If
-    a positive is missing from the ranking, all k ranks count. Arguments, result and errors are as
-    for :func:`average_precision`.
+    a positive is missing from the ranking, all k ranks count.
     """
     query, rank, _, count, n_positives = _find(hits, n_positives)
     last = np.zeros(len(count), dtype=np.int64)
@@ -182,8 +172,7 @@ def capped_precision_at(
 def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
     """Compute the share of a query's positives that are among the first k ranks.
 
-    In metric-learning papers, "recall@k" often means :func:`hit_at`. Arguments, result and errors
-    are as for :func:`average_precision`.
+    In metric-learning papers, "recall@k" often means :func:`hit_at`.
     """
     query, rank, _, count, n_positives = _find(hits, n_positives)
     return _divide(np.bincount(query[rank < k], minlength=len(count)), n_positives)
@@ -270,13 +259,11 @@ def interval(
 ) -> Interval:
     """Compute the mean over queries and its 95 % percentile-bootstrap interval (Efron 1979).
 
-    Equal arguments give equal intervals.
-
     Args:
         values: float (q,); NaN (a query without positives) is left out.
         groups: (q,), such as the landmark of each query. Photos of a landmark succeed and fail
             together, so whole groups are drawn; otherwise the interval would be far too narrow.
-        resamples: number of bootstrap samples.
+        resamples: number of bootstrap samples, drawn with a fixed seed.
 
     Raises:
         ValueError: no query has positives.
@@ -312,13 +299,12 @@ def compare(
 
     The p-value is that of a two-sided randomization test: if a and b were equally good, either sign
     of each difference would be equally likely (Smucker, Allan, Carterette, "A Comparison of
-    Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007). Equal
-    arguments give equal results.
+    Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007).
 
     Args:
         a, b: float (q,); NaN (a query without positives) is left out.
         groups: (q,), as for :func:`interval`; the differences of a group change sign together.
-        resamples: number of random sign choices; the smallest p-value is 1 / (resamples + 1).
+        resamples: draws of signs, with a fixed seed; the p-value is at least 1 / (resamples + 1).
 
     Returns:
         the mean of b - a with its interval, and the p-value.
@@ -346,12 +332,8 @@ def compare(
 def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Search each photo among all others; ties keep the order of the rows.
 
-    Args:
-        embeddings: float (n, d), compared by their inner product (cosine, if of unit norm).
-        labels: (n,), the landmark of each photo.
-
-    Returns:
-        hits, bool (n, n - 1).
+    Embeddings, float (n, d), are compared by inner product; labels, (n,), are the landmarks.
+    Returns hits, bool (n, n - 1).
     """
     labels = np.asarray(labels)
     embeddings = np.asarray(embeddings, dtype=np.float32)
@@ -366,10 +348,7 @@ def leave_one_out(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def pair_hits(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Search for each query's positive, in the same row, among all positives.
-
-    Both are float (n, d), compared by their inner product. Returns hits, bool (n, n).
-    """
+    """Search for each query's positive, in the same row, among all: float (n, d) -> bool (n, n)."""
     similarity = np.asarray(queries, dtype=np.float32) @ np.asarray(positives, dtype=np.float32).T
     ranked = np.argsort(-similarity, axis=1, kind="stable")
     return ranked == np.arange(len(ranked))[:, None]

@@ -5,14 +5,13 @@
     checkpoint.restore(tower, loss, optimizer)
     checkpoint.save(tower, loss, optimizer)                           # atomically
 
-A resume is correct only with the network, start weights, pictures and settings of the interrupted
-training. The file keeps the settings and digests of the rest, to compare them.
+A resume needs the network, start weights, pictures and settings of the interrupted training. The
+file keeps the settings and digests of the rest, to compare them.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def describe_training(
 ) -> dict:
     """Return the identity of a training as JSON values: its settings, and digests of the rest.
 
-    The arguments are those of :func:`lib.training.stages.train`. The digest of the network covers
-    layers and connections; that of the training pictures their landmarks and triplets as well.
+    The arguments are those of :func:`lib.training.stages.train`. The training pictures' digest
+    covers their landmarks and triplets as well.
     """
     pictures, chosen = handler.catalogue.pictures, np.flatnonzero(handler.chosen)
     images = pictures["image"].to_numpy()
@@ -69,11 +68,9 @@ def _digest(*parts: bytes | np.ndarray) -> str:
 class Checkpoint:
     """The state of a training after the last epoch of its history, a row for each epoch.
 
-    A single file holds all of it, so no part can be of another epoch. The history also determines
-    the next batches, the current stage and whether that is over.
+    The history determines the next batches, the current stage and whether that is over.
 
     Attributes:
-        identity: from :func:`describe_training`.
         values: the variables of "tower", "loss" (with its random state) and "optimizer"; and
             "best", the weights of tower and loss after the best epoch (at first, at the start).
     """
@@ -87,13 +84,12 @@ class Checkpoint:
         """Restore all variables; without an optimizer, the best weights, to begin a stage."""
         self._assign(tower.variables, self.values["tower"])
         self._assign(loss.variables, self.values["loss"])
-        if optimizer is not None:
-            self._assign(optimizer.variables, self.values["optimizer"])
-        else:
+        if optimizer is None:
             self._assign([*tower.weights, *loss.weights], self.values["best"])
+        else:
+            self._assign(optimizer.variables, self.values["optimizer"])
 
     def restore_best(self, tower: keras.Model) -> None:
-        """Restore the tower's weights of the best epoch."""
         self._assign(tower.weights, self.values["best"][: len(tower.weights)])
 
     def _assign(self, variables: list, values: list[np.ndarray]) -> None:
@@ -120,8 +116,7 @@ class Checkpoint:
     def load(cls, path: Path, tower: keras.Model, identity: dict) -> Checkpoint:
         """Read the checkpoint of the training with that identity.
 
-        Args:
-            tower: has its start weights, or the best epoch's, as after a finished training.
+        The tower has its start weights, or the best epoch's, as after a finished training.
 
         Raises:
             TrainingError: the file is damaged, of an earlier format, or of another training.
@@ -150,24 +145,18 @@ class Checkpoint:
             differences.append("another network")
         elif identity["start"] not in (self.identity["start"], best):
             differences.append("other start weights")
-        for part in ("training pictures", "validation pictures"):
-            if self.identity[part] != identity[part]:
-                differences.append(f"other {part}")
-        return differences
+        parts = ("training pictures", "validation pictures")
+        return differences + [f"other {x}" for x in parts if self.identity[x] != identity[x]]
 
 
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
-    """Read the facts and arrays of a file; damage raises errors of many types."""
-    with zipfile.ZipFile(path) as archive:
-        # All checksums first: NumPy would read less than the whole array if its header is damaged.
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
     with np.load(path) as arrays:
+        # All checksums first: NumPy would read less than the whole array if its header is damaged.
+        if damaged := arrays.zip.testzip():
+            raise ValueError(f"{damaged} is damaged")
         facts = json.loads(str(arrays["facts"]))
         # In the file's order, which is that of the variables.
-        values = {
-            part: [arrays[name] for name in arrays.files if name.startswith(f"{part}_")]
-            for part in _PARTS
-        }
+        names = {part: [n for n in arrays.files if n.startswith(f"{part}_")] for part in _PARTS}
+        values = {part: [arrays[name] for name in of_part] for part, of_part in names.items()}
     [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises if one is missing
     return facts, values

@@ -4,9 +4,8 @@
     for maps, groups in cache.batches(epoch=0, steps=100):
         ...                              # float16 (batch, 3, 4, 4, 2048), int32 (batch, 3)
 
-The maps stay the same while the trunk is frozen, so an epoch of the head needs no photo. Variant 0
-of a picture is the picture as stored, as in evaluation; the others are augmented. Training draws a
-variant each time it uses a picture.
+An epoch of the head then needs no photo. Variant 0 of a picture is the picture as stored, as in
+evaluation; the others are augmented. Training draws a variant each time it uses a picture.
 
 A cache is a folder named by a hash of everything that its maps depend on: network, weights, engine,
 pictures and augmentation. It holds the maps as memory-mapped ``.npy`` files of 256 MB, and
@@ -62,9 +61,9 @@ class FeatureCacheError(RuntimeError):
 class FrozenTrunk:
     """The forward pass of a trunk whose weights do not change, on the fastest engine.
 
-    On a CPU, OpenVINO is somewhat faster than Keras in float32, and more than twice as fast where
-    the CPU has bfloat16 (``python -m benchmarks.train_step`` measures both). It can read networks
-    of Keras' TensorFlow and PyTorch backends.
+    On a CPU, OpenVINO is somewhat faster than Keras in float32, and more than twice as fast in
+    bfloat16 (``python -m benchmarks.train_step``). It reads networks of the TensorFlow and PyTorch
+    backends.
 
     Args:
         trunk: uint8 photos (n, s, s, 3) -> maps (n, h, w, c). OpenVINO keeps the weights of the
@@ -73,9 +72,6 @@ class FrozenTrunk:
 
     Attributes:
         name: engine and precision, such as "openvino bfloat16".
-
-    Raises:
-        ValueError: an unknown engine.
     """
 
     def __init__(self, trunk: keras.Model, engine: str = "auto"):
@@ -120,7 +116,6 @@ class FeatureCache:
 
     Attributes:
         pictures: int64 (n,), rows of the catalogue's pictures, in ascending order.
-        variants: number of maps of each picture.
         map_shape: (h, w, c).
     """
 
@@ -143,26 +138,21 @@ class FeatureCache:
 
     @property
     def bytes_per_map(self) -> int:
-        """Bytes of a single map."""
         return 2 * math.prod(self.map_shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all maps."""
         return len(self.pictures) * self.variants * self.bytes_per_map
 
     @property
     def files(self) -> dict[str, slice]:
         """The name of each file, with the slice of ``pictures`` in it."""
-        starts = range(0, len(self.pictures), self._rows_per_file)
-        return {
-            f"maps{number:04d}.npy": slice(start, start + self._rows_per_file)
-            for number, start in enumerate(starts)
-        }
+        n = self._rows_per_file
+        count = math.ceil(len(self.pictures) / n)
+        return {f"maps{i:04d}.npy": slice(i * n, (i + 1) * n) for i in range(count)}
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
-        """The memory-mapped files, each float16 (pictures, variants, h, w, c)."""
         return [np.load(self.folder / name, mmap_mode="r") for name in self.files]
 
     def maps(self, pictures: np.ndarray, variant: np.ndarray | int) -> np.ndarray:
@@ -173,11 +163,9 @@ class FeatureCache:
         """
         rows = self._row[pictures]
         if (rows < 0).any():
-            missing = np.unique(np.asarray(pictures)[rows < 0])
-            raise KeyError(
-                f"{len(missing)} pictures (first: {missing[0]}) are not in the feature cache, "
-                "which has those that its own handler trains on"
-            )
+            missing = np.unique(pictures[rows < 0])
+            first = f"{len(missing)} pictures (first: {missing[0]})"
+            raise KeyError(f"{first} are none of those that the feature cache's handler trains on")
         files, places = np.divmod(rows, self._rows_per_file)
         variants = np.broadcast_to(variant, rows.shape)
         maps = np.empty((*rows.shape, *self.map_shape), np.float16)
@@ -186,11 +174,7 @@ class FeatureCache:
         return maps
 
     def batches(self, epoch: int, steps: int) -> FeatureBatches:
-        """Return an epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps.
-
-        Raises:
-            SamplingError: too few usable pictures.
-        """
+        """Return an epoch of :meth:`lib.data.dataset.DatasetHandler.training_batches`, as maps."""
         return FeatureBatches(self, self.handler.training_batches(epoch, steps).plan, epoch)
 
 
@@ -198,10 +182,8 @@ class FeatureBatches(keras.utils.PyDataset):
     """The batches of one epoch as feature maps, see :class:`lib.data.dataset.Batches`."""
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
-        # Threads, not processes: copying releases Python's global lock. The queue is bounded since
-        # a batch of 64 triplets takes 12 MB.
-        queue = min(2 * _THREADS, 16)
-        super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=queue)
+        # Threads: copying releases Python's global lock. A batch of 64 triplets takes 12 MB.
+        super().__init__(workers=_THREADS, max_queue_size=min(2 * _THREADS, 16))
         self._cache, self.plan, self._epoch = cache, plan, epoch
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
         self._rows = own_rows(plan.shape[1])
@@ -234,41 +216,37 @@ def build_cache(
         trunk: from a tower, at the handler's image size.
         handler: the cache holds the pictures of its usable triplets or, for P x K batches, those of
             its landmarks with at least two pictures.
-        folder: holds all caches, each in its own folder.
-        variants: of each picture, at least 1; the first is not augmented.
+        folder: holds all caches.
+        variants: of each picture, at least 1.
         engine: see :class:`FrozenTrunk`.
 
     Raises:
-        FeatureCacheError: too little free space (checked before anything is computed); another
-            process builds the same cache; float16 can't hold the maps; or the folder can't be
-            written.
+        FeatureCacheError: too little free space (checked first); another process builds the same
+            cache; float16 can't hold the maps; or the folder can't be written.
         SamplingError: there is nothing to train on.
         ValueError: an unknown engine, no variants, several of them without augmentation, or a trunk
             of another image size.
     """
-    image_size, augmentation = handler.settings.image_size, handler.settings.augmentation
-    if variants < 1 or (variants > 1 and augmentation is None):
-        raise ValueError(
-            f"{variants} variants: there is at least 1, and no other without augmentation"
-        )
-    if (taken := trunk.input_shape[1]) != image_size:
-        raise ValueError(
-            f"the trunk takes photos of {taken} pixels, the handler serves {image_size}"
-        )
+    taken, served = trunk.input_shape[1], handler.settings.image_size
+    if variants < 1 or (variants > 1 and handler.settings.augmentation is None):
+        raise ValueError(f"{variants} variants: at least 1, and no other without augmentation")
+    if taken != served:
+        raise ValueError(f"the trunk takes photos of {taken} pixels, the handler serves {served}")
     pictures = _pictures_to_train_on(handler)
     frozen = FrozenTrunk(trunk, engine)
     made_of = _identity(trunk, frozen.name, handler, pictures, variants)
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     cache = FeatureCache(handler, Path(folder) / name, pictures, variants, trunk.output_shape[1:])
     remove_half_written(cache.folder)
-    if len(_whole_files(cache)) == len(cache.files):
+    whole = _whole_files(cache)
+    if len(whole) == len(cache.files):
         return cache
     shown = show_path(cache.folder)
     busy = FeatureCacheError(f"another process builds the feature cache {shown}: wait for its end")
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with only_writer(cache.folder, busy):
-            _build(cache, frozen, made_of)
+            _build(cache, frozen, made_of, whole)
     except OSError as error:
         if error.filename in map(str, handler.catalogue.shards):
             raise
@@ -336,40 +314,34 @@ def _entry(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "xxh3": checksum(file)}
 
 
-def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict) -> None:
-    """Compute the missing files in turn."""
-    whole = _whole_files(cache)
+def _build(cache: FeatureCache, frozen: FrozenTrunk, made_of: dict, whole: dict) -> None:
+    """Print the size, check that the disk has room, and compute all files that are not whole."""
     todo = {name: rows for name, rows in cache.files.items() if name not in whole}
     missing = cache.variants * sum(len(cache.pictures[rows]) for rows in todo.values())
-    _check_space(cache, frozen.name, missing * cache.bytes_per_map)
     total = len(cache.pictures) * cache.variants
+    needed, free = missing * cache.bytes_per_map, shutil.disk_usage(cache.folder).free
+    have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if whole else ""
+    print(
+        f"feature cache: {len(cache.pictures)} pictures x {cache.variants} variants x "
+        f"{cache.bytes_per_map} bytes = {cache.bytes / 1e9:.2f} GB{have}; "
+        f"{free / 1e9:.2f} GB free; by {frozen.name}",
+        flush=True,
+    )
+    if needed > free:
+        files = cache.folder.parent.glob("*/maps*.npy")
+        others = sum(file.stat().st_size for file in files if file.parent != cache.folder)
+        delete = f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else ""
+        raise FeatureCacheError(
+            f"the feature cache needs {needed / 1e9:.2f} GB more in "
+            f"{show_path(cache.folder.parent)}, where {free / 1e9:.2f} GB are free: choose fewer "
+            f"variants or another folder{delete}"
+        )
     with tqdm(total=total, initial=total - missing, desc="features", unit=" photos") as bar:
         for name, rows in todo.items():
             _write_file(cache, frozen, cache.folder / name, rows, bar)
             whole[name] = _entry(cache.folder / name)
             # After each file, since a resume keeps only the files in the manifest.
             write_json(cache.folder / MANIFEST, {"made_of": made_of, "files": whole})
-
-
-def _check_space(cache: FeatureCache, engine: str, needed: int) -> None:
-    """Print the size of the cache; raise if the disk has fewer than ``needed`` bytes free."""
-    free = shutil.disk_usage(cache.folder).free
-    have = f", {(cache.bytes - needed) / 1e9:.2f} GB of them there" if needed < cache.bytes else ""
-    print(
-        f"feature cache: {len(cache.pictures)} pictures x {cache.variants} variants x "
-        f"{cache.bytes_per_map} bytes = {cache.bytes / 1e9:.2f} GB{have}; "
-        f"{free / 1e9:.2f} GB free; by {engine}",
-        flush=True,
-    )
-    if needed > free:
-        files = cache.folder.parent.glob("*/maps*.npy")
-        others = sum(file.stat().st_size for file in files if file.parent != cache.folder)
-        raise FeatureCacheError(
-            f"the feature cache needs {needed / 1e9:.2f} GB more in "
-            f"{show_path(cache.folder.parent)}, where {free / 1e9:.2f} GB are free: choose fewer "
-            "variants or another folder"
-            + (f", or delete the other caches there ({others / 1e9:.2f} GB)" if others else "")
-        )
 
 
 def _write_file(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -59,14 +58,12 @@ class TrainingLog(keras.callbacks.Callback):
         super().__init__()
         self.run, self.validation = run, validation
 
-    @contextlib.contextmanager
-    def progress(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
-        """Show a named progress bar of batches while the block runs."""
-        with tqdm(total=steps, initial=done, desc=name, unit=" steps", mininterval=1) as self._bar:
-            yield
+    def progress(self, name: str, steps: int, done: int = 0) -> tqdm:
+        """Return a new progress bar of batches, a context manager."""
+        self._bar = tqdm(total=steps, initial=done, desc=name, unit=" steps", mininterval=1)
+        return self._bar
 
     def on_train_batch_end(self, batch, logs=None):
-        """Move the bar by a step (called by Keras)."""
         self._bar.update(1)
 
     def write(self, history: list[dict], embeddings: np.ndarray, *, is_best: bool) -> None:
@@ -75,7 +72,7 @@ class TrainingLog(keras.callbacks.Callback):
         Args:
             history: a row for each epoch, with at least epoch, loss and val_map.
             embeddings: float32 (n, 3, d) of the validation triplets.
-            is_best: write this epoch's embeddings for the projector.
+            is_best: write the embeddings for the projector.
         """
         row = history[-1]
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", val_map=f"{row['val_map']:.3f}")
@@ -86,17 +83,17 @@ class TrainingLog(keras.callbacks.Callback):
             self._write_projector(embeddings)
 
     def _write_events(self, row: dict, embeddings: np.ndarray) -> None:
-        curves = {  # TensorBoard groups them by "section/"
-            f"validation/{name[4:]}" if name.startswith("val_") else f"training/{name}": value
-            for name, value in row.items()
-            if name not in ("epoch", "stage") and np.isfinite(value)
-        }
-        summaries = [summary.scalar(tag, value) for tag, value in curves.items()]
+        summaries = []
+        for name, value in row.items():
+            if name not in ("epoch", "stage") and np.isfinite(value):
+                tag = f"training/{name}".replace("training/val_", "validation/")
+                summaries.append(summary.scalar(tag, value))
         hardest = self.validation[hardest_triplets(embeddings)[:HARDEST]]
         sheet = _grid(hardest.reshape(-1, *hardest.shape[2:]), len(hardest), 3)
         summaries.append(summary.image("validation/hardest_triplets", sheet, dataformats="HWC"))
-        events = [Event(file_version="brain.Event:2", wall_time=time.time())]
-        events += [Event(summary=s, step=row["epoch"], wall_time=time.time()) for s in summaries]
+        now = time.time()
+        events = [Event(file_version="brain.Event:2", wall_time=now)]
+        events += [Event(summary=s, step=row["epoch"], wall_time=now) for s in summaries]
         path = self.run / TENSORBOARD / f"events.out.tfevents.{row['epoch']:06d}"
         with replacing(path) as part, contextlib.closing(RecordWriter(str(part))) as writer:
             for event in events:
@@ -122,10 +119,7 @@ class TrainingLog(keras.callbacks.Callback):
 
 
 def hardest_triplets(embeddings: np.ndarray) -> np.ndarray:
-    """Rank triplets by how much farther the positive is than the negative, the hardest first.
-
-    float (n, 3, d) of unit norm, anchor, positive, negative -> int64 (n,), numbers of triplets.
-    """
+    """Rank triplets, float (n, 3, d) of unit norm, the hardest first -> int64 (n,), their rows."""
     anchor, positive, negative = embeddings.swapaxes(0, 1)
     # For unit vectors, a larger inner product is a smaller distance.
     return np.argsort((anchor * (positive - negative)).sum(axis=1), kind="stable")

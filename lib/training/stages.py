@@ -1,22 +1,16 @@
 """Trains a tower in stages and validates every epoch on landmarks that it has not seen.
 
-    settings = TrainingSettings(
-        stages=(
-            Stage("head", epochs=4, steps_per_epoch=200, learning_rate=1e-3),
-            Stage("last-block", epochs=4, steps_per_epoch=200, learning_rate=1e-4),
-            Stage("all", epochs=4, steps_per_epoch=200, learning_rate=3e-5),
-        ),
+    stages = (
+        Stage("head", epochs=4, steps_per_epoch=200, learning_rate=1e-3),
+        Stage("last-block", epochs=4, steps_per_epoch=200, learning_rate=1e-4),
+        Stage("all", epochs=4, steps_per_epoch=200, learning_rate=3e-5),
     )
-    history = train(tower, handler, validation, settings, run)
+    history = train(tower, handler, validation, TrainingSettings(stages), run)
 
-The same call resumes an interrupted training and ends with the same weights, bit for bit. After
-every epoch the folder ``run`` holds
-
-    checkpoint.npz    all that a resume reads, see :mod:`lib.training.checkpoint`
-    model.keras       the tower of the best epoch so far, over all stages
-    history.csv, tensorboard/    see :mod:`lib.training.log`
-
-Each file is replaced atomically, so an interruption between two of them does no harm.
+The same call resumes an interrupted training and ends with the same weights, bit for bit. The
+folder ``run`` holds the checkpoint, which is all that a resume reads, the log, and ``model.keras``,
+the tower of the best epoch so far. Each file is replaced atomically, so an interruption between two
+of them does no harm.
 """
 
 from __future__ import annotations
@@ -51,13 +45,11 @@ from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, layers
 from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, describe_training
 from lib.training.features import FeatureCache
 from lib.training.log import TENSORBOARD, TrainingLog
-from lib.training.optimizer import make_optimizer
 
 MODEL = "model.keras"
 
 PARTS = ("head", "last-block", "all")
 BATCH_NORMS = ("frozen", "live")
-
 COLLAPSED_SPREAD = 0.02  # embeddings with less are nearly a single point (see embedding_spread)
 
 
@@ -84,14 +76,11 @@ class Stage:
         if self.train not in PARTS:
             raise ValueError(f"train must be one of {', '.join(PARTS)}, got {self.train!r}")
         if self.epochs < 1 or self.steps_per_epoch < 1:
-            raise ValueError(
-                "a stage needs at least one epoch of one step, got "
-                f"{self.epochs} x {self.steps_per_epoch}; leave the stage out instead"
-            )
+            size = f"{self.epochs} x {self.steps_per_epoch}"
+            raise ValueError(f"a stage needs epochs and steps, got {size}; leave the stage out")
 
     @property
     def steps(self) -> int:
-        """Batches in all epochs."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -105,8 +94,8 @@ class TrainingSettings:
             for pre-trained weights, whose statistics come from more photos than a batch has.
             "live": they are updated in the part that a stage trains, as random weights need.
         warmup_share: share of a stage's steps in which the learning rate rises.
-        clip_norm, ema_momentum: see :func:`lib.training.optimizer.make_optimizer`. A moving average
-            is validated and saved in place of the weights; training continues with the weights.
+        clip_norm, ema_momentum: see :func:`make_optimizer`. A moving average is validated and saved
+            in place of the weights; training continues with the weights.
         patience: a stage ends after this many epochs without a better validation mAP.
         jit: compile the training step with XLA (TensorFlow, JAX) or TorchInductor (PyTorch): True,
             False, or "auto", Keras' choice (JAX, and TensorFlow on a GPU).
@@ -128,21 +117,45 @@ class TrainingSettings:
         if not self.stages:
             raise ValueError("stages is empty: give at least one Stage")
         if self.batch_norm not in BATCH_NORMS:
-            raise ValueError(
-                f"batch_norm must be one of {', '.join(BATCH_NORMS)}, got {self.batch_norm!r}"
-            )
+            names = ", ".join(BATCH_NORMS)
+            raise ValueError(f"batch_norm must be one of {names}, got {self.batch_norm!r}")
+
+
+def make_optimizer(
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int,
+    clip_norm: float | None = 1.0,
+    ema_momentum: float | None = None,
+) -> keras.optimizers.Adam:
+    """Make Adam with linear warmup and cosine decay to 0 (Loshchilov and Hutter, SGDR, 2017).
+
+    Args:
+        learning_rate: at the end of the warmup, which begins at 0.
+        steps: of the whole training, warmup included.
+        clip_norm: limit of the gradients' global norm (Pascanu et al., "On the difficulty of
+            training recurrent neural networks", 2013); None: no clipping.
+        ema_momentum: of a moving average of the weights (Polyak and Juditsky, 1992); None: none.
+    """
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0,
+        warmup_target=learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(steps - warmup_steps, 1),
+    )
+    average = {} if ema_momentum is None else {"use_ema": True, "ema_momentum": ema_momentum}
+    # beta_2 averages over some 100 steps. Adam's default of 1,000 is too long for short trainings.
+    return keras.optimizers.Adam(schedule, beta_2=0.99, global_clipnorm=clip_norm, **average)
 
 
 def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) -> None:
     """Compile the model with a stage's optimizer and the metrics that show a collapse."""
     warmup = math.ceil(settings.warmup_share * stage.steps)
-    clip_norm, momentum = settings.clip_norm, settings.ema_momentum
+    rate, clip_norm, momentum = stage.learning_rate, settings.clip_norm, settings.ema_momentum
+    optimizer = make_optimizer(rate, stage.steps, warmup, clip_norm, momentum)
     active_share = active_share_of(settings.loss)
-    siamese.compile(
-        make_optimizer(stage.learning_rate, stage.steps, warmup, clip_norm, momentum),
-        metrics=[active_share, positive_distance, negative_distance, embedding_spread],
-        jit_compile=settings.jit,
-    )
+    metrics = [active_share, positive_distance, negative_distance, embedding_spread]
+    siamese.compile(optimizer, metrics=metrics, jit_compile=settings.jit)
     siamese.optimizer.build(siamese.trainable_variables)
     # Build the metrics here. ``fit`` would use a batch for it, which would be lost on JAX and
     # PyTorch, and TensorFlow would trace the step twice.
@@ -152,8 +165,6 @@ def compile_siamese(siamese: Siamese, settings: TrainingSettings, stage: Stage) 
 
 def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
     """Set which layers of the trunk are trainable; the head's layers stay as they are.
-
-    The settings are those of :class:`Stage` and :class:`TrainingSettings`.
 
     Raises:
         TrainingError: "last-block" with a backbone whose layers are not named ``conv<n>_...`` after
@@ -190,8 +201,8 @@ def train(
             After an error, it has the weights again that it came with.
         validation: uint8 (n, 3, s, s, 3), triplets of n landmarks that are not trained on.
         run: folder for checkpoint, history, model and log; only one process may train in it.
-        cache: feature maps of the tower's trunk, from :func:`lib.training.features.build_cache`.
-            Stages that train the head use them in place of the trunk until a stage changes it.
+        cache: from :func:`lib.training.features.build_cache`. Stages that train the head use its
+            maps in place of the trunk until a stage changes the trunk.
 
     Returns:
         the history, a row for each epoch: stage (from 1); over the training batches loss,
@@ -258,7 +269,6 @@ class _Training:
         return len(rows) >= epochs or _epochs_since_best(rows) >= self.settings.patience
 
     def run_stage(self, number: int) -> None:
-        """Train a stage to its end, continuing after the checkpoint's last epoch."""
         tower, checkpoint, stage = self.tower, self.checkpoint, self.settings.stages[number - 1]
         set_trainable(tower, stage.train, self.settings.batch_norm)
         # Cached maps are stale as soon as a stage has changed the trunk.
@@ -296,9 +306,8 @@ class _Training:
 
 
 def _epochs_since_best(history: list[dict]) -> int:
-    if not history:
-        return 0
-    return len(history) - 1 - int(np.argmax([row["val_map"] for row in history]))
+    maps = [row["val_map"] for row in history]
+    return len(maps) - 1 - int(np.argmax(maps)) if maps else 0
 
 
 @contextlib.contextmanager
@@ -315,10 +324,7 @@ def _writing(run: Path, epochs: int) -> Iterator[None]:
 def _train_epoch(
     siamese: Siamese, batches: keras.utils.PyDataset, epoch: int, log: TrainingLog
 ) -> tuple[dict, list[np.ndarray]]:
-    """Train on the batches of an epoch; return the means of loss and metrics, and the weights.
-
-    The model ends with the moving average of the weights, if the optimizer keeps one.
-    """
+    """Train an epoch; return its means and the weights, whose average, if any, the model has."""
     steps = len(batches)
     if keras.backend.backend() == "tensorflow" and hasattr(batches, "as_tf_data"):
         batches = batches.as_tf_data()

@@ -355,21 +355,16 @@ def test_each_labelled_photo_is_a_query_and_left_out_of_its_own_ranking():
     assert lists(truth) == ([[2, 3], [], [0, 3], [0, 2]], [[0], [1], [2], [3]])
 
 
-def test_the_first_photo_by_name_of_each_landmark_is_the_query():
-    truth = from_labels(["c", "a", "d", "b"], ["x", "y", "x", "x"], queries="first")
-    assert truth.queries == ["a", "b"] and truth.gallery == ["c", "a", "d", "b"]
-    assert lists(truth) == ([[], [0, 2]], [[1], [3]])
-
-
 def test_labels_of_a_folder_with_photos(tmp_path):
     for name in ("arch/2.jpg", "arch/1.jpg", "tower/9.jpg", "tower/10.jpg", "tower/8.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     photos = read_folder(tmp_path).table
-    truth = from_labels(photos["image_id"], photos["landmark_id"], queries="first")
-    assert truth.queries == ["arch/1.jpg", "tower/10.jpg"]
-    found = [[truth.gallery[i] for i in numbers] for numbers in truth.positives]
-    assert found == [["arch/2.jpg"], ["tower/8.jpg", "tower/9.jpg"]]
+    truth = from_labels(photos["image_id"], photos["landmark_id"])
+    positives = [{truth.gallery[i] for i in numbers} for numbers in truth.positives]
+    found = dict(zip(truth.queries, positives, strict=True))
+    assert found["arch/1.jpg"] == {"arch/2.jpg"}
+    assert found["tower/10.jpg"] == {"tower/8.jpg", "tower/9.jpg"}
 
 
 def test_wrong_labels_are_refused():
@@ -377,11 +372,8 @@ def test_wrong_labels_are_refused():
         from_labels(["a", "b"], ["x"])
     with pytest.raises(GroundTruthError, match="'a' is twice among the queries"):
         from_labels(["a", "a"], ["x", "x"])
-    for queries in ("all", "first"):
-        with pytest.raises(GroundTruthError, match="there are no queries"):
-            from_labels([], [], queries)
-    with pytest.raises(ValueError, match="queries must be 'all' or 'first'"):
-        from_labels(["a"], ["x"], "each")
+    with pytest.raises(GroundTruthError, match="there are no queries"):
+        from_labels([], [])
 
 
 def test_a_ground_truth_is_checked_when_it_is_made():
