@@ -37,7 +37,7 @@ _MANIFEST = "manifest.json"
 
 
 class EngineError(ValueError):
-    """A tower can't be exported, or an exported tower can't be used."""
+    """A tower can't be exported, or an exported one can't be used."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,19 @@ def export_engine(tower: keras.Model, path: Path) -> None:
     from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
 
     tower_in_float32 = in_float32(tower)
-    with replacing(path) as part:
-        with tempfile.TemporaryDirectory() as folder:
-            export_network(tower_in_float32, Path(folder))
-            manifest = {
-                "format": _FORMAT,
-                "fingerprint": fingerprint(tower),
-                "image_size": tower.input_shape[1],
-                "dimension": tower.output_shape[-1],
-                "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
-            }
-            with zipfile.ZipFile(part, "w") as archive:
-                for name in NETWORK_FILES:
-                    archive.write(Path(folder) / name, name)
-                archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    with replacing(path) as part, tempfile.TemporaryDirectory() as folder:
+        export_network(tower_in_float32, Path(folder))
+        manifest = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint(tower),
+            "image_size": tower.input_shape[1],
+            "dimension": tower.output_shape[-1],
+            "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
+        }
+        with zipfile.ZipFile(part, "w") as archive:
+            for name in NETWORK_FILES:
+                archive.write(Path(folder) / name, name)
+            archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
         # Large patches of random colours: noise would give nearly equal embeddings.
         patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
         place = np.arange(manifest["image_size"]) * 5 // manifest["image_size"]

@@ -235,9 +235,8 @@ class MetricLoss(keras.layers.Layer):
         ValueError: ArcFace without n_groups; what the miner or ``compare`` refuses.
     """
 
-    def __init__(self, loss: Loss, n_groups: int | None = None, **kwargs):
-        # Float32 under any policy: half precision is too coarse for cosines.
-        super().__init__(**{"dtype": "float32"} | kwargs)
+    def __init__(self, loss: Loss, n_groups: int | None = None):
+        super().__init__(dtype="float32")  # half precision is too coarse for cosines
         if isinstance(loss, ArcFace) and not n_groups:
             raise ValueError("ArcFace has a centre for each group: give MetricLoss n_groups")
         self.settings, self.n_groups = loss, n_groups

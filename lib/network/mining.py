@@ -141,9 +141,9 @@ class Stored:
     def __call__(self, pairs: Pairs, state: Any = None) -> Triplets:
         if pairs.partner is None:
             raise ValueError(
-                'mining "stored" needs batches of stored triplets, groups (n, 3), and got a P x K '
-                "batch: set pictures_per_landmark=0 in DataSettings, or choose another mining of "
-                f"{', '.join(name for name in MINERS if name != self.name)}"
+                'mining "stored" needs stored triplets, not P x K batches: set '
+                "pictures_per_landmark=0 in DataSettings, or choose another mining of "
+                + ", ".join(name for name in MINERS if name != self.name)
             )
         photos = ops.reshape(pairs.photos, (-1, 3, pairs.photos.shape[-1]))
         group = ops.reshape(pairs.group, (-1, 3))
@@ -228,10 +228,8 @@ class DistanceWeighted:
 
     def __post_init__(self):
         if not 0 < self.nearest < self.farthest < 2:
-            raise ValueError(
-                "0 < nearest < farthest < 2 must hold in distance-weighted mining, got "
-                f"{self.nearest} and {self.farthest}"
-            )
+            got = f"{self.nearest} and {self.farthest}"
+            raise ValueError(f"0 < nearest < farthest < 2 must hold in mining, got {got}")
 
     def __call__(self, pairs: Pairs, state: keras.random.SeedGenerator) -> Triplets:
         log_weights = self.log_weights(pairs)

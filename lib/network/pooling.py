@@ -53,8 +53,8 @@ class GeM(keras.layers.Layer):
     """GeM pooling with one exponent for all channels, or one for each.
 
     Args:
-        p: exponent to start from, 1 to 100; the paper's 3.
-        p_trainable: whether training may change it, within the same bounds.
+        p: exponent to start from, 1 (the average) to 100 (nearly the maximum); the paper's 3.
+        p_trainable: whether training may change it, within these bounds.
         per_channel: one exponent for each channel; the paper got better results with a shared one.
 
     Input float (n, h, w, c), output float32 (n, c).
@@ -65,10 +65,7 @@ class GeM(keras.layers.Layer):
     ):
         super().__init__(**{"dtype": "float32"} | kwargs)
         if not 1 <= p <= LARGEST_P:
-            raise ValueError(
-                f"GeM's exponent p must be at least 1 (the average) and at most {LARGEST_P:g} "
-                f"(as good as the maximum), got {p}"
-            )
+            raise ValueError(f"GeM's p must be at least 1 and at most {LARGEST_P:g}, got {p}")
         self.initial_p, self.p_trainable, self.per_channel = float(p), p_trainable, per_channel
 
     def build(self, input_shape):
@@ -140,9 +137,7 @@ class RMac(keras.layers.Layer):
 
     def build(self, input_shape):
         if None in input_shape[1:3]:
-            raise ValueError(
-                f"R-MAC needs maps of a fixed height and width, got the shape {input_shape}"
-            )
+            raise ValueError(f"R-MAC needs maps of fixed height and width, got {input_shape}")
         self.regions = rmac_regions(*input_shape[1:3], self.levels)
 
     def call(self, feature_maps):

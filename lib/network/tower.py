@@ -100,9 +100,7 @@ class TowerSettings:
         if self.backbone != "ResNet50" and self.last_stage != 5:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
         if self.precision not in POLICIES:
-            raise ValueError(
-                f"precision must be one of {', '.join(POLICIES)}, got {self.precision!r}"
-            )
+            raise ValueError(f"precision must be one of {POLICIES}, got {self.precision!r}")
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
 
@@ -208,8 +206,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         except Exception as error:  # of urllib, socket or Keras
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {settings.backbone} could not be fetched "
-                f"({show_error(error)}); with a network Keras downloads them once, or set weights "
-                "to the path of a weights file"
+                f"({show_error(error)}): connect to the network once, or name a weights file"
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
@@ -298,10 +295,7 @@ def to_float16(maps: np.ndarray) -> np.ndarray:
     """Feature maps as float16; a ValueError if one is NaN or beyond its range."""
     peak, largest = np.abs(maps).max(initial=0), float(np.finfo(np.float16).max)
     if not peak <= largest:
-        raise ValueError(
-            f"feature maps reach {peak}, float16 ends at {largest:.0f}: this trunk's weights make "
-            "no usable maps"
-        )
+        raise ValueError(f"the trunk's feature maps reach {peak}, float16 ends at {largest:.0f}")
     return maps.astype(np.float16)
 
 

@@ -138,7 +138,6 @@ def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
     if dimension > rank:
         raise ValueError(
             f"only {rank} of {len(variances)} directions have any variance, but {dimension} are to "
-            "be whitened: give more (and different) descriptors, a positive shrinkage, or, with "
-            "PCA, a smaller dimension"
+            "be whitened: give more descriptors, a positive shrinkage, or (PCA) a smaller dimension"
         )
     return axes[:, :dimension] / np.sqrt(variances[:dimension])
