@@ -10,8 +10,8 @@ dimensionality reduction") gives variance 1 to the differences between photos of
 
 Both estimate a covariance S from n samples of d dimensions. If n is not well above d, the smallest
 eigenvalues of S are far too small, and whitening would amplify noise. Therefore S is shrunk to
-(1 - a) S + a (tr S / d) I. By default a is the OAS estimate (Chen, Wiesel, Eldar, Hero, "Shrinkage
-Algorithms for MMSE Covariance Estimation", IEEE TSP 2010), which falls as 1/n; 0 is the papers' S.
+(1 - a) S + a (tr S / d) I, where a is the OAS estimate (Chen, Wiesel, Eldar, Hero, "Shrinkage
+Algorithms for MMSE Covariance Estimation", IEEE TSP 2010), which falls as 1/n.
 """
 
 from __future__ import annotations
@@ -54,32 +54,24 @@ class Whitening:
         return np.divide(whitened, norms, out=whitened, where=norms > 0).astype(np.float32)
 
 
-def learn_pca_whitening(
-    descriptors: np.ndarray, dimension: int | None = None, shrinkage: float | None = None
-) -> Whitening:
+def learn_pca_whitening(descriptors: np.ndarray, dimension: int | None = None) -> Whitening:
     """Learn PCA whitening: rotate to the principal axes, divide by the standard deviations.
 
     Args:
         descriptors: float (n, d), n >= 2.
         dimension: number of axes to keep, those of the largest variance; None: all d.
-        shrinkage: a of the module's docstring, 0 to 1; None: OAS.
 
     Raises:
-        ValueError: bad descriptors, a dimension or shrinkage out of range, or directions without
-            variance among those kept.
+        ValueError: bad or constant descriptors, or a dimension out of range.
     """
     descriptors = check_array(descriptors, dtype=np.float64, ensure_min_samples=2)
     mean = descriptors.mean(axis=0)
-    covariance = _covariance(descriptors - mean, len(descriptors), shrinkage)
+    covariance = _shrunk_covariance(descriptors - mean, len(descriptors))
     return Whitening(mean, _inverse_root(covariance, _dimension(dimension, len(mean))))
 
 
 def learn_supervised_whitening(
-    descriptors: np.ndarray,
-    *,
-    labels: np.ndarray,
-    dimension: int | None = None,
-    shrinkage: float | None = None,
+    descriptors: np.ndarray, *, labels: np.ndarray, dimension: int | None = None
 ) -> Whitening:
     """Learn Lw: whiten the differences of matching pairs, then rotate to the principal axes.
 
@@ -88,14 +80,14 @@ def learn_supervised_whitening(
     approximated by the covariance of all descriptors, since nearly all pairs do not match.
 
     Args:
-        descriptors, shrinkage: as for :func:`learn_pca_whitening`; C_S is shrunk.
+        descriptors: float (n, d), n >= 2.
         labels: (n,), photos of equal label match. A pair of a label with r photos has the weight
             2/r, so the weight of a landmark grows with r, not with its square.
         dimension: number of axes to keep, those along which non-matching photos differ most
             compared with matching ones; None: all d.
 
     Raises:
-        ValueError: as :func:`learn_pca_whitening`; no matching pair; too few for a shrinkage of 0.
+        ValueError: as :func:`learn_pca_whitening`; no matching pair.
     """
     descriptors, labels = check_X_y(descriptors, labels, dtype=np.float64, ensure_min_samples=2)
     free = len(labels) - len(np.unique(labels))
@@ -106,10 +98,10 @@ def learn_supervised_whitening(
     means = pd.DataFrame(descriptors).groupby(labels).transform("mean").to_numpy()
     mean = descriptors.mean(axis=0)
     dimension = _dimension(dimension, len(mean))
-    c_s = _covariance(np.sqrt(2) * (descriptors - means), free, shrinkage)
+    c_s = _shrunk_covariance(np.sqrt(2) * (descriptors - means), free)
     inverse_root = _inverse_root(c_s, len(mean))
-    spread = _covariance((descriptors - mean) @ inverse_root, len(descriptors), shrinkage=0)
-    _, axes = np.linalg.eigh(spread)
+    whitened = (descriptors - mean) @ inverse_root
+    _, axes = np.linalg.eigh(whitened.T @ whitened / len(whitened))
     return Whitening(mean, inverse_root @ axes[:, ::-1][:, :dimension])
 
 
@@ -118,15 +110,18 @@ def _dimension(dimension: int | None, available: int) -> int:
     return check_scalar(chosen, "dimension", Integral, min_val=1, max_val=available)
 
 
-def _covariance(samples: np.ndarray, n: int, shrinkage: float | None) -> np.ndarray:
+def _shrunk_covariance(samples: np.ndarray, n: int) -> np.ndarray:
     """The shrunk covariance of samples of mean zero, with n degrees of freedom."""
     covariance = samples.T @ samples / n
-    if shrinkage is None:  # as in sklearn.covariance.oas, where n is the number of samples
-        d = len(covariance)
-        square, squared_mean = np.mean(covariance**2), (np.trace(covariance) / d) ** 2
-        spread = (n + 1) * (square - squared_mean / d)  # rounding may take 0 below 0
-        shrinkage = min((square + squared_mean) / spread, 1.0) if spread > 0 else 1.0
-    return shrunk_covariance(covariance, shrinkage)
+    return shrunk_covariance(covariance, _oas(covariance, n))
+
+
+def _oas(covariance: np.ndarray, n: int) -> float:
+    """As in sklearn.covariance.oas, where n is always the number of samples."""
+    d = len(covariance)
+    square, squared_mean = np.mean(covariance**2), (np.trace(covariance) / d) ** 2
+    spread = (n + 1) * (square - squared_mean / d)  # rounding may take 0 below 0
+    return min((square + squared_mean) / spread, 1.0) if spread > 0 else 1.0
 
 
 def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
@@ -136,8 +131,6 @@ def _inverse_root(covariance: np.ndarray, dimension: int) -> np.ndarray:
     # Descriptors are float32: a standard deviation below 1e-5 of the largest is rounding.
     rank = int(np.sum(variances > 1e-10 * variances[0]))
     if dimension > rank:
-        raise ValueError(
-            f"only {rank} of {len(variances)} directions have any variance, but {dimension} are to "
-            "be whitened: give more descriptors, a positive shrinkage, or (PCA) a smaller dimension"
-        )
+        found = f"only {rank} of {len(variances)} directions have any variance"
+        raise ValueError(f"{found}, but {dimension} are to be whitened")
     return axes[:, :dimension] / np.sqrt(variances[:dimension])
