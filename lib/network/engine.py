@@ -4,10 +4,9 @@
     engine = load_engine(Path("runs/latest/tower.engine"))     # about a second
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
-The file is a ZIP archive of OpenVINO's network (``network.xml`` and ``network.bin``) and
-``manifest.json``. Processors with bfloat16 instructions compute in bfloat16 by default: twice as
-fast, with nearly the same ranking (``python -m benchmarks.embedding``). :func:`keras_engine` gives
-a tower in memory the same interface, for a GPU or a machine without OpenVINO.
+The file is a ZIP archive of OpenVINO's network and ``manifest.json``. Processors with bfloat16
+instructions compute in bfloat16 by default: twice as fast, with nearly the same ranking (``python
+-m benchmarks.embedding``). :func:`keras_engine` is for a GPU or a machine without OpenVINO.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _MANIFEST = "manifest.json"
 
 
 class EngineError(ValueError):
-    """A tower can't be exported, or an exported tower can't be used; the message says why."""
+    """A tower can't be exported, or an exported one can't be used."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Engine:
 
     Attributes:
         compute: up to 64 photos, uint8 (n, s, s, 3), to embeddings, float32 (n, d).
-        image_size: s, side of the square photos in pixels.
-        dimension: d, of the embeddings.
+        image_size, dimension: s, in pixels, and d.
         fingerprint: :func:`lib.network.tower.fingerprint` of the tower.
         name: library and precision, such as "openvino bfloat16".
     """
@@ -60,9 +58,7 @@ class Engine:
     name: str
 
     def embed(self, photos: np.ndarray) -> np.ndarray:
-        """Embed photos, uint8 (n, s, s, 3) RGB -> float32 (n, d) of unit norm.
-
-        Threads may share an engine; their calls run one after the other.
+        """Embed photos, uint8 (n, s, s, 3) RGB -> float32 (n, d) of unit norm; thread-safe.
 
         Raises:
             ValueError: photos of another type or shape.
@@ -77,7 +73,7 @@ class Engine:
 
 
 def keras_engine(tower: keras.Model) -> Engine:
-    """A tower in memory as an engine, on the device of Keras' backend."""
+    """A tower in memory, computing on the device of Keras' backend."""
     from lib.network.tower import compute_precision, embed, fingerprint  # loads Keras
 
     return Engine(
@@ -98,20 +94,19 @@ def export_engine(tower: keras.Model, path: Path) -> None:
     from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
 
     tower_in_float32 = in_float32(tower)
-    with replacing(path) as part:
-        with tempfile.TemporaryDirectory() as folder:
-            export_network(tower_in_float32, Path(folder))
-            manifest = {
-                "format": _FORMAT,
-                "fingerprint": fingerprint(tower),
-                "image_size": tower.input_shape[1],
-                "dimension": tower.output_shape[-1],
-                "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
-            }
-            with zipfile.ZipFile(part, "w") as archive:
-                for name in NETWORK_FILES:
-                    archive.write(Path(folder) / name, name)
-                archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    with replacing(path) as part, tempfile.TemporaryDirectory() as folder:
+        export_network(tower_in_float32, Path(folder))
+        manifest = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint(tower),
+            "image_size": tower.input_shape[1],
+            "dimension": tower.output_shape[-1],
+            "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
+        }
+        with zipfile.ZipFile(part, "w") as archive:
+            for name in NETWORK_FILES:
+                archive.write(Path(folder) / name, name)
+            archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
         # Large patches of random colours: noise would give nearly equal embeddings.
         patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
         place = np.arange(manifest["image_size"]) * 5 // manifest["image_size"]
@@ -128,9 +123,7 @@ def export_engine(tower: keras.Model, path: Path) -> None:
 def load_engine(path: Path, precision: str = "auto", threads: int | None = None) -> Engine:
     """Load a tower that :func:`export_engine` wrote, to run it on the processor.
 
-    Args:
-        path: of the file.
-        precision, threads: see :func:`lib.network.openvino.compile_network`.
+    ``precision`` and ``threads`` are those of :func:`lib.network.openvino.compile_network`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -147,11 +140,8 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                # Without compression, reading takes no more memory than the file has bytes.
-                if (
-                    entry.compress_type != zipfile.ZIP_STORED
-                    or entry.file_size > path.stat().st_size
-                ):
+                # Stored (0) entries take no more memory than the file has bytes.
+                if entry.compress_type or entry.file_size > path.stat().st_size:
                     raise ValueError(f"{entry.filename} is compressed or larger than the file")
             manifest = json.loads(archive.read(_MANIFEST))
             network = {name: archive.read(name) for name in NETWORK_FILES}

@@ -1,13 +1,11 @@
 """Metric-learning losses over a batch of embeddings, and metrics that watch a training.
 
-A loss is composed of its numbers and, for triplets, a miner and a distance.
-
     loss = MetricLoss(TripletLoss(margin=0.3, squared=False, mining=BatchHard()))
     loss = MetricLoss(InfoNCE(temperature=0.07))
     value = loss(groups, embeddings)                          # float32, the mean over the batch
     found, losses = active_triplets(groups, embeddings, 0.3)  # the triplets left to learn
 
-:mod:`lib.network.mining` describes the arrangements of a batch and the miners.
+:mod:`lib.network.mining` describes the arrangements of a batch, and has the miners.
 """
 
 from __future__ import annotations
@@ -32,18 +30,19 @@ from lib.network.mining import (
     SemiHard,
     Tensor,
     compare,
+    root,
     unit_vectors,
 )
 
-# Each loss maps the pairs of a batch to the mean loss, a float32 scalar; without any triplet, pair
-# or anchor to average over, to 0. The state is what :class:`MetricLoss` keeps for some losses.
+# Each loss maps the pairs of a batch to the mean loss, a float32 scalar; 0 with no triplet, pair
+# or anchor to average over. The state is what :class:`MetricLoss` keeps for some losses.
 
 
 def margin_loss(positive: Tensor, negative: Tensor, margin: float | None) -> Tensor:
     """The loss of each triplet: max(0, d(a, p) - d(a, n) + margin); FaceNet (2015), equation 3.
 
-    A margin of None is the soft margin log(1 + exp(d(a, p) - d(a, n))), which never reaches 0;
-    Hermans et al. (2017), section 2. The miners' docstrings have both references in full.
+    A margin of None is the soft margin log(1 + exp(d(a, p) - d(a, n))), of Hermans et al. (2017),
+    section 2. :mod:`lib.network.mining` has both references in full.
     """
     if margin is None:
         return ops.softplus(positive - negative)
@@ -57,7 +56,7 @@ class TripletLoss:
     Attributes:
         margin: how much farther than the positive a negative must be; None: the soft margin.
         squared: squared Euclidean distances, as in FaceNet, or plain ones, as in Hermans et al.
-        mining: a miner of :mod:`lib.network.mining`.
+        mining: a miner.
     """
 
     margin: float | None = 0.3
@@ -70,16 +69,22 @@ class TripletLoss:
             raise ValueError(f"mining must be a miner such as BatchHard(), got {self.mining!r}")
 
     def __call__(self, pairs: Pairs, state: Any = None) -> Tensor:
-        positive, negative, counts = self.mining(pairs, state)
-        each = margin_loss(positive, negative, self.margin)
+        each, exists = self.of_each(pairs, state)
         if isinstance(self.mining, BatchAll):
-            counts = counts & (each > 0)
-        return _mean_where(counts, each)
+            exists = exists & (each > 0)
+        return _mean_where(exists, each)
+
+    def of_each(self, pairs: Pairs, state: Any = None) -> tuple[Tensor, Tensor]:
+        """The loss of each mined triplet, float32, and whether that triplet exists, bool."""
+        positive, negative, exists = self.mining(pairs, state)
+        if not self.squared:
+            positive, negative = root(positive), root(negative)
+        return margin_loss(positive, negative, self.margin), exists
 
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """Each positive against all negatives of the batch, in one smooth loss.
+    """Each positive against all negatives of the batch.
 
         log(1 + sum over n of exp((cos(a, n) - cos(a, p)) / t))
             = - log(exp(cos(a, p) / t) / (exp(cos(a, p) / t) + sum over n of exp(cos(a, n) / t)))
@@ -87,7 +92,7 @@ class InfoNCE:
     The first form is the (N+1)-tuplet loss (Sohn, "Improved Deep Metric Learning with Multi-class
     N-pair Loss Objective", NIPS 2016, equation 5), the second InfoNCE (van den Oord et al.,
     "Representation Learning with Contrastive Predictive Coding", 2018, equation 4) on cosines over
-    a temperature t. The closer a negative, the larger its gradient, which does not vanish when all
+    a temperature t. Near negatives have the largest gradients, which do not vanish when all
     distances are alike. Positives are averaged outside the logarithm, as in Khosla et al.,
     "Supervised Contrastive Learning", NeurIPS 2020, equation 2.
 
@@ -102,7 +107,7 @@ class InfoNCE:
         _check_positive(self, "temperature")
 
     def __call__(self, pairs: Pairs, state: Any = None) -> Tensor:
-        logits = _cosines(pairs) / self.temperature
+        logits = (1.0 - pairs.distances / 2.0) / self.temperature
         of_negatives = _log_sum_exp(logits, pairs.is_negative)[:, None]
         each = _mean_where(pairs.is_positive, ops.softplus(of_negatives - logits), axis=1)
         return _mean_where(pairs.is_anchor, each)
@@ -137,7 +142,7 @@ class MultiSimilarity:
         _check_positive(self, "alpha", "beta")
 
     def __call__(self, pairs: Pairs, state: Any = None) -> Tensor:
-        cosines = _cosines(pairs)
+        cosines = 1.0 - pairs.distances / 2.0
         least_positive = ops.min(ops.where(pairs.is_positive, cosines, 2.0), axis=1, keepdims=True)
         most_negative = ops.max(ops.where(pairs.is_negative, cosines, -2.0), axis=1, keepdims=True)
         positives = pairs.is_positive & (cosines < most_negative + self.epsilon)
@@ -198,16 +203,10 @@ Loss = TripletLoss | InfoNCE | MultiSimilarity | ArcFace
 def make_loss(
     name: str, mining: str = "semi-hard", margin: float = 0.3, temperature: float = 0.07
 ) -> Loss:
-    """Build a loss from a name and numbers.
-
-    Args:
-        name: "triplet", "soft-margin", "infonce", "multi-similarity" or "arcface".
-        mining: of "triplet" and "soft-margin", one of :data:`lib.network.mining.MINERS`.
-        margin: of "triplet".
-        temperature: of "infonce".
+    """Build a loss from a name ("soft-margin": triplets with margin None) and its own settings.
 
     Raises:
-        ValueError: an unknown loss or mining, or a number out of range.
+        ValueError: a name that is no loss or not in ``MINERS``, or a number out of range.
     """
     if mining not in MINERS:
         raise ValueError(f"unknown mining {mining!r}; choose one of {', '.join(MINERS)}")
@@ -227,20 +226,17 @@ class MetricLoss(keras.layers.Layer):
     """A loss as a layer, called with groups and embeddings as ``compare`` takes them.
 
     It keeps ArcFace's centres, a trainable weight (n_groups, d), or the random state of
-    distance-weighted mining. ``keras.utils.set_random_seed`` makes both reproducible.
+    distance-weighted mining, both reproducible by ``keras.utils.set_random_seed``.
 
     Args:
-        loss: a loss of this module.
         n_groups: number of ArcFace's classes; groups then go from 0 to n_groups - 1.
 
     Raises:
-        ValueError: ArcFace without n_groups; mining "stored" of a P x K batch; shapes of neither
-            arrangement.
+        ValueError: ArcFace without n_groups; what the miner or ``compare`` refuses.
     """
 
-    def __init__(self, loss: Loss, n_groups: int | None = None, **kwargs):
-        # Float32 under any policy: half precision is too coarse for cosines.
-        super().__init__(**{"dtype": "float32"} | kwargs)
+    def __init__(self, loss: Loss, n_groups: int | None = None):
+        super().__init__(dtype="float32")  # half precision is too coarse for cosines
         if isinstance(loss, ArcFace) and not n_groups:
             raise ValueError("ArcFace has a centre for each group: give MetricLoss n_groups")
         self.settings, self.n_groups = loss, n_groups
@@ -258,18 +254,14 @@ class MetricLoss(keras.layers.Layer):
             )
 
     def call(self, groups, embeddings):
-        pairs = compare(groups, embeddings, getattr(self.settings, "squared", True))
-        return self.settings(pairs, self.seed_generator if self.centres is None else self.centres)
+        state = self.seed_generator if self.centres is None else self.centres
+        return self.settings(compare(groups, embeddings), state)
 
 
 def _check_positive(loss: Loss, *names: str) -> None:
     for name in names:
         if not getattr(loss, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(loss, name)}")
-
-
-def _cosines(pairs: Pairs) -> Tensor:
-    return 1.0 - (pairs.distances if pairs.squared else ops.square(pairs.distances)) / 2.0
 
 
 def _log_sum_exp(values, mask):
@@ -302,16 +294,15 @@ def negative_distance(y_true: Tensor, y_pred: Tensor) -> Tensor:
 def active_share_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric: the share of anchors whose hardest triplet violates the margin.
 
-    Only these have a gradient in a triplet loss. Near 0, the batches are solved; if it stays at 1,
-    the network is not learning. Margin and distance are the loss's, or 0.3 and squared.
+    Near 0, the batches are solved; if it stays at 1, the network is not learning. Margin and
+    distance are the loss's, or 0.3 and squared.
     """
     margin = loss.margin if isinstance(loss, TripletLoss) and loss.margin is not None else 0.3
+    hardest = TripletLoss(margin, getattr(loss, "squared", True), BatchHard())
 
     def active_share(y_true, y_pred):
-        pairs = compare(y_true, y_pred, getattr(loss, "squared", True))
-        positive, negative, exists = BatchHard()(pairs)
-        active = margin_loss(positive, negative, margin) > 0
-        return _mean_where(exists, ops.cast(active, "float32"))
+        each, exists = hardest.of_each(compare(y_true, y_pred))
+        return _mean_where(exists, ops.cast(each > 0, "float32"))
 
     return active_share
 
@@ -328,16 +319,13 @@ def active_triplets(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All triplets of a batch that violate a margin of squared distances, the hardest first.
 
-    Returns:
-        int64 (t, 3), the anchor, positive and negative photo of each, as rows of ``compare``'s
-        matrices; and float32 (t,), their losses, all above 0.
+    Returns int64 (t, 3), anchor, positive and negative as rows of ``compare``'s matrices, and
+    float32 (t,), their losses, all above 0.
     """
     pairs = compare(groups, embeddings)
     distances, is_positive, is_negative = map(ops.convert_to_numpy, pairs[:3])
-    anchor, positive = np.nonzero(is_positive)
-    losses = distances[anchor, positive][:, None] - distances[anchor] + np.float32(margin)
-    pair, negative = np.nonzero(is_negative[anchor] & (losses > 0))
-    losses = losses[pair, negative]
+    losses = distances[:, :, None] - distances[:, None, :] + np.float32(margin)
+    triplets = np.argwhere(is_positive[:, :, None] & is_negative[:, None, :] & (losses > 0))
+    losses = losses[tuple(triplets.T)]
     order = np.argsort(-losses, kind="stable")
-    triplets = np.stack([anchor[pair], positive[pair], negative], axis=1)
     return triplets[order], losses[order]

@@ -11,10 +11,8 @@ A batch has one of two arrangements. Photos of different groups show different l
     P x K              groups (m,), embeddings (m, d): photos of equal group show one landmark.
 
 Both become the same (m, m) matrices. Stored triplets give m = 3n photos: photo 3i + r has role r in
-row i, and both photos of a positive pair serve as anchors.
-
-Embeddings are compared as unit vectors, in float32: |a - b|^2 = 2 - 2 cos(a, b), from 0 (equal)
-through 2 (orthogonal) to 4 (opposite), or its square root.
+row i, and both photos of a positive pair serve as anchors. Embeddings are compared as unit vectors,
+in float32: |a - b|^2 = 2 - 2 cos(a, b), from 0 (equal) through 2 (orthogonal) to 4 (opposite).
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from keras import ops
 
 ANCHOR, POSITIVE, NEGATIVE = 0, 1, 2
 
-# Masked values, in a minimum and in a sum of exponentials. They are finite because the gradient of
-# a masked infinity is NaN, not 0.
+# Masked values, in a minimum and in a sum of exponentials: finite, because the gradient of a masked
+# infinity is NaN, not 0.
 _BEYOND_ALL = 5.0  # distances are at most 4
 NOTHING = -1e9
 
@@ -38,13 +36,12 @@ Tensor = Any  # of Keras' backend, or anything it converts
 class Pairs(NamedTuple):
     """A compared batch; matrices are (m, m) with the anchors in the rows."""
 
-    distances: Tensor  # float32
+    distances: Tensor  # float32, squared Euclidean
     is_positive: Tensor  # bool: known to show one landmark, and not the same photo
     is_negative: Tensor  # bool: known to show different landmarks
     partner: Tensor | None  # int (m,): the only possible positive; None (P x K): any photo
     photos: Tensor  # float32 (m, d), the embeddings at unit length
     group: Tensor  # (m,)
-    squared: bool  # whether the distances are squared
 
     def at_positives(self, matrix: Tensor) -> Tensor:
         """The columns that may hold positives, (m, m) -> (m, p): all, or 1 for stored triplets."""
@@ -69,18 +66,17 @@ class Pairs(NamedTuple):
 class Triplets(NamedTuple):
     """Triplets of a batch, three tensors of one shape (or that broadcast to one)."""
 
-    positive: Tensor  # float32, distance of anchor and positive
-    negative: Tensor  # float32, distance of anchor and negative
+    positive: Tensor  # float32, squared distance from the anchor
+    negative: Tensor  # float32, likewise
     exists: Tensor  # bool; where False, the distances mean nothing
 
 
-def compare(groups: Tensor, embeddings: Tensor, squared: bool = True) -> Pairs:
-    """Compare all photos of a batch; photo 3i + r of stored triplets has role r in row i.
+def compare(groups: Tensor, embeddings: Tensor) -> Pairs:
+    """Compare all photos of a batch.
 
     Args:
         groups: numbers (n, 3) or (m,), see the module's docstring.
         embeddings: float (n, 3, d) or (m, d), of any precision and length.
-        squared: squared Euclidean distances, or plain ones.
 
     Raises:
         ValueError: shapes that are neither arrangement.
@@ -110,52 +106,49 @@ def compare(groups: Tensor, embeddings: Tensor, squared: bool = True) -> Pairs:
         partner, is_positive = None, is_other & ops.logical_not(is_negative)
     # Rounding may push 2 - 2 cos below 0.
     distances = ops.maximum(2.0 - 2.0 * ops.matmul(photos, ops.transpose(photos)), 0.0)
-    distances = distances if squared else _root(distances)
-    return Pairs(distances, is_positive, is_negative, partner, photos, group, squared)
+    return Pairs(distances, is_positive, is_negative, partner, photos, group)
 
 
-def stored_distances(embeddings: Tensor, squared: bool = True) -> tuple[Tensor, Tensor]:
+def stored_distances(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """From anchor to positive and to negative of stored triplets, (n, 3, d) -> two float32 (n,)."""
     photos = unit_vectors(embeddings)
-    others = (photos[:, POSITIVE], photos[:, NEGATIVE])
-    distances = (ops.sum(ops.square(photos[:, ANCHOR] - other), axis=-1) for other in others)
-    return tuple(distances if squared else map(_root, distances))
+    anchor, *others = (photos[:, role] for role in (ANCHOR, POSITIVE, NEGATIVE))
+    return tuple(ops.sum(ops.square(anchor - other), axis=-1) for other in others)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
     """Float32 vectors of unit length along the last axis; the zero vector stays."""
-    # The unit length of half precision is not enough: 2 - 2 cos counts the error as a distance.
-    x = ops.cast(x, "float32")
+    x = ops.cast(x, "float32")  # 2 - 2 cos would count half precision's rounding as a distance
     return x * ops.rsqrt(ops.maximum(ops.sum(ops.square(x), axis=-1, keepdims=True), 1e-12))
 
 
-def _root(squared):
+def root(squared: Tensor) -> Tensor:
     """Square root with gradient 0 at 0, where the true gradient is infinite."""
     positive = squared > 0
     return ops.where(positive, ops.sqrt(ops.where(positive, squared, 1.0)), 0.0)
 
 
-# Each miner maps the pairs of a batch to triplets. Only DistanceWeighted uses the state. The name
-# tells miners with equal fields apart where settings are written to a file.
+# Only DistanceWeighted uses the state. The name tells miners with equal fields apart where settings
+# are written to a file.
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The triplets of the rows, without mining; shape (n,). A P x K batch raises a ValueError."""
+    """The triplets of the rows; shape (n,). A P x K batch raises a ValueError."""
 
     name: str = field(default="stored", init=False)
 
     def __call__(self, pairs: Pairs, state: Any = None) -> Triplets:
         if pairs.partner is None:
             raise ValueError(
-                'mining "stored" needs batches of stored triplets, groups (n, 3), and got a P x K '
-                "batch: set pictures_per_landmark=0 in DataSettings, or choose another mining of "
-                f"{', '.join(name for name in MINERS if name != self.name)}"
+                'mining "stored" needs stored triplets, not P x K batches: set '
+                "pictures_per_landmark=0 in DataSettings, or choose another mining of "
+                + ", ".join(name for name in MINERS if name != self.name)
             )
         photos = ops.reshape(pairs.photos, (-1, 3, pairs.photos.shape[-1]))
         group = ops.reshape(pairs.group, (-1, 3))
         exists = ops.not_equal(group[:, ANCHOR], group[:, NEGATIVE])
-        return Triplets(*stored_distances(photos, pairs.squared), exists)
+        return Triplets(*stored_distances(photos), exists)
 
 
 @dataclass(frozen=True)
@@ -201,7 +194,7 @@ class BatchAll:
     """Every anchor with each of its positives and each of its negatives; shape (m, p, m).
 
     Hermans et al. 2017, equation 6. Most triplets soon satisfy the margin, so the loss averages
-    over those that do not (the paper's "batch all, non-zero").
+    over the others (the paper's "batch all, non-zero").
     """
 
     name: str = field(default="batch-all", init=False)
@@ -225,8 +218,8 @@ class DistanceWeighted:
     Attributes:
         nearest: smaller plain distances count as this one. Otherwise the nearest negatives, which
             are mostly label errors, would always be drawn.
-        farthest: negatives beyond this plain distance are too easy and are not drawn. If all
-            negatives of an anchor are beyond it, the draw among them is uniform.
+        farthest: negatives beyond this plain distance are too easy: they are drawn, uniformly, only
+            if the anchor has no others.
     """
 
     nearest: float = 0.5
@@ -235,10 +228,8 @@ class DistanceWeighted:
 
     def __post_init__(self):
         if not 0 < self.nearest < self.farthest < 2:
-            raise ValueError(
-                "0 < nearest < farthest < 2 must hold in distance-weighted mining, got "
-                f"{self.nearest} and {self.farthest}"
-            )
+            got = f"{self.nearest} and {self.farthest}"
+            raise ValueError(f"0 < nearest < farthest < 2 must hold in mining, got {got}")
 
     def __call__(self, pairs: Pairs, state: keras.random.SeedGenerator) -> Triplets:
         log_weights = self.log_weights(pairs)
@@ -248,8 +239,7 @@ class DistanceWeighted:
     def log_weights(self, pairs: Pairs) -> Tensor:
         """Logarithms of the weights, float32 (m, m), not normalized; alike without negatives."""
         dimension = pairs.photos.shape[-1]
-        distances = ops.stop_gradient(pairs.distances)
-        distances = _root(distances) if pairs.squared else distances
+        distances = root(ops.stop_gradient(pairs.distances))
         d = ops.clip(distances, self.nearest, self.farthest)
         log_q = (dimension - 2) * ops.log(d) + (dimension - 3) / 2 * ops.log(1.0 - d * d / 4.0)
         within = pairs.is_negative & (distances <= self.farthest)
@@ -258,7 +248,5 @@ class DistanceWeighted:
 
 
 Miner = Stored | SemiHard | BatchHard | BatchAll | DistanceWeighted
-MINERS: dict[str, Miner] = {
-    miner.name: miner
-    for miner in (Stored(), SemiHard(), BatchHard(), BatchAll(), DistanceWeighted())
-}
+_ALL = (Stored(), SemiHard(), BatchHard(), BatchAll(), DistanceWeighted())
+MINERS: dict[str, Miner] = {miner.name: miner for miner in _ALL}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NETWORK_FILES = ("network.xml", "network.bin")
 
-_OPENVINO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def import_openvino():
@@ -37,15 +37,14 @@ def import_openvino():
 
 def fast_precision() -> str:
     """The precision that OpenVINO prefers on this processor: "float32" or "bfloat16"."""
-    core = import_openvino().Core()
-    return _precision_name(core.get_property("CPU", "INFERENCE_PRECISION_HINT"))
+    hint = import_openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
+    return _PRECISIONS[hint.get_type_name()]
 
 
 def export_network(model: keras.Model, folder: Path) -> Path:
     """Write a Keras model as ``network.xml``, whose path is returned, and ``network.bin``.
 
-    The model must compute in float32 (see :func:`lib.network.tower.in_float32`), on Keras'
-    TensorFlow or PyTorch backend.
+    The model must compute in float32, on Keras' TensorFlow or PyTorch backend.
     """
     path = Path(folder) / NETWORK_FILES[0]
     import_openvino()
@@ -61,11 +60,9 @@ def compile_network(
     """Compile a network for the processor.
 
     Args:
-        network: read by OpenVINO, with one input and one output.
-        shape: of the input, without the batch dimension.
+        network: read by OpenVINO, with one input, (n, *shape), and one output.
         precision: "float32", "bfloat16", or "auto": :func:`fast_precision`.
-        threads: number of threads, at least 1; None: one per core, bound to it. Set it where
-            several processes share a machine.
+        threads: number, at least 1, for processes that share a machine; None: one per core, bound.
 
     Returns:
         the function from a batch, uint8 (n, *shape), to float32 (n, ...), which threads may share;
@@ -73,7 +70,8 @@ def compile_network(
     """
     ov = import_openvino()
     network.reshape([-1, *shape])  # the PyTorch backend exports the input without its shape
-    asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision]}
+    hints = {ours: theirs for theirs, ours in _PRECISIONS.items()}
+    asked = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": hints[precision]}
     if threads:
         # With pinning, the threads of several processes would all run on the first cores.
         asked |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
@@ -85,9 +83,5 @@ def compile_network(
             request.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
             return request.get_output_tensor(0).data.copy()  # the next call overwrites it
 
-    return compute, f"openvino {_precision_name(compiled.get_property('INFERENCE_PRECISION_HINT'))}"
-
-
-def _precision_name(element_type) -> str:
-    names = {theirs: ours for ours, theirs in _OPENVINO_NAMES.items()}
-    return names[element_type.get_type_name()]
+    hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return compute, f"openvino {_PRECISIONS[hint]}"

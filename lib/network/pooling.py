@@ -16,17 +16,14 @@ from keras import ops
 
 EPSILON = 1e-6  # smallest activation, as in the paper: the gradient of log 0 is infinite
 LARGEST_P = 100.0  # GeM is then at least 97 % of the maximum, over 4 x 4 places
-# Shorter vectors count as zero: the gradient of L2 normalization grows as 1 / length and would
-# overflow half precision.
-SHORTEST = 1e-4
+SHORTEST = 1e-4  # else zero: L2 normalization's gradient, 1 / length, would overflow float16
 
 
 def gem(feature_maps, p):
     """Generalized mean over the places of a feature map: (mean of x^p)^(1/p).
 
-    Float (n, h, w, c) -> float (n, c); float32 for maps in half precision, where x^3 would soon
-    overflow. Values below 1e-6 count as 1e-6. The exponent p is at least 1: a number, a scalar
-    tensor, or (c,), one exponent per channel.
+    Float (n, h, w, c) -> float (n, c), at least float32. Values below 1e-6 count as 1e-6. The
+    exponent p, at least 1, is a number, a scalar tensor, or (c,), one exponent per channel.
     """
     # x^p = exp(p log x) is several times faster than a power and its gradient. logsumexp subtracts
     # the maximum before exp, so nothing overflows or vanishes, whatever p is.
@@ -56,11 +53,11 @@ class GeM(keras.layers.Layer):
     """GeM pooling with one exponent for all channels, or one for each.
 
     Args:
-        p: exponent to start from, 1 to 100; the paper's 3.
-        p_trainable: whether training may change it, within the same bounds.
+        p: exponent to start from, 1 (the average) to 100 (nearly the maximum); the paper's 3.
+        p_trainable: whether training may change it, within these bounds.
         per_channel: one exponent for each channel; the paper got better results with a shared one.
 
-    Input float (n, h, w, c), output float32 (n, c) whatever the policy.
+    Input float (n, h, w, c), output float32 (n, c).
     """
 
     def __init__(
@@ -68,10 +65,7 @@ class GeM(keras.layers.Layer):
     ):
         super().__init__(**{"dtype": "float32"} | kwargs)
         if not 1 <= p <= LARGEST_P:
-            raise ValueError(
-                f"GeM's exponent p must be at least 1 (the average) and at most {LARGEST_P:g} "
-                f"(as good as the maximum), got {p}"
-            )
+            raise ValueError(f"GeM's p must be at least 1 and at most {LARGEST_P:g}, got {p}")
         self.initial_p, self.p_trainable, self.per_channel = float(p), p_trainable, per_channel
 
     def build(self, input_shape):
@@ -99,8 +93,8 @@ def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, in
 
     Level l of ``levels`` (the paper's 3) has regions of side 2 min(height, width) / (l + 1),
     rounded down, spread evenly: l along the short side and l + m - 1 along the long one. m is 1 for
-    a square map. Otherwise it is from 2 to 7, whichever brings the overlap of the largest regions
-    closest to 40 %. A level whose side would be less than one place is left out.
+    a square map, else that of 2 to 7 which brings the overlap of the largest regions closest to
+    40 %. A level whose side would be less than one place is left out.
 
     Returns:
         (top, left, side) of each region, in places. On a small map, regions may coincide.
@@ -112,31 +106,27 @@ def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, in
         m = min(range(2, 8), key=lambda m: abs(1 - (long - short) / (m - 1) / short - 0.4))
     regions = []
     for level in range(1, levels + 1):
-        side = 2 * short // (level + 1)
-        if side:
-            tops = _starts(height, side, level + m - 1 if height > width else level)
-            lefts = _starts(width, side, level + m - 1 if width > height else level)
+        if side := 2 * short // (level + 1):
+            tops, lefts = (
+                [i * (length - side) // max(count - 1, 1) for i in range(count)]
+                for length in (height, width)
+                for count in [level + m - 1 if length > short else level]
+            )
             regions += [(top, left, side) for top in tops for left in lefts]
     return regions
-
-
-def _starts(length: int, side: int, count: int) -> list[int]:
-    return [i * (length - side) // max(count - 1, 1) for i in range(count)]
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class RMac(keras.layers.Layer):
     """R-MAC pooling: the L2-normalized maxima of all regions are summed and L2-normalized again.
 
-    The paper also whitens the vector of each region before the sum. Here the head's projection,
-    which is learned, takes that part.
+    The paper whitens each region's vector before the sum; here the head's learned projection takes
+    that part. Vectors shorter than 1e-4 count as zero.
 
-    Input float (n, h, w, c) with h and w known in advance, output float32 (n, c) whatever the
-    policy. Vectors shorter than 1e-4 count as zero; if all are, the output is zero.
+    Input float (n, h, w, c), output float32 (n, c).
 
     Raises:
-        ValueError: fewer than one of the ``levels`` of :func:`rmac_regions`, or maps of unknown
-            size.
+        ValueError: fewer than one of the ``levels`` of :func:`rmac_regions`, or unknown h or w.
     """
 
     def __init__(self, levels: int = 3, **kwargs):
@@ -147,9 +137,7 @@ class RMac(keras.layers.Layer):
 
     def build(self, input_shape):
         if None in input_shape[1:3]:
-            raise ValueError(
-                f"R-MAC needs maps of a fixed height and width, got the shape {input_shape}"
-            )
+            raise ValueError(f"R-MAC needs maps of fixed height and width, got {input_shape}")
         self.regions = rmac_regions(*input_shape[1:3], self.levels)
 
     def call(self, feature_maps):
@@ -164,8 +152,7 @@ class RMac(keras.layers.Layer):
 
 
 def _unit(vectors):
-    # Not ops.normalize: its gradient at zero (a region without activations) is NaN on JAX and
-    # PyTorch.
+    # ops.normalize has a NaN gradient at zero (a region without activations) on JAX and PyTorch.
     squares = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
     alive = squares > SHORTEST**2
     return ops.where(alive, vectors / ops.sqrt(ops.where(alive, squares, 1.0)), 0.0)

@@ -6,8 +6,8 @@
     embeddings = embed(tower, photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
     siamese = Siamese(tower, MetricLoss(InfoNCE()))    # (n, 3, 64, 64, 3) -> (n, 3, 128)
 
-Preprocessing is part of the tower, so it is the same in training, evaluation and search. The
-module uses ``keras.ops`` only and runs on Keras' TensorFlow, JAX and PyTorch backends.
+Preprocessing is part of the tower, so it is the same in training, evaluation and search. All
+computes with ``keras.ops``, on Keras' TensorFlow, JAX and PyTorch backends.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ STAGES = {3: "conv3_block4_out", 4: "conv4_block6_out", 5: "conv5_block3_out"}
 # Constructors of all networks of keras.applications; they alone begin with a capital letter.
 BACKBONES = {name: c for name, c in sorted(vars(keras.applications).items()) if name[0].isupper()}
 
-# Entries of a Keras configuration that :func:`structure` leaves out: names, and entries that follow
-# from others or do not change the embeddings.
+# Entries of a Keras configuration that :func:`structure` leaves out: names, which Keras numbers
+# within a process, and what follows from other entries or does not change the embeddings.
 _NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "trainable"}
 _REFERENCES = {"keras_history", "input_layers", "output_layers"}  # to layers, by name
 
@@ -47,7 +47,7 @@ POLICIES = ("float32", "mixed_bfloat16")
 
 
 class WeightsUnavailableError(OSError):
-    """Pre-trained weights can't be fetched or read; the message says why."""
+    """Pre-trained weights can't be fetched or read."""
 
 
 @functools.cache  # adds the filter once
@@ -71,7 +71,6 @@ class TowerSettings:
         backbone: one of ``BACKBONES``, the networks of ``keras.applications``.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled, 3 to 5 (the whole backbone).
-            A photo of 64 pixels gives 8 x 8 places after stage 3 and 2 x 2 after stage 5.
         weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
             random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
@@ -100,39 +99,27 @@ class TowerSettings:
             raise ValueError(f"{self.backbone} has one width only: leave width at 1")
         if self.backbone != "ResNet50" and self.last_stage != 5:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
-        if self.embedding_size < 0:
-            raise ValueError(f"embedding_size must not be negative, got {self.embedding_size}")
         if self.precision not in POLICIES:
-            raise ValueError(
-                f"precision must be one of {', '.join(POLICIES)}, got {self.precision!r}"
-            )
+            raise ValueError(f"precision must be one of {POLICIES}, got {self.precision!r}")
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
-        smallest = 2**self.last_stage
-        if self.image_size < smallest:
-            raise ValueError(f"image_size must be at least {smallest}, got {self.image_size}")
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class Preprocessing(keras.layers.Layer):
-    """Prepares RGB pixels from 0 to 255 as a backbone's ImageNet weights expect them.
+    """The ``preprocess_input`` of a network of ``keras.applications``.
 
-    It calls ``preprocess_input`` of the backbone's module in ``keras.applications``: for ResNet50,
-    BGR order minus ImageNet's mean colour, not scaled.
-
-    Input uint8 or float (n, h, w, 3), output float32 of the same shape.
+    Input RGB from 0 to 255, uint8 or float (n, h, w, 3); output float32 of the same shape: for
+    ResNet50, BGR order minus ImageNet's mean colour, not scaled.
     """
 
-    def __init__(self, backbone: str, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, backbone: str, name: str = "preprocessing", **kwargs):
+        super().__init__(name=name, **kwargs)
         self.backbone = backbone
         self._preprocess = inspect.getmodule(BACKBONES[backbone]).preprocess_input
 
     def call(self, photos):
         return self._preprocess(ops.cast(photos, "float32"))
-
-    def compute_output_spec(self, photos):
-        return keras.KerasTensor(photos.shape, dtype="float32")
 
     def get_config(self):
         return super().get_config() | {"backbone": self.backbone}
@@ -146,52 +133,37 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     from them.
 
     Raises:
-        WeightsUnavailableError: the weights asked for can't be fetched or read.
+        WeightsUnavailableError: the weights can't be fetched or read.
         ValueError: GeM pooling of a backbone with signed maps; photos too small for the backbone.
     """
-    photos = keras.Input(
-        (settings.image_size, settings.image_size, 3), dtype="uint8", name="photos"
-    )
     with computing_in(settings.precision):
-        preprocessing = Preprocessing(settings.backbone, name="preprocessing")
-        maps = build_backbone(settings)(preprocessing(photos))
-    trunk = keras.Model(photos, maps, name="trunk")
-    if settings.pooling.startswith("gem"):
-        _check_gem_fits(trunk, settings.backbone)
-    head = build_head(trunk.output_shape[1:], settings)
-    return keras.Model(photos, head(trunk(photos)), name="tower")
-
-
-def _check_gem_fits(trunk: keras.Model, backbone: str) -> None:
-    """Refuse a backbone with signed maps, since GeM counts negative activations as zero."""
-    last = trunk.get_layer("backbone").layers[-1]
-    activation = getattr(last, "activation", None)
-    if isinstance(last, keras.layers.ReLU) or activation is keras.activations.relu:
-        return
-    noise = np.random.default_rng(0).integers(0, 256, (1, *trunk.input_shape[1:]), np.uint8)
-    maps = ops.convert_to_numpy(ops.cast(trunk(noise), "float32"))
-    # Swish, hard-swish and GELU go no lower than -0.375. A final layer normalization (ConvNeXt)
-    # makes half of the activations negative, as large as the positive ones.
-    if maps.min() < -0.4:
+        backbone = build_backbone(settings)
+        trunk = _build_trunk(settings.image_size, Preprocessing(settings.backbone), backbone)
+    # ConvNeXt ends with it. Other backbones end with activations, which go no lower than -0.375.
+    is_signed = isinstance(backbone.layers[-1], keras.layers.LayerNormalization)
+    if is_signed and settings.pooling.startswith("gem"):
         raise ValueError(
-            f"the feature maps of {backbone} are signed ({(maps < 0).mean():.0%} of the "
-            f'activations are negative, down to {maps.min():.1f}): choose pooling="average", '
-            "since GeM counts negative activations as zero"
+            f"the feature maps of {settings.backbone} are signed (about half of the activations "
+            'are negative), and GeM counts negative ones as zero: choose pooling="average"'
         )
+    head = build_head(trunk.output_shape[1:], settings)
+    return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
+
+
+def _build_trunk(image_size: int, preprocessing: Preprocessing, backbone: keras.Model):
+    photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
+    return keras.Model(photos, backbone(preprocessing(photos)), name="trunk")
 
 
 def fast_policy() -> str:
-    """The Keras dtype policy, of ``POLICIES``, that trains fast on this machine.
-
-    Processors without instructions for bfloat16 emulate it, many times slower than float32.
-    """
+    """The policy, of ``POLICIES``, that trains fast here: some processors only emulate bfloat16."""
     on_gpu = "cpu" not in str(ops.zeros(1).device).lower()
     return "mixed_bfloat16" if on_gpu or fast_precision() == "bfloat16" else "float32"
 
 
 @contextlib.contextmanager
 def computing_in(precision: str) -> Iterator[None]:
-    """Layers made in the block compute in ``precision`` (a Keras dtype policy)."""
+    """Layers made in the block compute in ``precision``, a Keras dtype policy."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
@@ -203,8 +175,7 @@ def computing_in(precision: str) -> Iterator[None]:
 def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> keras.Model:
     """Build the head: pooling, projection, L2 normalization.
 
-    Input float (n, h, w, c) with ``map_shape`` (h, w, c); output float32 (n, embedding_size), or
-    (n, c) if the embedding size is 0.
+    Input float (n, *map_shape), map_shape (h, w, c); output float32 (n, embedding_size or c).
     """
     _silence_retracing()
     maps = keras.Input(map_shape, name="feature_maps")
@@ -221,11 +192,7 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:
-    """Build the backbone (ResNet50 up to ``last_stage``), from preprocessed photos to maps.
-
-    Raises:
-        WeightsUnavailableError, ValueError: as in :func:`build_tower`.
-    """
+    """Build the backbone, from preprocessed photos to maps; errors as in :func:`build_tower`."""
     size, options = settings.image_size, {} if settings.width == 1 else {"alpha": settings.width}
     build = functools.partial(
         BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
@@ -239,28 +206,20 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         except Exception as error:  # of urllib, socket or Keras
             raise WeightsUnavailableError(
                 f"the ImageNet weights of {settings.backbone} could not be fetched "
-                f"({show_error(error)}); with a network Keras downloads them once, or set weights "
-                "to the path of a weights file"
+                f"({show_error(error)}): connect to the network once, or name a weights file"
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)
     elif not settings.weights:
         _prepare_random_weights(whole)
-    output = whole.output
-    if settings.backbone == "ResNet50":
-        output = whole.get_layer(STAGES[settings.last_stage]).output
-    backbone = keras.Model(whole.input, output, name="backbone")
-    if settings.weights not in ("", "imagenet"):
-        _load_weights(whole, backbone, settings)
-    return backbone
-
-
-def _load_weights(whole: keras.Model, backbone: keras.Model, settings: TowerSettings) -> None:
-    """Load a weights file of ``backbone``, or of the ``whole`` network that it is cut from."""
-    for network in (backbone, whole):
+    last = STAGES[settings.last_stage] if settings.backbone == "ResNet50" else whole.layers[-1].name
+    backbone = keras.Model(whole.input, whole.get_layer(last).output, name="backbone")
+    if settings.weights in ("", "imagenet"):
+        return backbone
+    for network in (backbone, whole):  # the file may be of either
         try:
             network.load_weights(settings.weights)
-            return
+            return backbone
         except (OSError, ValueError) as error:
             reason = show_error(error)
     raise WeightsUnavailableError(
@@ -285,11 +244,8 @@ class Siamese(keras.Model):
     """One tower for all photos of a batch, and the loss over all their embeddings.
 
     Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order anchor, positive,
-    negative; P x K batches (m, h, w, 3) become (m, d).
-
-    Args:
-        tower: from :func:`build_tower`, or a head, which takes feature maps instead of photos.
-        loss: its weights (ArcFace's centres) and random state are trained and saved with the model.
+    negative; P x K batches (m, h, w, 3) become (m, d). A head as the tower takes feature maps. The
+    loss's weights (ArcFace's centres) and random state are trained and saved with the model.
     """
 
     def __init__(self, tower: keras.Model, loss: MetricLoss):
@@ -311,16 +267,13 @@ class Siamese(keras.Model):
 
 def resized(tower: keras.Model, image_size: int) -> keras.Model:
     """A tower for photos of another size, with a copy of the weights."""
-    trunk = tower.get_layer("trunk")
-    photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
-    pixels = trunk.get_layer("preprocessing")(photos)
-    backbone = keras.models.clone_model(
-        trunk.get_layer("backbone"), input_tensors=keras.Input(pixels.shape[1:])
-    )
-    new_trunk = keras.Model(photos, backbone(pixels), name="trunk")
-    maps = keras.Input(new_trunk.output_shape[1:], name="feature_maps")
+    old = tower.get_layer("trunk")
+    pixels = keras.Input((image_size, image_size, 3))
+    backbone = keras.models.clone_model(old.get_layer("backbone"), input_tensors=pixels)
+    trunk = _build_trunk(image_size, old.get_layer("preprocessing"), backbone)
+    maps = keras.Input(trunk.output_shape[1:], name="feature_maps")
     head = keras.models.clone_model(tower.get_layer("head"), input_tensors=maps)
-    copy = keras.Model(photos, head(new_trunk(photos)), name="tower")
+    copy = keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
     copy.set_weights(tower.get_weights())
     return copy
 
@@ -342,10 +295,7 @@ def to_float16(maps: np.ndarray) -> np.ndarray:
     """Feature maps as float16; a ValueError if one is NaN or beyond its range."""
     peak, largest = np.abs(maps).max(initial=0), float(np.finfo(np.float16).max)
     if not peak <= largest:
-        raise ValueError(
-            f"feature maps reach {peak}, float16 ends at {largest:.0f}: this trunk's weights make "
-            "no usable maps"
-        )
+        raise ValueError(f"the trunk's feature maps reach {peak}, float16 ends at {largest:.0f}")
     return maps.astype(np.float16)
 
 
@@ -362,10 +312,7 @@ def compute_precision(model: keras.Model) -> str:
 
 
 def in_float32(model: keras.Model) -> keras.Model:
-    """The same network computing in float32, since OpenVINO can't read casts to half precision.
-
-    A model in half precision is copied; any other is returned as it is.
-    """
+    """The model computing in float32 (a copy if need be), as OpenVINO needs it."""
     if compute_precision(model) == "float32":
         return model
     copy = keras.models.clone_model(
@@ -386,8 +333,8 @@ def gem_exponent(tower: keras.Model) -> float:
 def fingerprint(model: keras.Model) -> str:
     """SHA-256 over a model's structure and weights, 64 hexadecimal digits.
 
-    Embeddings of different models can't be compared, so everything made with a model stores its
-    fingerprint. It is equal on all Keras backends, and after saving and loading.
+    It is equal in every precision, on all Keras backends, and after saving and loading. Everything
+    made with a model stores it, since embeddings of different models can't be compared.
     """
     digest = hashlib.sha256(structure(model).encode())
     for weight in model.weights:
@@ -396,11 +343,7 @@ def fingerprint(model: keras.Model) -> str:
 
 
 def structure(model: keras.Model) -> str:
-    """Types, settings and connections of a model's layers, as JSON.
-
-    It leaves out names, since Keras numbers them within a process, and dtypes, so that a tower has
-    the same fingerprint in every precision.
-    """
+    """A model's layers, their settings and connections as JSON, without dtypes and Keras' names."""
     return json.dumps(_without_names(model.get_config()), sort_keys=True)
 
 

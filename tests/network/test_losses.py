@@ -35,6 +35,7 @@ from lib.network.mining import (
     SemiHard,
     Stored,
     compare,
+    root,
     stored_distances,
 )
 from tests.conftest import unit
@@ -337,12 +338,12 @@ def test_losses_compile_for_batches_of_any_size(batch):
 def test_pairs_against_loops(batch):
     groups, embeddings = batch
     distances, positives, negatives = pairs_by_loops(groups, embeddings)
-    squared, plain = compare(groups, embeddings), compare(groups, embeddings, squared=False)
-    np.testing.assert_allclose(squared.distances, distances, atol=1e-5)
-    np.testing.assert_allclose(plain.distances, np.sqrt(distances), atol=1e-3)
+    pairs = compare(groups, embeddings)
+    np.testing.assert_allclose(pairs.distances, distances, atol=1e-5)
+    np.testing.assert_allclose(root(pairs.distances), np.sqrt(distances), atol=1e-3)
     for a in range(len(distances)):
-        assert np.flatnonzero(squared.is_positive[a]).tolist() == positives[a]
-        assert np.flatnonzero(squared.is_negative[a]).tolist() == negatives[a]
+        assert np.flatnonzero(pairs.is_positive[a]).tolist() == positives[a]
+        assert np.flatnonzero(pairs.is_negative[a]).tolist() == negatives[a]
 
 
 def test_photos_of_one_group_in_two_rows_are_neither_positives_nor_negatives(rng):
@@ -477,9 +478,9 @@ def test_stored_mining_of_a_p_x_k_batch_names_the_fix(rng):
 
 
 def pairs_of(distances, is_negative, dimension: int) -> Pairs:
-    """Pairs of plain distances with all that the weights need."""
+    """Pairs of these plain distances with all that the weights need."""
     photos = np.zeros((len(distances), dimension), np.float32)
-    return Pairs(ops.convert_to_tensor(distances), None, is_negative, None, photos, None, False)
+    return Pairs(ops.convert_to_tensor(distances**2), None, is_negative, None, photos, None)
 
 
 def test_sampling_weights_make_all_distances_alike(rng):
