@@ -99,10 +99,16 @@ class TowerSettings:
             raise ValueError(f"{self.backbone} has one width only: leave width at 1")
         if self.backbone != "ResNet50" and self.last_stage != 5:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
+        if self.embedding_size < 0:
+            raise ValueError(f"embedding_size must not be negative, got {self.embedding_size}")
         if self.precision not in POLICIES:
             raise ValueError(f"precision must be one of {POLICIES}, got {self.precision!r}")
         if self.last_stage not in STAGES:
             raise ValueError(f"last_stage must be one of {sorted(STAGES)}, got {self.last_stage}")
+        if self.image_size < 2**self.last_stage:
+            raise ValueError(
+                f"image_size must be at least {2**self.last_stage}, got {self.image_size}"
+            )
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")

@@ -11,7 +11,6 @@ from sklearn.covariance import oas
 from sklearn.decomposition import PCA
 
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.network import whitening as module
 from lib.network.whitening import Whitening, learn_pca_whitening, learn_supervised_whitening
 from tests.conftest import unit
 
@@ -33,16 +32,9 @@ def same_up_to_sign(actual: np.ndarray, expected: np.ndarray, **tolerance) -> No
     np.testing.assert_allclose(actual * signs, expected, **tolerance)
 
 
-@pytest.fixture
-def shrink(monkeypatch):
-    """Sets the shrinkage; 0 is the plain covariance of the papers."""
-    return lambda a: monkeypatch.setattr(module, "_oas", lambda covariance, n: a)
-
-
-def test_pca_whitening_leaves_unit_variance_in_every_direction(rng, shrink):
-    shrink(0)
+def test_pca_whitening_leaves_unit_variance_in_every_direction(rng):
     x = correlated(rng, 400, 12)
-    whitening = learn_pca_whitening(x)
+    whitening = learn_pca_whitening(x, shrinkage=0)
     y = whitened(whitening, x)
     np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-10)
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(12), atol=1e-8)
@@ -52,11 +44,10 @@ def test_pca_whitening_leaves_unit_variance_in_every_direction(rng, shrink):
 
 
 @pytest.mark.parametrize("dimension", [1, 5, 12])
-def test_pca_whitening_is_sklearns(rng, dimension, shrink):
-    shrink(0)
+def test_pca_whitening_is_sklearns(rng, dimension):
     x = correlated(rng, 300, 12)
     expected = PCA(dimension, whiten=True, svd_solver="full").fit(x).transform(x)
-    whitening = learn_pca_whitening(x, dimension)
+    whitening = learn_pca_whitening(x, dimension, shrinkage=0)
     assert whitening.projection.shape == (12, dimension)
     # sklearn divides by n - 1.
     same_up_to_sign(whitened(whitening, x) * np.sqrt(299 / 300), expected, rtol=1e-6, atol=1e-8)
@@ -69,11 +60,10 @@ def labels_of(pairs: np.ndarray) -> np.ndarray:
     return labels
 
 
-def test_lw_gives_the_differences_of_matching_pairs_unit_variance_and_sorts_the_rest(rng, shrink):
-    shrink(0)
+def test_lw_gives_the_differences_of_matching_pairs_unit_variance_and_sorts_the_rest(rng):
     x = correlated(rng, 300, 10)
     pairs = rng.permutation(300).reshape(-1, 2)
-    whitening = learn_supervised_whitening(x, labels=labels_of(pairs))
+    whitening = learn_supervised_whitening(x, labels=labels_of(pairs), shrinkage=0)
     y = whitened(whitening, x)
     differences = y[pairs[:, 0]] - y[pairs[:, 1]]
     np.testing.assert_allclose(differences.T @ differences / len(pairs), np.eye(10), atol=1e-8)
@@ -83,8 +73,7 @@ def test_lw_gives_the_differences_of_matching_pairs_unit_variance_and_sorts_the_
     assert (np.diff(variances) <= 0).all()
 
 
-def test_lw_solves_the_generalized_eigenvalue_problem(rng, shrink):
-    shrink(0)
+def test_lw_solves_the_generalized_eigenvalue_problem(rng):
     x = correlated(rng, 200, 8)
     pairs = rng.permutation(200).reshape(-1, 2)
     c_s, c_d = np.zeros((8, 8)), np.zeros((8, 8))
@@ -94,7 +83,9 @@ def test_lw_solves_the_generalized_eigenvalue_problem(rng, shrink):
         c_d += np.outer(row - x.mean(axis=0), row - x.mean(axis=0))
     _, expected = scipy.linalg.eigh(c_d, c_s)  # c_d v = lambda c_s v with v' c_s v = 1
     for dimension in (8, 3):
-        whitening = learn_supervised_whitening(x, labels=labels_of(pairs), dimension=dimension)
+        whitening = learn_supervised_whitening(
+            x, labels=labels_of(pairs), dimension=dimension, shrinkage=0
+        )
         same_up_to_sign(whitening.projection, expected[:, ::-1][:, :dimension], rtol=1e-6)
 
 
@@ -110,9 +101,7 @@ def test_labels_stand_for_all_pairs_of_each_label(labels, seed):
             c_s += 2 / len(rows) * np.outer(x[i] - x[j], x[i] - x[j])
             weights += 2 / len(rows)
     c_s /= weights
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_oas", lambda covariance, n: 0)
-        p = learn_supervised_whitening(x, labels=labels).projection
+    p = learn_supervised_whitening(x, labels=labels, shrinkage=0).projection
     np.testing.assert_allclose(p.T @ c_s @ p, np.eye(4), atol=1e-6)
 
 
@@ -168,31 +157,26 @@ def test_a_handful_of_pairs_is_enough_to_learn_something_finite(rng, n_pairs):
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
 
 
-def test_shrinkage_fades_with_the_number_of_samples(rng, shrink):
+def test_shrinkage_fades_with_the_number_of_samples_and_can_be_set(rng):
     x = correlated(rng, 20000, 5)
-    learned = learn_pca_whitening(x)
-    shrink(0)
-    plain = learn_pca_whitening(x)
+    learned, plain = learn_pca_whitening(x), learn_pca_whitening(x, shrinkage=0)
     same_up_to_sign(learned.projection, plain.projection, rtol=0.1, atol=0.1)
     # Shrunk all the way every direction has the same variance, and nothing but a turn is left.
-    shrink(1)
-    turn = learn_pca_whitening(x).projection
+    turn = learn_pca_whitening(x, shrinkage=1).projection
     np.testing.assert_allclose(turn.T @ turn, 5 / np.trace(np.cov(x.T)) * np.eye(5), rtol=1e-3)
 
 
-def test_directions_without_variance_are_never_blown_up(rng, shrink):
-    shrink(0)
+def test_directions_without_variance_are_never_blown_up(rng):
     flat = correlated(rng, 200, 4) @ rng.normal(size=(4, 9))  # 9 dimensions, but of rank 4
     for dimension in (5, None):
         with pytest.raises(ValueError, match="only 4 of 9 directions have any variance"):
-            learn_pca_whitening(flat, dimension)
-    y = whitened(learn_pca_whitening(flat, 4), flat)
+            learn_pca_whitening(flat, dimension, shrinkage=0)
+    y = whitened(learn_pca_whitening(flat, 4, shrinkage=0), flat)
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(4), atol=1e-8)
-    with pytest.raises(ValueError, match="directions have any variance"):
-        learn_supervised_whitening(flat, labels=np.arange(200) // 2)
+    with pytest.raises(ValueError, match="a positive shrinkage"):
+        learn_supervised_whitening(flat, labels=np.arange(200) // 2, shrinkage=0)
     # Shrunk, a direction is at most 1/sqrt(shrinkage) times as strong as the average one.
-    shrink(0.01)
-    shrunk = learn_pca_whitening(flat).projection
+    shrunk = learn_pca_whitening(flat, shrinkage=0.01).projection
     average = np.trace(np.cov(flat.T, bias=True)) / 9
     assert np.linalg.norm(shrunk, axis=0).max() <= 10.0001 / np.sqrt(average)
 
@@ -221,6 +205,8 @@ def test_bad_input_is_refused(rng):
             learn_pca_whitening(x, dimension)
         with pytest.raises(ValueError, match=f"dimension == {dimension}, must be"):
             learn_supervised_whitening(x, labels=labels, dimension=dimension)
+    with pytest.raises(ValueError, match=r"'shrinkage'.* in the range \[0.0, 1.0\]. Got 1.5"):
+        learn_pca_whitening(x, shrinkage=1.5)
     with pytest.raises(ValueError, match="no matching pair: no label occurs twice"):
         learn_supervised_whitening(x, labels=np.arange(20))
     with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[20, 19\]"):
