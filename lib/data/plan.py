@@ -1,0 +1,96 @@
+"""Fits the split, the batches and the epochs to the size of a data set.
+
+    split = hold_back(catalogue, share=0.1)
+    batch_size, steps = fit_batches(catalogue, split.train, batch_size=64, steps=1400)
+    handler = DatasetHandler(catalogue, DataSettings(batch_size=batch_size), split.train)
+
+A large set gets what is asked for. A small one, such as forty photos of one's own, gets less, and a
+printed line says what was chosen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.data.catalogue import Catalogue, split_landmarks
+from lib.data.sampling import SamplingError, usable_triplets
+
+_PASSES = 4  # over all triplets in an epoch, at most: more would only repeat them
+
+
+class Split(NamedTuple):
+    """Which pictures are for training and which are for validation, bool (pictures,) each."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def hold_back(catalogue: Catalogue, share: float) -> Split:
+    """Hold back landmarks for validation; training and validation get at least two each.
+
+    A landmark counts if two of its pictures are stored as anchor and positive. Of fewer than four
+    such landmarks none can be held back: then both parts are the whole set, and what is measured
+    on it flatters.
+
+    Args:
+        catalogue: of the shards.
+        share: of the landmarks, from 0 to 1; the nearest possible one is taken.
+
+    Raises:
+        SamplingError: fewer than two landmarks have two pictures.
+        ValueError: the share is not from 0 to 1.
+    """
+    group = catalogue.pictures["group"].to_numpy()
+    anchors = catalogue.triplets["anchor"].to_numpy()[~catalogue.degenerate]
+    pairs, groups = np.unique(group[anchors]), group.max(initial=-1) + 1
+    if len(pairs) < 2:
+        raise SamplingError(
+            f"{len(pairs)} of the {groups} landmarks in the shards of dataset_dir have two "
+            "different photos, but at least 2 must: add photos"
+        )
+    asked = round(share * groups)
+    for held in sorted(range(groups + 1), key=lambda held: abs(held - asked)):
+        exact = share if held == asked else held / groups
+        part = split_landmarks(catalogue, {"train": 1 - exact, "validation": exact}, seed=0)
+        split = Split(part == "train", part == "validation")
+        of_validation = np.isin(pairs, group[split.validation]).sum()
+        if min(of_validation, len(pairs) - of_validation) >= 2 and _trainable(catalogue, split):
+            if held != asked:
+                print(f"held back: {held} of {groups} landmarks, as validation_share is too small")
+            return split
+    everything = np.ones(len(group), dtype=bool)
+    print(
+        f"Only {len(pairs)} landmarks have two photos: none can be held back. All results are of "
+        "photos that were trained on, which flatters."
+    )
+    return Split(everything, everything)
+
+
+def _trainable(catalogue: Catalogue, split: Split) -> bool:
+    return len(usable_triplets(catalogue, split.train)) > 0
+
+
+def fit_batches(
+    catalogue: Catalogue, chosen: np.ndarray, batch_size: int, steps: int
+) -> tuple[int, int]:
+    """Fit a batch and an epoch to the usable triplets of the chosen pictures.
+
+    Args:
+        catalogue, chosen: see :func:`lib.data.sampling.usable_triplets`.
+        batch_size: triplets in a batch, at most.
+        steps: batches in an epoch, at most; an epoch passes at most 4 times over all triplets.
+
+    Returns:
+        the batch size and the steps.
+    """
+    triplets = len(usable_triplets(catalogue, chosen))
+    batch = max(1, min(batch_size, triplets))
+    fitted = max(1, min(steps, _PASSES * triplets // batch))
+    if (batch, fitted) != (batch_size, steps):
+        print(
+            f"{triplets} triplets to train on: {fitted} batches of {batch} an epoch, not {steps} "
+            f"of {batch_size}"
+        )
+    return batch, fitted
