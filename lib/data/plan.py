@@ -42,6 +42,8 @@ def hold_back(catalogue: Catalogue, share: float) -> Split:
         SamplingError: fewer than two landmarks have two pictures.
         ValueError: the share is not from 0 to 1.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"validation_share must be from 0 to 1, not {share}")
     group = catalogue.pictures["group"].to_numpy()
     anchors = catalogue.triplets["anchor"].to_numpy()[~catalogue.degenerate]
     pairs, groups = np.unique(group[anchors]), group.max(initial=-1) + 1
@@ -58,7 +60,10 @@ def hold_back(catalogue: Catalogue, share: float) -> Split:
         of_validation = np.isin(pairs, group[split.validation]).sum()
         if min(of_validation, len(pairs) - of_validation) >= 2 and _trainable(catalogue, split):
             if held != asked:
-                print(f"held back: {held} of {groups} landmarks, as validation_share is too small")
+                print(
+                    f"{held} of {groups} landmarks are held back, as validation_share = {share} "
+                    "leaves too few on one side"
+                )
             return split
     everything = np.ones(len(group), dtype=bool)
     print(
