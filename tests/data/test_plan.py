@@ -38,7 +38,7 @@ def test_both_parts_of_a_small_set_can_be_used(n, share):
     batch_size, steps = fit_batches(catalogue, split.train, 64, 1400)
     settings = DataSettings(batch_size=batch_size)
     handler = DatasetHandler(catalogue, settings, split.train)
-    assert 1 <= batch_size <= len(handler.triplets) and 1 <= steps
+    assert 1 <= batch_size <= len(handler.triplets) and steps >= 1
     assert batch_size * steps <= 4 * len(handler.triplets)
     assert len(handler.training_batches(0, steps)) == steps
     held_back = DatasetHandler(catalogue, settings, split.validation).validation_triplets(400)
