@@ -1,25 +1,32 @@
-"""Files that are either whole or absent, locks between processes, paths for messages.
+"""Files that are either whole or absent, locks, paths for messages, tables of spreadsheets.
 
 with replacing(path) as part:         # part is renamed to path if the block succeeds
     part.write_text("...")
 with only_writer(folder, BusyError("another process writes there")):
     remove_half_written(folder)       # what a killed process left
+for line, (image, role) in read_table(path, ["image", "role"], ValueError):
+    ...
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 _PART = ".part-"  # begins the names of files that are being written
+_LARGEST_TABLE = 32_000_000  # bytes
+_END = "\0end"  # follows the last line of a table
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -152,3 +159,79 @@ def checksum(path: Path) -> str:
     """XXH3 of a file's content, 32 hexadecimal digits: finds damage, not forgery."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def read_table(
+    path: Path, columns: Sequence[str], error: type[ValueError], errors: str = "strict"
+) -> Iterator[tuple[int, list[str]]]:
+    """Read columns of a CSV file as people's spreadsheets write it.
+
+    It is UTF-8 or UTF-16; commas, semicolons or tabs separate the cells. Case and spaces in the
+    header, blank rows, other columns and Excel's first line ``sep=;`` make no difference.
+
+    Args:
+        path: of the file, of at most 32 MB.
+        columns: names in the header.
+        error: type of the errors.
+        errors: how bytes are treated that do not fit the encoding, see :meth:`bytes.decode`.
+
+    Yields:
+        the line in which a row begins, from 1, and its cells of ``columns``; "" for absent cells.
+
+    Raises:
+        error: the file can't be read; the message names the line.
+    """
+    where, content, encoding = show_path(path), b"", "utf-8-sig"
+    try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            raise FileNotFoundError("there is no such file")
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST_TABLE + 1)
+        if len(content) > _LARGEST_TABLE:
+            raise error(f"{where} has more than {_LARGEST_TABLE / 1e6:.0f} MB")
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encoding = "utf-16"
+        elif 0 in content[:2]:  # UTF-16 without its mark: the other byte of a Latin letter is 0
+            encoding = "utf-16-le" if content[0] else "utf-16-be"
+        lines = io.StringIO(content.decode(encoding, errors), newline="")
+    except OSError as problem:
+        raise error(f"{where} can't be read as a CSV file: {problem}") from None
+    except UnicodeDecodeError as problem:
+        line = content[: problem.start].decode(encoding, "ignore").count("\n") + 1
+        raise error(
+            f"{where}, line {line}: it can't be read as a CSV file, save it as 'CSV UTF-8' "
+            f"({problem.reason})"
+        ) from None
+    before, first = next(((n, line) for n, line in enumerate(lines) if line.strip()), (0, ""))
+    if first.lower().startswith("sep="):
+        before, first = before + 1, next(lines, "")
+    comma = max(",;\t", key=first.count)
+    padded = f"{comma} " in first
+    rows = csv.reader(chain([first], lines, [_END]), delimiter=comma, skipinitialspace=padded)
+    header, line, last = None, before + 1, before  # the lines of a row
+    try:
+        for cells in rows:
+            end = cells == [_END]
+            line, last = last + 1 - end, before + rows.line_num
+            if not end and cells and cells[-1].endswith(_END):
+                raise error(f"{where}, line {line}: a quotation mark is not closed")
+            if header is None and (end or any(cell.strip() for cell in cells)):
+                header = [] if end else [cell.strip().casefold() for cell in cells]
+                if any(header.count(column.casefold()) != 1 for column in columns):
+                    found = ",".join(cells if header else []).encode(errors="replace").decode()
+                    raise error(
+                        f"{where}, line {line}: the columns must be {','.join(columns)}, "
+                        f"not {found[:200]}"
+                    )
+                places = [header.index(column.casefold()) for column in columns]
+            elif not end and any(cell.strip() for cell in cells):
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    raise error(
+                        f"{where}, line {line}: it has more cells than the header; text that "
+                        f"contains {comma!r} must be in quotation marks"
+                    )
+                yield line, [cells[i] if i < len(cells) else "" for i in places]
+    except csv.Error as problem:
+        raise error(
+            f"{where}, line {last + 1}: it can't be read as a CSV file: {problem}"
+        ) from None

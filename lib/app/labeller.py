@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib.app.web import counted, load, message, picture_uri, valid
-from lib.data.photos import GROUND_TRUTH, read_test_set
+from lib.data.photos import GROUND_TRUTH, list_photos, read_roles, read_test_set
 from lib.files import replacing, show_path
 
 PAGE = 24  # photos per page
@@ -61,10 +61,9 @@ def read_labels(folder: Path) -> Labels:
 
     Positives whose photo can't be read now are included, so that saving does not lose them.
     """
-    table = pd.read_csv(folder / GROUND_TRUTH, dtype=str, keep_default_na=False)
-    images = table.groupby("role")["image"].agg(frozenset)
-    (query,) = images["query"]
-    return Labels(query, images.get("positive", frozenset()))
+    roles = read_roles(folder, [path.name for path in list_photos(folder)])
+    (query,) = (name for name, role in roles.items() if role == "query")
+    return Labels(query, frozenset(name for name, role in roles.items() if role == "positive"))
 
 
 def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lib.data.decoding import reduction, resize
-from lib.files import show_path
+from lib.files import read_table, show_path
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -317,46 +318,76 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
             f"{show_path(folder)} holds no readable photo ({', '.join(SUFFIXES)}){why}. "
             "Test_set/README.md says what belongs there."
         )
-    truth_file = folder / GROUND_TRUTH
-    if not truth_file.is_file():
+    roles = read_roles(folder, [path.name for path in found], names)
+    if roles is None:
         return TestSet(photos, names, query=0, positives=None, skipped=skipped)
-    roles = _read_roles(truth_file, names, {path.name for path in found} - set(names))
     role_of = [roles.get(name, "distractor") for name in names]
     positives = np.array([role == "positive" for role in role_of])
     return TestSet(photos, names, role_of.index("query"), positives, skipped)
 
 
-def _read_roles(truth_file: Path, names: list[str], unreadable: set[str]) -> dict[str, str]:
-    """The role of each image that the ground truth names; the query is one of ``names``."""
-    import pandas as pd  # here, so that the module imports fast
+def read_roles(
+    folder: Path, names: Sequence[str], readable: Sequence[str] | None = None
+) -> dict[str, str] | None:
+    """Read the role of each photo that the ground truth of a test set names; None without one.
 
-    where = show_path(truth_file)
-    try:
-        table = pd.read_csv(truth_file, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise TestSetError(f"{where} is not a CSV file: {error}") from None
-    if not {"image", "role"} <= set(table.columns):
-        raise TestSetError(
-            f"{where} needs the columns image,role; it has {','.join(table.columns)}"
-        )
+    Names that differ only in case, spaces around them or the encoding of accents are the same if
+    just one photo has such a name.
+
+    Args:
+        folder: of the test set.
+        names: file names of its photos.
+        readable: those that can be read, the query among them; None: other names may occur, too.
+
+    Raises:
+        TestSetError: the file can't be read, or does not fit; the message names the line.
+    """
+    files = sorted(path for path in folder.iterdir() if path.name.casefold() == GROUND_TRUTH)
+    if not files:
+        return None
+    where = show_path(files[-1])  # capitals come first, so it is the usual name if that exists
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_folded(name), []).append(name)
     roles: dict[str, str] = {}
-    for line, (image, role) in enumerate(zip(table["image"], table["role"], strict=True), start=2):
-        problem = None
+    queries = []
+    for line, (image, role) in read_table(
+        files[-1], ("image", "role"), TestSetError, "surrogateescape"
+    ):
+        fits = alike.get(_folded(image), [])
+        if image in fits or (readable is None and not fits):
+            fits = [image]
+        role, shown, problem = role.strip(' "').lower(), repr(image[:200]), None
         if role not in ROLES:
-            problem = f"role {role!r} is none of {', '.join(ROLES)}"
-        elif image in roles:
-            problem = f"{image!r} is listed twice"
-        elif image not in names and (image not in unreadable or role == "query"):
-            state = "can't be read" if image in unreadable else "does not exist"
-            problem = f"{image!r} {state} in {show_path(truth_file.parent)}"
+            problem = f"role {role[:200]!r} is none of {', '.join(ROLES)}"
+        elif len(fits) > 1:
+            problem = f"{shown} fits {' and '.join(map(repr, fits))}: write the name as it is"
+        elif not fits:
+            exists = os.path.exists(folder / image) and image.strip()
+            state = "is no photo that can be read" if exists else "does not exist"
+            problem = f"{shown} {state} in {show_path(folder)}"
+        elif fits[0] in roles:
+            problem = f"{shown} is listed twice"
+        elif role == "query" and readable is not None and fits[0] not in readable:
+            problem = f"{shown} can't be read in {show_path(folder)}"
         if problem:
             raise TestSetError(f"{where}, line {line}: {problem}")
-        roles[image] = role
-    lines = [str(line) for line, role in enumerate(roles.values(), start=2) if role == "query"]
-    if len(lines) != 1:
-        found = f"lines {', '.join(lines)} do" if lines else "no line does"
+        roles[fits[0]] = role
+        queries += [str(line)] * (role == "query")
+    if len(queries) != 1:
+        found = f"lines {', '.join(queries[:9])} do" if queries else "no line does"
         raise TestSetError(f"{where} must name exactly one query; {found}")
     return roles
+
+
+def _folded(name: str) -> str:
+    """Equal for file names that people take for the same."""
+    raw = os.fsencode(name)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:  # older programs for Windows write this
+        text = raw.decode("cp1252", "replace")
+    return unicodedata.normalize("NFC", text.strip(' "\t\r\n').casefold())
 
 
 def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -15,7 +15,6 @@ https://s3.amazonaws.com/google-landmark/metadata/index.csv. Files of Oxford and
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.files import show_path
+from lib.files import read_table, show_path
 
 REVISITED_FILES = (
     "http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.mat",
@@ -180,38 +179,30 @@ def read_landmarks(
     Raises:
         GroundTruthError: the file can't be used; the message names the line.
     """
-    where = f"{show_path(solution)}, line 1"
+    where, columns = show_path(solution), ("id", "images", "Usage")
     number_of = {name: number for number, name in enumerate(index_names)}
     positives: dict[str, dict[str, np.ndarray]] = {"Public": {}, "Private": {}, "Ignored": {}}
+    for line, cells in read_table(solution, columns, GroundTruthError):
+        try:
+            query, numbers, its_usage = _solution_line(cells, number_of)
+            if any(query in of_usage for of_usage in positives.values()):
+                raise GroundTruthError(f"query {query!r} is there twice")
+        except GroundTruthError as error:
+            raise GroundTruthError(f"{where}, line {line}: {error}") from None
+        positives[its_usage][query] = np.array(numbers)
+    found = positives.get(usage, {})
+    junk = [np.empty(0, dtype=np.int64)] * len(found)
     try:
-        with Path(solution).open(newline="", encoding="utf-8") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            if header != ["id", "images", "Usage"]:
-                header = ",".join(header)
-                raise GroundTruthError(f"the columns must be id,images,Usage, not {header}")
-            for line in lines:
-                where = f"{show_path(solution)}, line {lines.line_num}"
-                query, numbers, its_usage = _solution_line(line, number_of)
-                if any(query in of_usage for of_usage in positives.values()):
-                    raise GroundTruthError(f"query {query!r} is there twice")
-                positives[its_usage][query] = np.array(numbers)
-        where = f"{show_path(solution)}, usage {usage!r}"
-        found = positives.get(usage, {})
-        junk = [np.empty(0, dtype=np.int64)] * len(found)
         return GroundTruth(list(found), list(index_names), list(found.values()), junk)
     except GroundTruthError as error:
-        raise GroundTruthError(f"{where}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        where = show_path(solution)
-        raise GroundTruthError(f"{where} can't be read as a CSV file: {error}") from None
+        raise GroundTruthError(f"{where}, usage {usage!r}: {error}") from None
 
 
 def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, list[int], str]:
     """Return the query, the numbers of its images and its usage."""
-    if len(line) != 3 or not line[0]:
+    query, images, usage = (cell.strip() for cell in line)
+    if not query or not usage:
         raise GroundTruthError("it is not id,images,Usage")
-    query, images, usage = line
     if usage not in ("Public", "Private", "Ignored"):
         raise GroundTruthError(f"usage {usage!r} is none of Public, Private, Ignored")
     names = images.split()

@@ -4,12 +4,14 @@ import io
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from lib.app.labeller import Labels, read_labels, write_labels
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
@@ -242,6 +244,96 @@ def test_a_ground_truth_that_is_no_such_table_is_named(tmp_path, content):
     (tmp_path / "ground_truth.csv").write_text(content, encoding="latin-1")
     with pytest.raises(TestSetError, match=r"ground_truth\.csv"):
         read_test_set(tmp_path, 16)
+
+
+# What spreadsheets and people make of image,role / épée.jpg,query / b.JPG,positive / c.jpg,...
+PLAIN = "image,role\népée.jpg,query\nb.JPG,positive\nc.jpg,distractor\n"
+WRITTEN = {
+    "as it should be": PLAIN.encode(),
+    "Excel, CSV UTF-8": PLAIN.encode("utf-8-sig").replace(b"\n", b"\r\n"),
+    "Excel in Germany": PLAIN.replace(",", ";").encode("cp1252"),
+    "Excel, Unicode text": PLAIN.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+    "big-endian": b"\xfe\xff" + PLAIN.encode("utf-16-be"),
+    "UTF-16 without its mark": PLAIN.encode("utf-16-le"),
+    "old Macs": PLAIN.replace("\n", "\r").encode(),
+    "no last line end": PLAIN.strip().encode(),
+    "sep": b"sep=;\r\n" + PLAIN.replace(",", ";").encode(),
+    "spaces": PLAIN.replace(",", " , ").replace("\n", " \n").encode(),
+    "quotes and spaces": 'image, role\n"épée.jpg" , "query"\n"b.JPG" , "positive"\n'.encode(),
+    "case": PLAIN.replace("image,role", "Image,ROLE").replace("query", "Query").encode(),
+    "case of endings": PLAIN.replace(".jpg", ".JPG").replace("b.JPG", "b.jpg").encode(),
+    "trailing commas": PLAIN.replace("\n", ",,\n").encode() + b",,,\n",
+    "an extra column": PLAIN.replace("role", "role,notes").encode(),
+    "columns in another order": 'no,role,"a, b",image\n1,query,"x\n\ny",épée.jpg\n'
+    "2,positive,,b.JPG\n".encode(),
+    "blank lines": b"\n \n" + PLAIN.replace("\n", "\n\n,\n").encode(),
+    "names in quotes with line ends": PLAIN.replace("b.JPG", '"b.JPG\n"').encode(),
+    "accents apart": unicodedata.normalize("NFD", PLAIN).encode(),
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_ground_truth_is_understood_as_spreadsheets_write_it(tmp_path, written, form):
+    query = unicodedata.normalize(form, "épée.jpg")
+    for name in (query, "b.JPG", "c.jpg"):
+        save(tmp_path / name, size=(4, 4), format="JPEG")
+    (tmp_path / "ground_truth.csv").write_bytes(WRITTEN[written])
+    test_set = read_test_set(tmp_path, 16)
+    assert test_set.names[test_set.query] == query and test_set.skipped == []
+    assert [n for n, p in zip(test_set.names, test_set.positives, strict=True) if p] == ["b.JPG"]
+    assert read_labels(tmp_path) == Labels(query, frozenset({"b.JPG"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # The lines were counted as if none were blank, and as if no cell held a line end.
+        (b"image,role\n\na.jpg,query\n\nz.jpg,positive", r"line 5: 'z\.jpg' does not exist in"),
+        (b'image,role,n\na.jpg,query,"x\n\ny"\nb.jpg,good,', "line 5: role 'good' is none of"),
+        (b"\n\nimage,role\na.jpg,query\nb.jpg,query", "one query; lines 4, 5 do"),
+        (b"image;role\na.jpg;query\nA.JPG ;positive", r"line 3: 'A\.JPG ' is listed twice"),
+        (b"image,role\na.jpg,query\nx.JPG,positive", r"line 3: .* fits 'X\.jpg' and 'x\.jpg'"),
+        (b"image,role\na.jpg,query\nb,c.jpg,positive", "line 3: .* must be in quotation marks"),
+        (b'image,role\na.jpg,query\n"b.jpg,positive\n', "line 3: a quotation mark is not closed"),
+        (b'image,role,n\na.jpg,query,"x\nb.jpg,positive,\n', "line 2: a quotation mark is not"),
+        (b"image,role\na.jpg,query\nphone.heic,positive", "line 3: .* is no photo that can be"),
+        (b"image,role\na.jpg,query\n,positive", "line 3: '' does not exist"),
+        (b"image,role\na.jpg,query\nb.jpg\n", "line 3: role '' is none of query, positive"),
+        (b"a.jpg,query\nb.jpg,positive", r"line 1: the columns must be image,role, not a\.jpg,que"),
+        (b"image,role,role\na.jpg,query,", "line 1: the columns must be image,role, not image,"),
+        ("image,role\na.jpg,query\n\xe9.jpg,positive".encode("cp1252"), "line 3: .* does not ex"),
+        ("image,role\na.jpg,query\n".encode("utf-16")[:-1], "line 2: .* save it as 'CSV UTF-8'"),
+        (b"PK\3\4\0\0\xff\xfe", "line 1: the columns must be image,role"),
+        (b"image,role\na.jpg," + b"q" * 200_000, "line 2: it can't be read as a CSV file: field"),
+    ],
+)
+def test_a_ground_truth_that_can_not_be_understood_names_its_true_line(tmp_path, content, message):
+    for name in ("a.jpg", "b.jpg", "X.jpg", "x.jpg"):
+        save(tmp_path / name, size=(4, 4))
+    (tmp_path / "phone.heic").touch()
+    (tmp_path / "ground_truth.csv").write_bytes(content)
+    with pytest.raises(TestSetError, match=rf"ground_truth\.csv.*{message}") as raised:
+        read_test_set(tmp_path, 16)
+    assert len(str(raised.value).encode()) < 1000 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_a_ground_truth_that_is_no_file_is_named(tmp_path, make):
+    # Folders and broken links were taken for "no ground truth", a pipe waited for ever.
+    save(tmp_path / "a.jpg")
+    make(tmp_path / "ground_truth.csv")
+    with pytest.raises(TestSetError, match=r"(truth\.csv|gone) can't be read as a CSV file"):
+        read_test_set(tmp_path, 16)
+
+
+def test_a_ground_truth_may_have_capitals_in_its_name(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "Ground_Truth.CSV").write_text("image,role\nb.jpg,query")
+    assert read_test_set(tmp_path, 16).query == 1
+    write_labels(tmp_path, ["a.jpg", "b.jpg"], Labels("a.jpg"))  # the usual name is preferred
+    assert read_test_set(tmp_path, 16).query == 0
 
 
 def test_a_gallery_has_a_folder_per_landmark(tmp_path):
