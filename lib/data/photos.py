@@ -9,6 +9,7 @@ test_set.photos, test_set.names, test_set.query, test_set.positives
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 import unicodedata
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image
 
 from lib.data.decoding import reduction, resize
@@ -30,11 +32,16 @@ SUFFIXES = (
 )
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-_UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos that Pillow can't read
+_JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
+_UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+)
 
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
+_MOST_PASSES = 2**31  # pixels times scans; 178 megapixels in 12 scans take 5 seconds
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 
@@ -54,7 +61,15 @@ class PhotoError(ValueError):
 
 
 class NoPhotosError(ValueError):
-    """A folder holds no photos that can be read; the message says what it should hold."""
+    """A folder holds no photos that can be read; the message says what it should hold.
+
+    Attributes:
+        left_out: how many files and folders were left out, by reason.
+    """
+
+    def __init__(self, message: str, left_out: dict[str, int]):
+        super().__init__("; ".join([message, *left_out_lines(left_out)]))
+        self.left_out = left_out
 
 
 class TestSetError(ValueError):
@@ -134,6 +149,11 @@ def landmark_photos(folder: Path) -> FoundPhotos:
     return FoundPhotos(kept, left_out)
 
 
+def left_out_lines(left_out: dict[str, int]) -> list[str]:
+    """A message for each reason for which files or folders were left out."""
+    return [f"left out: {count} {reason}" for reason, count in left_out.items()]
+
+
 def list_photos(folder: Path) -> list[Path]:
     """The photos of a folder without its subfolders, see :func:`find_photos`."""
     return find_photos(folder, subfolders=False).paths
@@ -147,9 +167,24 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         OSError: it can't be read, or is in none of FORMATS.
-        PIL.Image.DecompressionBombError: it has more than 178 megapixels.
+        PIL.Image.DecompressionBombError: it has more than 178 megapixels, or far too many scans.
     """
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    if image.format in _JPEG:  # a scan of a few bytes is a pass over all pixels
+        scans = _content(image).count(b"\xff\xda")
+        if image.width * image.height * scans > _MOST_PASSES:
+            image.close()
+            raise Image.DecompressionBombError(f"it has {scans} scans, usual are 1 to 12")
+    return image
+
+
+def _content(image: Image.Image) -> bytes:
+    """All bytes of an opened file."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(place)
+    return content
 
 
 def read_photo(path: Path, image_size: int) -> np.ndarray:
@@ -213,9 +248,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to 8-bit RGB and apply its EXIF orientation.
 
     16 bits are rounded to 8, transparency becomes white, and the first frame of an animation is
-    taken.
+    taken. A JPEG file may lack the marker at its end.
     """
-    image.load()
+    try:
+        image.load()
+    except OSError:
+        if image.format not in _JPEG:
+            raise
+        content = _content(image) + b"\xff\xd9"
+        simplejpeg.decode_jpeg(content, min_height=1, min_width=1)  # fails if more is missing
+        size, image = image.size, Image.open(io.BytesIO(content))
+        image.draft(None, size)
+        image.load()
     orientation = None
     with contextlib.suppress(Exception):  # invalid EXIF is ignored
         # Not ImageOps.exif_transpose: it rewrites all EXIF data, and fails if any of it is odd.
@@ -281,7 +325,8 @@ class TestSet:
         names: n file names, sorted.
         query: index of the query photo.
         positives: bool (n,), other photos of the query's landmark; None without ground truth.
-        skipped: a message for each file that could not be read.
+        skipped: a message for each file that could not be read, and for each reason for which
+            others were left out.
     """
 
     __test__ = False
@@ -309,8 +354,9 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
         TestSetError: no readable photo, or a ground truth that does not match the photos.
     """
     folder = Path(folder)
-    found = list_photos(folder)
+    found, left_out = find_photos(folder, subfolders=False)
     photos, paths, skipped = read_photos(found, image_size)
+    skipped += left_out_lines(left_out)
     names = [path.name for path in paths]
     if not names:
         why = f": {'; '.join(skipped)}" if skipped else ""
@@ -318,7 +364,7 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
             f"{show_path(folder)} holds no readable photo ({', '.join(SUFFIXES)}){why}. "
             "Test_set/README.md says what belongs there."
         )
-    roles = read_roles(folder, [path.name for path in found], names)
+    roles = read_roles(folder, names)
     if roles is None:
         return TestSet(photos, names, query=0, positives=None, skipped=skipped)
     role_of = [roles.get(name, "distractor") for name in names]
@@ -326,9 +372,7 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
     return TestSet(photos, names, role_of.index("query"), positives, skipped)
 
 
-def read_roles(
-    folder: Path, names: Sequence[str], readable: Sequence[str] | None = None
-) -> dict[str, str] | None:
+def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str, str] | None:
     """Read the role of each photo that the ground truth of a test set names; None without one.
 
     Names that differ only in case, spaces around them or the encoding of accents are the same if
@@ -336,19 +380,20 @@ def read_roles(
 
     Args:
         folder: of the test set.
-        names: file names of its photos.
-        readable: those that can be read, the query among them; None: other names may occur, too.
+        readable: names of the photos that can be read, the query among them; None: any names.
 
     Raises:
         TestSetError: the file can't be read, or does not fit; the message names the line.
     """
-    files = sorted(path for path in folder.iterdir() if path.name.casefold() == GROUND_TRUTH)
+    found = list(folder.iterdir())
+    files = sorted(path for path in found if path.name.casefold() == GROUND_TRUTH)
     if not files:
         return None
     where = show_path(files[-1])  # capitals come first, so it is the usual name if that exists
     alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(_folded(name), []).append(name)
+    for path in found:
+        if path.suffix.lower() in (*SUFFIXES, *_UNREAD_SUFFIXES):
+            alike.setdefault(_folded(path.name), []).append(path.name)
     roles: dict[str, str] = {}
     queries = []
     for line, (image, role) in read_table(
@@ -363,9 +408,7 @@ def read_roles(
         elif len(fits) > 1:
             problem = f"{shown} fits {' and '.join(map(repr, fits))}: write the name as it is"
         elif not fits:
-            exists = os.path.exists(folder / image) and image.strip()
-            state = "is no photo that can be read" if exists else "does not exist"
-            problem = f"{shown} {state} in {show_path(folder)}"
+            problem = f"{shown} does not exist in {show_path(folder)}"
         elif fits[0] in roles:
             problem = f"{shown} is listed twice"
         elif role == "query" and readable is not None and fits[0] not in readable:
@@ -402,11 +445,12 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     """
     paths, left_out = landmark_photos(folder)
     photos, kept, skipped = read_photos(paths, image_size)
-    skipped += [f"left out: {count} {reason}" for reason, count in left_out.items()]
     if not kept:
         why = f" ({'; '.join(skipped[:3])})" if skipped else ""
         raise NoPhotosError(
             f"{show_path(folder)} holds no photos{why}: it should have a folder of photos "
-            "for each landmark"
+            "for each landmark",
+            left_out,
         )
+    skipped += left_out_lines(left_out)
     return photos, np.array([path.parent.name for path in kept]), skipped

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from lib.app.labeller import Labels, read_labels, write_labels
+from lib.app.upload import UploadError, read_upload
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
@@ -25,7 +26,9 @@ from lib.data.photos import (
     read_test_set,
 )
 from lib.files import project_root
+from lib.search.embedding import photos_below
 from tools.convert import encode_photo
+from tools.labelled import ConversionError, read_folder
 
 
 def save(path, colour=(200, 30, 60), size=(40, 30), mode="RGB", **options):
@@ -122,6 +125,44 @@ def test_names_that_are_not_utf8_are_found_and_their_errors_can_be_printed(tmp_p
     with pytest.raises(PhotoError) as raised:
         read_photo(path, 8)
     str(raised.value).encode()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_only_its_last_marker_is_read_everywhere(tmp_path, rng, progressive):
+    noise = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    noise.save(tmp_path / "whole.jpg", progressive=progressive, exif=exif)
+    content = (tmp_path / "whole.jpg").read_bytes()
+    for cut in (1, 2, 20, len(content) // 2):
+        path = tmp_path / "cut.jpg"
+        path.write_bytes(content[:-cut])
+        if cut > 2:  # the rest of the picture would be grey
+            with pytest.raises(PhotoError, match=r"premature end|truncated"):
+                read_photo(path, 16)
+            assert encode_photo(path, 64, 94).kind == "unreadable"
+        else:
+            whole = read_photo(tmp_path / "whole.jpg", 16)
+            np.testing.assert_array_equal(read_photo(path, 16), whole)
+            upload = read_upload(path.read_bytes(), 16)
+            np.testing.assert_array_equal(upload.square, whole)
+            assert upload.picture.shape == (120, 90, 3)
+            assert encode_photo(path, 64, 94) == encode_photo(tmp_path / "whole.jpg", 64, 94)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(tmp_path):
+    # One of 1 MB kept the decoder busy for 96 s: each scan is a pass over all pixels.
+    file = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content[:-2] + 4000 * scan + content[-2:])
+    with pytest.raises(PhotoError, match="it has 4006 scans"):
+        read_photo(path, 8)
+    assert encode_photo(path, 8, 90).kind == "too large"
+    with pytest.raises(UploadError, match="far too"):
+        read_upload(path.read_bytes(), 8)
 
 
 def odd_exif():
@@ -246,6 +287,30 @@ def test_a_ground_truth_that_is_no_such_table_is_named(tmp_path, content):
         read_test_set(tmp_path, 16)
 
 
+def test_every_reader_of_folders_says_what_it_leaves_out(tmp_path):
+    # The test set passed over HEIC photos and links in silence.
+    (tmp_path / "outside.jpg").touch()
+    folder = tmp_path / "photos"
+    save(folder / "a.jpg")
+    (folder / "b.HEIC").touch()
+    (folder / "c.jpg").symlink_to(tmp_path / "outside.jpg")
+    reasons = [
+        "left out: 1 .heic files",
+        "left out: 1 links to files outside of the folder",
+    ]
+    assert read_test_set(folder, 8).skipped == reasons
+    (folder / "a.jpg").unlink()
+    for read, error in (
+        (read_test_set, TestSetError),
+        (read_gallery, NoPhotosError),
+        (lambda folder, _: photos_below(folder), NoPhotosError),
+        (lambda folder, _: read_folder(folder), ConversionError),
+    ):
+        with pytest.raises(error) as raised:
+            read(folder, 8)
+        assert all(reason in str(raised.value) for reason in reasons)
+
+
 # What spreadsheets and people make of image,role / épée.jpg,query / b.JPG,positive / c.jpg,...
 PLAIN = "image,role\népée.jpg,query\nb.JPG,positive\nc.jpg,distractor\n"
 WRITTEN = {
@@ -297,7 +362,7 @@ def test_a_ground_truth_is_understood_as_spreadsheets_write_it(tmp_path, written
         (b"image,role\na.jpg,query\nb,c.jpg,positive", "line 3: .* must be in quotation marks"),
         (b'image,role\na.jpg,query\n"b.jpg,positive\n', "line 3: a quotation mark is not closed"),
         (b'image,role,n\na.jpg,query,"x\nb.jpg,positive,\n', "line 2: a quotation mark is not"),
-        (b"image,role\na.jpg,query\nphone.heic,positive", "line 3: .* is no photo that can be"),
+        (b"image,role\nphone.heic,query", "line 2: 'phone\\.heic' can't be read"),
         (b"image,role\na.jpg,query\n,positive", "line 3: '' does not exist"),
         (b"image,role\na.jpg,query\nb.jpg\n", "line 3: role '' is none of query, positive"),
         (b"a.jpg,query\nb.jpg,positive", r"line 1: the columns must be image,role, not a\.jpg,que"),
