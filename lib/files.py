@@ -166,72 +166,62 @@ def read_table(
 ) -> Iterator[tuple[int, list[str]]]:
     """Read columns of a CSV file as people's spreadsheets write it.
 
-    It is UTF-8 or UTF-16; commas, semicolons or tabs separate the cells. Case and spaces in the
-    header, blank rows, other columns and Excel's first line ``sep=;`` make no difference.
+    It is UTF-8 or UTF-16, with commas, semicolons or tabs. Case and spaces in the header, blank
+    rows, other columns and Excel's first line ``sep=;`` make no difference.
 
     Args:
         path: of the file, of at most 32 MB.
         columns: names in the header.
-        error: type of the errors.
+        error: type of the errors, whose message names the line.
         errors: how bytes are treated that do not fit the encoding, see :meth:`bytes.decode`.
 
     Yields:
         the line in which a row begins, from 1, and its cells of ``columns``; "" for absent cells.
-
-    Raises:
-        error: the file can't be read; the message names the line.
     """
-    where, content, encoding = show_path(path), b"", "utf-8-sig"
+    where, line, content, encoding = show_path(path), 1, b"", "utf-8-sig"
     try:
         if not Path(path).is_file():  # a pipe would wait for ever
-            raise FileNotFoundError("there is no such file")
+            raise OSError("there is no such file")
         with Path(path).open("rb") as file:
             content = file.read(_LARGEST_TABLE + 1)
         if len(content) > _LARGEST_TABLE:
-            raise error(f"{where} has more than {_LARGEST_TABLE / 1e6:.0f} MB")
+            raise OSError(f"it has more than {_LARGEST_TABLE / 1e6:.0f} MB")
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             encoding = "utf-16"
         elif 0 in content[:2]:  # UTF-16 without its mark: the other byte of a Latin letter is 0
             encoding = "utf-16-le" if content[0] else "utf-16-be"
         lines = io.StringIO(content.decode(encoding, errors), newline="")
+        first = next(lines, "")
+        while first and (not first.strip(',;"\t\r\n ') or first.lower().startswith("sep=")):
+            line, first = line + 1, next(lines, "")
+        comma, before = max(",;\t", key=first.count), line
+        padded = f"{comma} " in first
+        rows = csv.reader(chain([first], lines, [_END]), delimiter=comma, skipinitialspace=padded)
+        header = [cell.strip().casefold() for cell in next(rows)]
+        if any(header.count(column.casefold()) != 1 for column in columns):
+            found = ",".join(header).encode(errors="replace").decode()[:200]
+            raise ValueError(f"the columns must be {','.join(columns)}, not {found}")
+        places = [header.index(column.casefold()) for column in columns]
+        line = before + rows.line_num
+        for cells in rows:
+            if cells == [_END]:
+                return
+            if cells and cells[-1].endswith(_END):
+                raise ValueError("a quotation mark is not closed")
+            if any(map(str.strip, cells[len(header) :])):
+                raise ValueError(
+                    "it has more cells than the header; text that contains "
+                    f"{comma!r} must be in quotation marks"
+                )
+            if any(map(str.strip, cells)):
+                yield line, [cells[i] if i < len(cells) else "" for i in places]
+            line = before + rows.line_num
     except OSError as problem:
         raise error(f"{where} can't be read as a CSV file: {problem}") from None
-    except UnicodeDecodeError as problem:
-        line = content[: problem.start].decode(encoding, "ignore").count("\n") + 1
-        raise error(
-            f"{where}, line {line}: it can't be read as a CSV file, save it as 'CSV UTF-8' "
-            f"({problem.reason})"
-        ) from None
-    before, first = next(((n, line) for n, line in enumerate(lines) if line.strip()), (0, ""))
-    if first.lower().startswith("sep="):
-        before, first = before + 1, next(lines, "")
-    comma = max(",;\t", key=first.count)
-    padded = f"{comma} " in first
-    rows = csv.reader(chain([first], lines, [_END]), delimiter=comma, skipinitialspace=padded)
-    header, line, last = None, before + 1, before  # the lines of a row
-    try:
-        for cells in rows:
-            end = cells == [_END]
-            line, last = last + 1 - end, before + rows.line_num
-            if not end and cells and cells[-1].endswith(_END):
-                raise error(f"{where}, line {line}: a quotation mark is not closed")
-            if header is None and (end or any(cell.strip() for cell in cells)):
-                header = [] if end else [cell.strip().casefold() for cell in cells]
-                if any(header.count(column.casefold()) != 1 for column in columns):
-                    found = ",".join(cells if header else []).encode(errors="replace").decode()
-                    raise error(
-                        f"{where}, line {line}: the columns must be {','.join(columns)}, "
-                        f"not {found[:200]}"
-                    )
-                places = [header.index(column.casefold()) for column in columns]
-            elif not end and any(cell.strip() for cell in cells):
-                if any(cell.strip() for cell in cells[len(header) :]):
-                    raise error(
-                        f"{where}, line {line}: it has more cells than the header; text that "
-                        f"contains {comma!r} must be in quotation marks"
-                    )
-                yield line, [cells[i] if i < len(cells) else "" for i in places]
-    except csv.Error as problem:
-        raise error(
-            f"{where}, line {last + 1}: it can't be read as a CSV file: {problem}"
-        ) from None
+    except (UnicodeDecodeError, csv.Error) as problem:
+        if isinstance(problem, UnicodeDecodeError):
+            line, problem = content.count(b"\n", 0, problem.start) + 1, problem.reason
+        hint = f"it can't be read as a CSV file, save it as 'CSV UTF-8' ({problem})"
+        raise error(f"{where}, line {line}: {hint}") from None
+    except ValueError as problem:
+        raise error(f"{where}, line {line}: {problem}") from None

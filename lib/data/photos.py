@@ -41,7 +41,9 @@ _UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows 
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
+_MOST_BYTES = 2**28  # of a JPEG file
 _MOST_PASSES = 2**31  # pixels times scans; 178 megapixels in 12 scans take 5 seconds
+_PALE = 224  # a grey that is hardly seen on white
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 
@@ -61,11 +63,7 @@ class PhotoError(ValueError):
 
 
 class NoPhotosError(ValueError):
-    """A folder holds no photos that can be read; the message says what it should hold.
-
-    Attributes:
-        left_out: how many files and folders were left out, by reason.
-    """
+    """A folder holds no photos that can be read; what it holds is in ``left_out``, by reason."""
 
     def __init__(self, message: str, left_out: dict[str, int]):
         super().__init__("; ".join([message, *left_out_lines(left_out)]))
@@ -179,12 +177,9 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
 
 def _content(image: Image.Image) -> bytes:
-    """All bytes of an opened file."""
-    place = image.fp.tell()
-    image.fp.seek(0)
-    content = image.fp.read()
-    image.fp.seek(place)
-    return content
+    """The bytes of an opened file."""
+    image.fp.seek(0)  # Pillow itself seeks before it reads on
+    return image.fp.read(_MOST_BYTES)
 
 
 def read_photo(path: Path, image_size: int) -> np.ndarray:
@@ -247,8 +242,9 @@ def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to 8-bit RGB and apply its EXIF orientation.
 
-    16 bits are rounded to 8, transparency becomes white, and the first frame of an animation is
-    taken. A JPEG file may lack the marker at its end.
+    16 bits are rounded to 8, and the first frame of an animation is taken. Transparency becomes
+    white, or black in a picture that could not be seen on white, such as a white logo. A JPEG file
+    may lack the marker at its end.
     """
     try:
         image.load()
@@ -270,9 +266,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
+        alpha = image.getchannel("A")
+        for background in ("white", "black"):
+            laid = Image.new("RGB", image.size, background)
+            laid.paste(image, mask=alpha)
+            shades = laid.convert("L").histogram(alpha)
+            if sum(shades[:_PALE]) >= 0.005 * sum(shades):
+                break  # it is seen, or there is nothing to see
+        image = laid
     elif image.mode != "RGB":
         image = image.convert("RGB")
     method = _TO_UPRIGHT.get(orientation) if isinstance(orientation, int) else None

@@ -82,7 +82,7 @@ def two_colours(size=(40, 40)) -> Image.Image:
 
 
 def transparent() -> Image.Image:
-    """White can be seen, green can't."""
+    """White can be seen, green can't; on white nothing could."""
     image = Image.new("RGBA", (40, 40), (0, 255, 0, 0))
     image.paste((255, 255, 255, 255), (0, 0, 40, 20))
     return image
@@ -101,7 +101,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (76, 76, 76)
+RED, BLUE, WHITE, GREY, BLACK = (255, 0, 0), (0, 0, 255), (255,) * 3, (76,) * 3, (0,) * 3
 
 KINDS = {
     "colour.jpg": (two_colours(), {}, RED, BLUE),
@@ -122,9 +122,9 @@ KINDS = {
     "palette.png": (two_colours().convert("P"), {}, RED, BLUE),
     "palette.gif": (two_colours().convert("P"), {}, RED, BLUE),
     "palette_alpha.png": (two_colours().quantize(2), {"transparency": 0}, None, None),
-    "alpha.png": (transparent(), {}, WHITE, WHITE),
-    "alpha.webp": (transparent(), {"lossless": True, "exact": True}, WHITE, WHITE),
-    "grey_alpha.png": (transparent().convert("LA"), {}, WHITE, WHITE),
+    "alpha.png": (transparent(), {}, WHITE, BLACK),
+    "alpha.webp": (transparent(), {"lossless": True, "exact": True}, WHITE, BLACK),
+    "grey_alpha.png": (transparent().convert("LA"), {}, WHITE, BLACK),
     "grey16.png": (deep(np.uint16), {}, (200,) * 3, (100,) * 3),
     "grey16.tif": (deep(np.uint16), {}, (200,) * 3, (100,) * 3),
     "grey32.tif": (deep(np.int32), {}, (200,) * 3, (100,) * 3),
