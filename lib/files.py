@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, locks, paths for messages, tables of spreadsheets.
+"""Files that are either whole or absent, locks between processes, paths for messages.
 
 with replacing(path) as part:         # part is renamed to path if the block succeeds
     part.write_text("...")

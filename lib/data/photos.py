@@ -253,7 +253,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             raise
         content = _content(image) + b"\xff\xd9"
         simplejpeg.decode_jpeg(content, min_height=1, min_width=1)  # fails if more is missing
-        size, image = image.size, Image.open(io.BytesIO(content))
+        size, image = image.size, open_picture(io.BytesIO(content))
         image.draft(None, size)
         image.load()
     orientation = None
@@ -409,7 +409,8 @@ def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str,
         elif len(fits) > 1:
             problem = f"{shown} fits {' and '.join(map(repr, fits))}: write the name as it is"
         elif not fits:
-            problem = f"{shown} does not exist in {show_path(folder)}"
+            hint = "" if image.isprintable() else ": save the list as 'CSV UTF-8'"
+            problem = f"{shown} does not exist in {show_path(folder)}{hint}"
         elif fits[0] in roles:
             problem = f"{shown} is listed twice"
         elif role == "query" and readable is not None and fits[0] not in readable:

@@ -387,7 +387,10 @@ def test_a_ground_truth_is_understood_as_spreadsheets_write_it(tmp_path, written
         (b"image,role\na.jpg,query\nb.jpg\n", "line 3: role '' is none of query, positive"),
         (b"a.jpg,query\nb.jpg,positive", r"line 1: the columns must be image,role, not a\.jpg,que"),
         (b"image,role,role\na.jpg,query,", "line 1: the columns must be image,role, not image,"),
-        ("image,role\na.jpg,query\n\xe9.jpg,positive".encode("cp1252"), "line 3: .* does not ex"),
+        (
+            "image,role\na.jpg,query\n\xe9.jpg,positive".encode("cp1252"),
+            "line 3: .* as 'CSV UTF-8'",
+        ),
         ("image,role\na.jpg,query\n".encode("utf-16")[:-1], "line 2: .* save it as 'CSV UTF-8'"),
         (b"PK\3\4\0\0\xff\xfe", "line 1: the columns must be image,role"),
         (b"image,role\na.jpg," + b"q" * 200_000, "line 2: it can't be read as a CSV file.*field"),
