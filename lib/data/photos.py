@@ -65,9 +65,9 @@ class PhotoError(ValueError):
 class NoPhotosError(ValueError):
     """A folder holds no photos that can be read; what it holds is in ``left_out``, by reason."""
 
-    def __init__(self, message: str, left_out: dict[str, int]):
-        super().__init__("; ".join([message, *left_out_lines(left_out)]))
-        self.left_out = left_out
+    def __init__(self, message: str, left_out: dict[str, int] | None = None):
+        self.left_out = left_out or {}
+        super().__init__("; ".join([message, *left_out_lines(self.left_out)]))
 
 
 class TestSetError(ValueError):

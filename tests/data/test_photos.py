@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -114,6 +115,18 @@ def test_what_can_not_be_read_is_skipped_and_counted(tmp_path, monkeypatch):
     assert left_out["photos that are not in a landmark's folder itself"] == 2
     _, _, skipped = read_gallery(tmp_path, 8)
     assert "left out: 1 folders that can't be read" in skipped
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_photos_are_found_in_seconds(tmp_path):
+    for landmark in range(100):
+        (tmp_path / f"{landmark:02}").mkdir()
+        for number in range(1000):
+            os.mknod(tmp_path / f"{landmark:02}" / f"{number:03}.jpg")
+    start = time.perf_counter()
+    paths, left_out = landmark_photos(tmp_path)
+    assert time.perf_counter() - start < 15 and len(paths) == 100_000 and left_out == {}
+    assert paths == sorted(paths)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
