@@ -4,22 +4,29 @@ with replacing(path) as part:         # part is renamed to path if the block suc
     part.write_text("...")
 with only_writer(folder, BusyError("another process writes there")):
     remove_half_written(folder)       # what a killed process left
+for line, (image, role) in read_table(path, ["image", "role"], ValueError):
+    ...
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 _PART = ".part-"  # begins the names of files that are being written
+_LARGEST_TABLE = 32_000_000  # bytes
+_END = "\0end"  # follows the last line of a table
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -152,3 +159,69 @@ def checksum(path: Path) -> str:
     """XXH3 of a file's content, 32 hexadecimal digits: finds damage, not forgery."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def read_table(
+    path: Path, columns: Sequence[str], error: type[ValueError], errors: str = "strict"
+) -> Iterator[tuple[int, list[str]]]:
+    """Read columns of a CSV file as people's spreadsheets write it.
+
+    It is UTF-8 or UTF-16, with commas, semicolons or tabs. Case and spaces in the header, blank
+    rows, other columns and Excel's first line ``sep=;`` make no difference.
+
+    Args:
+        path: of the file, of at most 32 MB.
+        columns: names in the header.
+        error: type of the errors, whose message names the line.
+        errors: how bytes are treated that do not fit the encoding, see :meth:`bytes.decode`.
+
+    Yields:
+        the line in which a row begins, from 1, and its cells of ``columns``; "" for absent cells.
+    """
+    where, line, content, encoding = show_path(path), 1, b"", "utf-8-sig"
+    try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            raise OSError("there is no such file")
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST_TABLE + 1)
+        if len(content) > _LARGEST_TABLE:
+            raise OSError(f"it has more than {_LARGEST_TABLE / 1e6:.0f} MB")
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            encoding = "utf-16"
+        elif 0 in content[:2]:  # UTF-16 without its mark: the other byte of a Latin letter is 0
+            encoding = "utf-16-le" if content[0] else "utf-16-be"
+        lines = io.StringIO(content.decode(encoding, errors), newline="")
+        first = next(lines, "")
+        while first and (not first.strip(',;"\t\r\n ') or first.lower().startswith("sep=")):
+            line, first = line + 1, next(lines, "")
+        comma, before = max(",;\t", key=first.count), line
+        padded = f"{comma} " in first
+        rows = csv.reader(chain([first], lines, [_END]), delimiter=comma, skipinitialspace=padded)
+        header = [cell.strip().casefold() for cell in next(rows)]
+        if any(header.count(column.casefold()) != 1 for column in columns):
+            found = ",".join(header).encode(errors="replace").decode()[:200]
+            raise ValueError(f"the columns must be {','.join(columns)}, not {found}")
+        places = [header.index(column.casefold()) for column in columns]
+        line = before + rows.line_num
+        for cells in rows:
+            if cells == [_END]:
+                return
+            if cells and cells[-1].endswith(_END):
+                raise ValueError("a quotation mark is not closed")
+            if any(map(str.strip, cells[len(header) :])):
+                raise ValueError(
+                    "it has more cells than the header; text that contains "
+                    f"{comma!r} must be in quotation marks"
+                )
+            if any(map(str.strip, cells)):
+                yield line, [cells[i] if i < len(cells) else "" for i in places]
+            line = before + rows.line_num
+    except OSError as problem:
+        raise error(f"{where} can't be read as a CSV file: {problem}") from None
+    except (UnicodeDecodeError, csv.Error) as problem:
+        if isinstance(problem, UnicodeDecodeError):
+            line, problem = content.count(b"\n", 0, problem.start) + 1, problem.reason
+        hint = f"it can't be read as a CSV file, save it as 'CSV UTF-8' ({problem})"
+        raise error(f"{where}, line {line}: {hint}") from None
+    except ValueError as problem:
+        raise error(f"{where}, line {line}: {problem}") from None

@@ -118,7 +118,7 @@ class Failure(NamedTuple):
 def encode_photo(path: Path, size: int, quality: int) -> bytes | Failure:
     """Encode a photo as a JPEG file without metadata, or return why it can't be read.
 
-    It becomes upright RGB on white (:func:`lib.data.photos.picture_of`), with its aspect ratio and
+    It becomes upright RGB (:func:`lib.data.photos.picture_of`), with its aspect ratio and
     at most ``size`` pixels on the longer side.
     """
     file = io.BytesIO()

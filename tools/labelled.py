@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.data.photos import landmark_photos
+from lib.data.photos import landmark_photos, left_out_lines
 from lib.files import show_path
 
 
@@ -52,10 +52,9 @@ def read_folder(folder: Path) -> LabelledPhotos:
     """
     paths, left_out = landmark_photos(folder)
     if not paths:
-        raise ConversionError(
-            f"{show_path(folder)} has no subfolders with photos: give each landmark one, or name "
-            "the CSV file with the labels"
-        )
+        message = f"{show_path(folder)} has no subfolders with photos: give each landmark one, or "
+        message += "name the CSV file with the labels"
+        raise ConversionError("; ".join([message, *left_out_lines(left_out)]))
     for name in map(str, paths):
         if name != name.encode(errors="ignore").decode():
             raise ConversionError(f"{name!a} is no UTF-8 text: rename the file")
@@ -91,16 +90,23 @@ def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
     folder = f"{image_root}/" + name.str[:1] + "/" + name.str[1:2] + "/" + name.str[2:3] + "/"
     table = table.assign(path=folder + name + ".jpg").rename(columns={"id": "image_id"})
     # Listing the folders (4096 for the whole set) is far faster than looking for each photo.
-    files = (f"{f}{name}" for f in folder.unique() if os.path.isdir(f) for name in os.listdir(f))
-    present = table["path"].isin(list(files))
+    files, locked = [], 0
+    for f in filter(os.path.isdir, folder.unique()):
+        try:
+            files += [f"{f}{name}" for name in os.listdir(f)]
+        except OSError:
+            locked += 1
+    left_out = {"folders that can't be read": locked} if locked else {}
+    present = table["path"].isin(files)
     if not present.any():
         raise ConversionError(
             f"none of the {len(table):,} photos that {where} lists is in folders <a>/<b>/<c> of "
             f"{show_path(image_root)}: name the right folder, and unpack the photos there"
+            + "".join(f"; {line}" for line in left_out_lines(left_out))
         )
     absent, table = table[~present], table[present]
     together = np.argsort(pd.factorize(table["landmark_id"])[0], kind="stable")
-    return LabelledPhotos(table.iloc[together].reset_index(drop=True), absent)
+    return LabelledPhotos(table.iloc[together].reset_index(drop=True), absent, left_out)
 
 
 def plan_triplets(landmark: np.ndarray, seed: int) -> np.ndarray:

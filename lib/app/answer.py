@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.data.photos import NoPhotosError, PhotoError, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, left_out_lines, read_photo
 from lib.network.engine import Engine
 from lib.search.embedding import embed_job, photos_below
 from lib.search.photo_index import IndexSettings, PhotoIndex
@@ -79,6 +79,7 @@ class Gallery:
     names: list[str]  # n paths relative to the folder
     embeddings: np.ndarray  # float32 (n, d) of unit norm
     unreadable: int  # number of other photos, which could not be read
+    left_out: str = ""  # sentences on what else was left out
 
     def path(self, name: str) -> Path:
         """Locate the file of a photo.
@@ -139,14 +140,21 @@ def open_gallery(
     """
     try:
         source = photos_below(folder)
-    except NoPhotosError:
-        raise SearchError("There are no photos in this folder, nor in the folders in it.") from None
+    except NoPhotosError as error:
+        text = "There are no photos in this folder, nor in the folders in it."
+        raise SearchError(text + _sentences(error.left_out)) from None
     key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {source.digest}".encode())
     job = Path(jobs) / key.hexdigest()[:16]
     embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
+    left_out = _sentences(source.left_out)
     if not names:
-        raise SearchError("None of the photos in this folder can be read.")
-    return Gallery(Path(folder), names, embeddings, len(skipped))
+        raise SearchError(f"None of the photos in this folder can be read.{left_out}")
+    unreadable = len(skipped) - len(source.left_out)
+    return Gallery(Path(folder), names, embeddings, unreadable, left_out)
+
+
+def _sentences(left_out: dict[str, int]) -> str:
+    return "".join(f" {line.capitalize()}." for line in left_out_lines(left_out))
 
 
 class Search:

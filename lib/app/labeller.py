@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib.app.web import counted, load, message, picture_uri, valid
-from lib.data.photos import GROUND_TRUTH, read_test_set
+from lib.data.photos import GROUND_TRUTH, read_roles, read_test_set
 from lib.files import replacing, show_path
 
 PAGE = 24  # photos per page
@@ -61,10 +61,9 @@ def read_labels(folder: Path) -> Labels:
 
     Positives whose photo can't be read now are included, so that saving does not lose them.
     """
-    table = pd.read_csv(folder / GROUND_TRUTH, dtype=str, keep_default_na=False)
-    images = table.groupby("role")["image"].agg(frozenset)
-    (query,) = images["query"]
-    return Labels(query, images.get("positive", frozenset()))
+    roles = read_roles(folder)
+    (query,) = (name for name, role in roles.items() if role == "query")
+    return Labels(query, frozenset(name for name, role in roles.items() if role == "positive"))
 
 
 def write_labels(folder: Path, names: Iterable[str], labels: Labels) -> Path:
@@ -136,7 +135,9 @@ class Labeller(widgets.VBox):
         bar = widgets.HBox([self._previous, self._where, self._next, self._undo, self._save])
         bar.add_class("labeller-bar")
         items = "".join(f"<li>{_html(reason)}</li>" for reason in test_set.skipped)
-        summary = f"{len(test_set.skipped)} of the folder's files can't be read"
+        others = sum(reason.startswith("left out: ") for reason in test_set.skipped)
+        summary = f"{len(test_set.skipped) - others} of the folder's files can't be read"
+        summary += ", others were left out" if others else ""
         details = f"<details><summary>{summary}</summary><ul>{items}</ul></details>"
         notice = widgets.HTML(details if items else "")
         super().__init__([self._style, self._head, notice, bar, self._status, widgets.GridBox()])

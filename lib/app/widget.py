@@ -215,6 +215,7 @@ class SearchApp(widgets.VBox):
         self._grid.children = ()
         unreadable = counted(gallery.unreadable, "file")
         skipped = f" {unreadable} could not be read." if gallery.unreadable else ""
+        skipped += gallery.left_out
         self._tell(f"{photos} ready.{skipped} Drop a photo, or choose one of the samples.")
 
     def _ask(self, query: Upload, name: str = "") -> None:

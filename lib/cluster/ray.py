@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.cluster.emulated import ClusterError, connected_to, emulated_cluster, import_ray
+from lib.data.photos import left_out_lines
 from lib.network.engine import PRECISIONS, Engine, keras_engine, load_engine
 from lib.search.embedding import Embedded, PhotoSource, claimed, describe_job, embed_pictures
 
@@ -292,7 +293,8 @@ def embed(
             return Embedded(np.empty((0, engine.dimension), np.float32), [], [])
         table = pa.concat_tables([pq.read_table(path) for path in _files(folder)])
         # The first row of each picture, in the order of the pictures.
-        return _embedded(table, np.unique(table["number"].to_numpy(), return_index=True)[1])
+        found = _embedded(table, np.unique(table["number"].to_numpy(), return_index=True)[1])
+        return found._replace(skipped=found.skipped + left_out_lines(source.left_out))
 
 
 def _embed_on(

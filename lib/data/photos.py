@@ -9,19 +9,22 @@ test_set.photos, test_set.names, test_set.query, test_set.positives
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image
 
 from lib.data.decoding import reduction, resize
-from lib.files import show_path
+from lib.files import read_table, show_path
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -29,11 +32,18 @@ SUFFIXES = (
 )
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-_UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".dng")  # photos that Pillow can't read
+_JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
+_UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+)
 
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
+_MOST_BYTES = 2**28  # of a JPEG file
+_MOST_PASSES = 2**31  # pixels times scans; 178 megapixels in 12 scans take 5 seconds
+_PALE = 224  # a grey that is hardly seen on white
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 
@@ -53,7 +63,11 @@ class PhotoError(ValueError):
 
 
 class NoPhotosError(ValueError):
-    """A folder holds no photos that can be read; the message says what it should hold."""
+    """A folder holds no photos that can be read; what it holds is in ``left_out``, by reason."""
+
+    def __init__(self, message: str, left_out: dict[str, int] | None = None):
+        self.left_out = left_out or {}
+        super().__init__("; ".join([message, *left_out_lines(self.left_out)]))
 
 
 class TestSetError(ValueError):
@@ -133,6 +147,11 @@ def landmark_photos(folder: Path) -> FoundPhotos:
     return FoundPhotos(kept, left_out)
 
 
+def left_out_lines(left_out: dict[str, int]) -> list[str]:
+    """A message for each reason for which files or folders were left out."""
+    return [f"left out: {count} {reason}" for reason, count in left_out.items()]
+
+
 def list_photos(folder: Path) -> list[Path]:
     """The photos of a folder without its subfolders, see :func:`find_photos`."""
     return find_photos(folder, subfolders=False).paths
@@ -146,9 +165,21 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         OSError: it can't be read, or is in none of FORMATS.
-        PIL.Image.DecompressionBombError: it has more than 178 megapixels.
+        PIL.Image.DecompressionBombError: it has more than 178 megapixels, or far too many scans.
     """
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    if image.format in _JPEG:  # a scan of a few bytes is a pass over all pixels
+        scans = _content(image).count(b"\xff\xda")
+        if image.width * image.height * scans > _MOST_PASSES:
+            image.close()
+            raise Image.DecompressionBombError(f"it has {scans} scans, usual are 1 to 12")
+    return image
+
+
+def _content(image: Image.Image) -> bytes:
+    """The bytes of an opened file."""
+    image.fp.seek(0)  # Pillow itself seeks before it reads on
+    return image.fp.read(_MOST_BYTES)
 
 
 def read_photo(path: Path, image_size: int) -> np.ndarray:
@@ -211,10 +242,20 @@ def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to 8-bit RGB and apply its EXIF orientation.
 
-    16 bits are rounded to 8, transparency becomes white, and the first frame of an animation is
-    taken.
+    16 bits are rounded to 8, and the first frame of an animation is taken. Transparency becomes
+    white, or black in a picture that could not be seen on white, such as a white logo. A JPEG file
+    may lack the marker at its end.
     """
-    image.load()
+    try:
+        image.load()
+    except OSError:
+        if image.format not in _JPEG:
+            raise
+        content = _content(image) + b"\xff\xd9"
+        simplejpeg.decode_jpeg(content, min_height=1, min_width=1)  # fails if more is missing
+        size, image = image.size, open_picture(io.BytesIO(content))
+        image.draft(None, size)
+        image.load()
     orientation = None
     with contextlib.suppress(Exception):  # invalid EXIF is ignored
         # Not ImageOps.exif_transpose: it rewrites all EXIF data, and fails if any of it is odd.
@@ -225,9 +266,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
+        alpha = image.getchannel("A")
+        for background in ("white", "black"):
+            laid = Image.new("RGB", image.size, background)
+            laid.paste(image, mask=alpha)
+            shades = laid.convert("L").histogram(alpha)
+            if sum(shades[:_PALE]) >= 0.005 * sum(shades):
+                break  # it is seen, or there is nothing to see
+        image = laid
     elif image.mode != "RGB":
         image = image.convert("RGB")
     method = _TO_UPRIGHT.get(orientation) if isinstance(orientation, int) else None
@@ -280,7 +326,8 @@ class TestSet:
         names: n file names, sorted.
         query: index of the query photo.
         positives: bool (n,), other photos of the query's landmark; None without ground truth.
-        skipped: a message for each file that could not be read.
+        skipped: a message for each file that could not be read, and for each reason for which
+            others were left out.
     """
 
     __test__ = False
@@ -308,8 +355,9 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
         TestSetError: no readable photo, or a ground truth that does not match the photos.
     """
     folder = Path(folder)
-    found = list_photos(folder)
+    found, left_out = find_photos(folder, subfolders=False)
     photos, paths, skipped = read_photos(found, image_size)
+    skipped += left_out_lines(left_out)
     names = [path.name for path in paths]
     if not names:
         why = f": {'; '.join(skipped)}" if skipped else ""
@@ -317,46 +365,74 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
             f"{show_path(folder)} holds no readable photo ({', '.join(SUFFIXES)}){why}. "
             "Test_set/README.md says what belongs there."
         )
-    truth_file = folder / GROUND_TRUTH
-    if not truth_file.is_file():
+    roles = read_roles(folder, names)
+    if roles is None:
         return TestSet(photos, names, query=0, positives=None, skipped=skipped)
-    roles = _read_roles(truth_file, names, {path.name for path in found} - set(names))
     role_of = [roles.get(name, "distractor") for name in names]
     positives = np.array([role == "positive" for role in role_of])
     return TestSet(photos, names, role_of.index("query"), positives, skipped)
 
 
-def _read_roles(truth_file: Path, names: list[str], unreadable: set[str]) -> dict[str, str]:
-    """The role of each image that the ground truth names; the query is one of ``names``."""
-    import pandas as pd  # here, so that the module imports fast
+def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str, str] | None:
+    """Read the role of each photo that the ground truth of a test set names; None without one.
 
-    where = show_path(truth_file)
-    try:
-        table = pd.read_csv(truth_file, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise TestSetError(f"{where} is not a CSV file: {error}") from None
-    if not {"image", "role"} <= set(table.columns):
-        raise TestSetError(
-            f"{where} needs the columns image,role; it has {','.join(table.columns)}"
-        )
+    Names that differ only in case, spaces around them or the encoding of accents are the same if
+    just one photo has such a name.
+
+    Args:
+        folder: of the test set.
+        readable: names of the photos that can be read, the query among them; None: any names.
+
+    Raises:
+        TestSetError: the file can't be read, or does not fit; the message names the line.
+    """
+    found = list(folder.iterdir())
+    files = sorted(path for path in found if path.name.casefold() == GROUND_TRUTH)
+    if not files:
+        return None
+    where = show_path(files[-1])  # capitals come first, so it is the usual name if that exists
+    alike: dict[str, list[str]] = {}
+    for path in found:
+        if path.suffix.lower() in (*SUFFIXES, *_UNREAD_SUFFIXES):
+            alike.setdefault(_folded(path.name), []).append(path.name)
     roles: dict[str, str] = {}
-    for line, (image, role) in enumerate(zip(table["image"], table["role"], strict=True), start=2):
-        problem = None
+    queries = []
+    for line, (image, role) in read_table(
+        files[-1], ("image", "role"), TestSetError, "surrogateescape"
+    ):
+        fits = alike.get(_folded(image), [])
+        if image in fits or (readable is None and not fits):
+            fits = [image]
+        role, shown, problem = role.strip(' "').lower(), repr(image[:200]), None
         if role not in ROLES:
-            problem = f"role {role!r} is none of {', '.join(ROLES)}"
-        elif image in roles:
-            problem = f"{image!r} is listed twice"
-        elif image not in names and (image not in unreadable or role == "query"):
-            state = "can't be read" if image in unreadable else "does not exist"
-            problem = f"{image!r} {state} in {show_path(truth_file.parent)}"
+            problem = f"role {role[:200]!r} is none of {', '.join(ROLES)}"
+        elif len(fits) > 1:
+            problem = f"{shown} fits {' and '.join(map(repr, fits))}: write the name as it is"
+        elif not fits:
+            hint = "" if image.isprintable() else ": save the list as 'CSV UTF-8'"
+            problem = f"{shown} does not exist in {show_path(folder)}{hint}"
+        elif fits[0] in roles:
+            problem = f"{shown} is listed twice"
+        elif role == "query" and readable is not None and fits[0] not in readable:
+            problem = f"{shown} can't be read in {show_path(folder)}"
         if problem:
             raise TestSetError(f"{where}, line {line}: {problem}")
-        roles[image] = role
-    lines = [str(line) for line, role in enumerate(roles.values(), start=2) if role == "query"]
-    if len(lines) != 1:
-        found = f"lines {', '.join(lines)} do" if lines else "no line does"
+        roles[fits[0]] = role
+        queries += [str(line)] * (role == "query")
+    if len(queries) != 1:
+        found = f"lines {', '.join(queries[:9])} do" if queries else "no line does"
         raise TestSetError(f"{where} must name exactly one query; {found}")
     return roles
+
+
+def _folded(name: str) -> str:
+    """Equal for file names that people take for the same."""
+    raw = os.fsencode(name)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:  # older programs for Windows write this
+        text = raw.decode("cp1252", "replace")
+    return unicodedata.normalize("NFC", text.strip(' "\t\r\n').casefold())
 
 
 def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -371,11 +447,12 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     """
     paths, left_out = landmark_photos(folder)
     photos, kept, skipped = read_photos(paths, image_size)
-    skipped += [f"left out: {count} {reason}" for reason, count in left_out.items()]
     if not kept:
         why = f" ({'; '.join(skipped[:3])})" if skipped else ""
         raise NoPhotosError(
             f"{show_path(folder)} holds no photos{why}: it should have a folder of photos "
-            "for each landmark"
+            "for each landmark",
+            left_out,
         )
+    skipped += left_out_lines(left_out)
     return photos, np.array([path.parent.name for path in kept]), skipped

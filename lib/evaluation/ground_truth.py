@@ -15,7 +15,6 @@ https://s3.amazonaws.com/google-landmark/metadata/index.csv. Files of Oxford and
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.files import show_path
+from lib.files import read_table, show_path
 
 REVISITED_FILES = (
     "http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.mat",
@@ -159,37 +158,29 @@ def read_landmarks(
     Raises:
         GroundTruthError: the file can't be used; the message names the line.
     """
-    shown = show_path(solution)
-    where = f"{shown}, line 1"
+    where = show_path(solution)
     number_of = {name: number for number, name in enumerate(index_names)}
     found: dict[str, tuple[np.ndarray, str]] = {}  # positives and usage of each query
+    for line, cells in read_table(solution, ("id", "images", "Usage"), GroundTruthError):
+        try:
+            query, numbers, its_usage = _solution_line(cells, number_of)
+            if query in found:
+                raise GroundTruthError(f"query {query!r} is there twice")
+        except GroundTruthError as error:
+            raise GroundTruthError(f"{where}, line {line}: {error}") from None
+        found[query] = np.array(numbers), its_usage
+    positives = {query: numbers for query, (numbers, of) in found.items() if of == usage}
+    junk = [np.empty(0, dtype=np.int64)] * len(positives)
     try:
-        with Path(solution).open(newline="", encoding="utf-8") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            if header != ["id", "images", "Usage"]:
-                header = ",".join(header)
-                raise GroundTruthError(f"the columns must be id,images,Usage, not {header}")
-            for line in lines:
-                where = f"{shown}, line {lines.line_num}"
-                query, numbers, its_usage = _solution_line(line, number_of)
-                if query in found:
-                    raise GroundTruthError(f"query {query!r} is there twice")
-                found[query] = np.array(numbers), its_usage
-        where = f"{shown}, usage {usage!r}"
-        positives = {query: numbers for query, (numbers, of) in found.items() if of == usage}
-        junk = [np.empty(0, dtype=np.int64)] * len(positives)
         return GroundTruth(list(positives), list(index_names), list(positives.values()), junk)
     except GroundTruthError as error:
-        raise GroundTruthError(f"{where}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise GroundTruthError(f"{shown} can't be read as a CSV file: {error}") from None
+        raise GroundTruthError(f"{where}, usage {usage!r}: {error}") from None
 
 
 def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, list[int], str]:
-    if len(line) != 3 or not line[0]:
+    query, images, usage = (cell.strip() for cell in line)
+    if not query or not usage:
         raise GroundTruthError("it is not id,images,Usage")
-    query, images, usage = line
     if usage not in ("Public", "Private", "Ignored"):
         raise GroundTruthError(f"usage {usage!r} is none of Public, Private, Ignored")
     names = images.split()

@@ -28,7 +28,7 @@ import xxhash
 from tqdm import tqdm
 
 from lib.data.decoding import decode
-from lib.data.photos import NoPhotosError, PhotoError, find_photos, read_photo
+from lib.data.photos import NoPhotosError, PhotoError, find_photos, left_out_lines, read_photo
 from lib.data.records import read_picture
 from lib.files import only_writer, read_json, remove_half_written, show_path, write_json
 from lib.network.engine import Engine, keras_engine
@@ -59,7 +59,8 @@ class Embedded(NamedTuple):
     Attributes:
         embeddings: float32 (n, d) of unit norm; memory-mapped if a job made them.
         names: n names, in the order of the source.
-        skipped: a message for each picture that could not be read.
+        skipped: a message for each picture that could not be read; then, for a whole source, one
+            for each reason for which files were left out.
     """
 
     embeddings: np.ndarray
@@ -96,7 +97,8 @@ def photos_below(folder: Path) -> PhotoSource:
     """
     paths, left_out = find_photos(folder)
     if not paths:
-        raise NoPhotosError(f"{show_path(folder)} holds no photos, nor do the folders in it")
+        message = f"{show_path(folder)} holds no photos, nor do the folders in it"
+        raise NoPhotosError(message, left_out)
     names = [path.relative_to(folder).as_posix() for path in paths]
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
@@ -137,7 +139,7 @@ def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Emb
     """Embed the photos of a folder, see :func:`photos_below`, with a Keras tower.
 
     Two batches of pixels are in memory at a time. A photo that can't be read does not stop the
-    others. ``skipped`` ends with a line for each reason for which files were left out.
+    others.
 
     Raises:
         NoPhotosError: there is no photo, or none that can be read.
@@ -147,8 +149,9 @@ def embed_folder(tower: keras.Model, folder: Path, batch_size: int = 128) -> Emb
     skipped = [message for batch in batches for message in batch.skipped]
     names = [name for batch in batches for name in batch.names]
     if not names:
-        raise NoPhotosError(f"none of the photos in {show_path(folder)} can be read: {skipped[0]}")
-    skipped += [f"left out: {count} {reason}" for reason, count in source.left_out.items()]
+        message = f"none of the photos in {show_path(folder)} can be read: {skipped[0]}"
+        raise NoPhotosError(message, source.left_out)
+    skipped += left_out_lines(source.left_out)
     return Embedded(np.concatenate([batch.embeddings for batch in batches]), names, skipped)
 
 
@@ -179,6 +182,7 @@ def embed_job(
     job = describe_job(engine, source, batch_size)
     with claimed(folder, job):
         names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
+    skipped += left_out_lines(source.left_out)
     return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
 
 

@@ -251,9 +251,11 @@ def test_a_name_that_is_no_unicode_is_named(tmp_path):
 def test_what_cannot_be_read_is_named_and_keeps_its_role(folder):
     write_labels(folder, [], Labels("00.jpg", {"01.jpg", "02.jpg"}))
     (folder / "02.jpg").write_text("not a picture")
+    (folder / "phone.heic").touch()
     labeller = open_labeller(folder)
     text, _ = seen(labeller)
-    assert "1 of the folder's files can't be read" in text and "02.jpg" in text
+    assert "1 of the folder's files can't be read, others were left out" in text
+    assert "02.jpg" in text and "left out: 1 .heic files" in text
     assert "1 positive chosen" in text
     press(labeller, "03.jpg")
     button(labeller, "Save").click()

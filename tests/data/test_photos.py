@@ -4,12 +4,16 @@ import io
 import os
 import subprocess
 import sys
+import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from lib.app.labeller import Labels, read_labels, write_labels
+from lib.app.upload import UploadError, read_upload
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
@@ -23,7 +27,9 @@ from lib.data.photos import (
     read_test_set,
 )
 from lib.files import project_root
+from lib.search.embedding import photos_below
 from tools.convert import encode_photo
+from tools.labelled import ConversionError, read_folder
 
 
 def save(path, colour=(200, 30, 60), size=(40, 30), mode="RGB", **options):
@@ -111,6 +117,18 @@ def test_what_can_not_be_read_is_skipped_and_counted(tmp_path, monkeypatch):
     assert "left out: 1 folders that can't be read" in skipped
 
 
+@pytest.mark.long
+def test_a_hundred_thousand_photos_are_found_in_seconds(tmp_path):
+    for landmark in range(100):
+        (tmp_path / f"{landmark:02}").mkdir()
+        for number in range(1000):
+            os.mknod(f"{tmp_path}/{landmark:02}/{number:03}.jpg")
+    start = time.perf_counter()
+    paths, left_out = landmark_photos(tmp_path)
+    assert time.perf_counter() - start < 15 and len(paths) == 100_000 and left_out == {}
+    assert (paths[0], paths[-1]) == (tmp_path / "00" / "000.jpg", tmp_path / "99" / "999.jpg")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_names_that_are_not_utf8_are_found_and_their_errors_can_be_printed(tmp_path):
     path = tmp_path / os.fsdecode(b"\xff.jpg")
@@ -120,6 +138,64 @@ def test_names_that_are_not_utf8_are_found_and_their_errors_can_be_printed(tmp_p
     with pytest.raises(PhotoError) as raised:
         read_photo(path, 8)
     str(raised.value).encode()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("opacity", [255, 90])
+def test_white_logos_on_transparency_differ(tmp_path, mode, opacity):
+    # On white they were all the same white square.
+    photos = []
+    for number, corner in enumerate([(0, 0), (20, 20)]):
+        logo = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+        logo.paste((255, 255, 250, opacity), (*corner, corner[0] + 20, corner[1] + 20))
+        path = tmp_path / f"{number}.png"
+        logo.convert(mode).save(path)
+        photos.append(read_photo(path, 20))
+        converted = np.asarray(Image.open(io.BytesIO(encode_photo(path, 20, 94))))
+        np.testing.assert_allclose(converted, photos[-1], atol=30)
+    assert np.abs(photos[0][:10, :10].astype(int) - photos[1][:10, :10]).min() > 80
+    Image.new("LA", (40, 40), (0, 255)).save(tmp_path / "black.png")
+    assert read_photo(tmp_path / "black.png", 20).max() == 0
+    Image.new("LA", (40, 40), (255, 0)).save(tmp_path / "nothing.png")
+    assert read_photo(tmp_path / "nothing.png", 20).min() == 255  # as before
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_only_its_last_marker_is_read_everywhere(tmp_path, rng, progressive):
+    noise = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    noise.save(tmp_path / "whole.jpg", progressive=progressive, exif=exif)
+    content = (tmp_path / "whole.jpg").read_bytes()
+    for cut in (1, 2, 20, len(content) // 2):
+        path = tmp_path / "cut.jpg"
+        path.write_bytes(content[:-cut])
+        if cut > 2:  # the rest of the picture would be grey
+            with pytest.raises(PhotoError, match=r"premature end|truncated"):
+                read_photo(path, 16)
+            assert encode_photo(path, 64, 94).kind == "unreadable"
+        else:
+            whole = read_photo(tmp_path / "whole.jpg", 16)
+            np.testing.assert_array_equal(read_photo(path, 16), whole)
+            upload = read_upload(path.read_bytes(), 16)
+            np.testing.assert_array_equal(upload.square, whole)
+            assert upload.picture.shape == (120, 90, 3)
+            assert encode_photo(path, 64, 94) == encode_photo(tmp_path / "whole.jpg", 64, 94)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(tmp_path):
+    # One of 1 MB kept the decoder busy for 96 s: each scan is a pass over all pixels.
+    file = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content[:-2] + 4000 * scan + content[-2:])
+    with pytest.raises(PhotoError, match="it has 4006 scans"):
+        read_photo(path, 8)
+    assert encode_photo(path, 8, 90).kind == "too large"
+    with pytest.raises(UploadError, match="far too"):
+        read_upload(path.read_bytes(), 8)
 
 
 def odd_exif():
@@ -242,6 +318,123 @@ def test_a_ground_truth_that_is_no_such_table_is_named(tmp_path, content):
     (tmp_path / "ground_truth.csv").write_text(content, encoding="latin-1")
     with pytest.raises(TestSetError, match=r"ground_truth\.csv"):
         read_test_set(tmp_path, 16)
+
+
+def test_every_reader_of_folders_says_what_it_leaves_out(tmp_path):
+    # The test set passed over HEIC photos and links in silence.
+    (tmp_path / "outside.jpg").touch()
+    folder = tmp_path / "photos"
+    save(folder / "a.jpg")
+    (folder / "b.HEIC").touch()
+    (folder / "c.jpg").symlink_to(tmp_path / "outside.jpg")
+    reasons = [
+        "left out: 1 .heic files",
+        "left out: 1 links to files outside of the folder",
+    ]
+    assert read_test_set(folder, 8).skipped == reasons
+    (folder / "a.jpg").unlink()
+    for read, error in (
+        (read_test_set, TestSetError),
+        (read_gallery, NoPhotosError),
+        (lambda folder, _: photos_below(folder), NoPhotosError),
+        (lambda folder, _: read_folder(folder), ConversionError),
+    ):
+        with pytest.raises(error) as raised:
+            read(folder, 8)
+        assert all(reason in str(raised.value) for reason in reasons)
+
+
+# What spreadsheets and people make of image,role / épée.jpg,query / b.JPG,positive / c.jpg,...
+PLAIN = "image,role\népée.jpg,query\nb.JPG,positive\nc.jpg,distractor\n"
+WRITTEN = {
+    "as it should be": PLAIN.encode(),
+    "Excel, CSV UTF-8": PLAIN.encode("utf-8-sig").replace(b"\n", b"\r\n"),
+    "Excel in Germany": PLAIN.replace(",", ";").encode("cp1252"),
+    "Excel, Unicode text": PLAIN.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+    "big-endian": b"\xfe\xff" + PLAIN.encode("utf-16-be"),
+    "UTF-16 without its mark": PLAIN.encode("utf-16-le"),
+    "old Macs": PLAIN.replace("\n", "\r").encode(),
+    "no last line end": PLAIN.strip().encode(),
+    "sep": b"sep=;\r\n" + PLAIN.replace(",", ";").encode(),
+    "spaces": PLAIN.replace(",", " , ").replace("\n", " \n").encode(),
+    "quotes and spaces": 'image, role\n"épée.jpg" , "query"\n"b.JPG" , "positive"\n'.encode(),
+    "case": PLAIN.replace("image,role", "Image,ROLE").replace("query", "Query").encode(),
+    "case of endings": PLAIN.replace(".jpg", ".JPG").replace("b.JPG", "b.jpg").encode(),
+    "trailing commas": PLAIN.replace("\n", ",,\n").encode() + b",,,\n",
+    "an extra column": PLAIN.replace("role", "role,notes").encode(),
+    "columns in another order": 'no,role,"a, b",image\n1,query,"x\n\ny",épée.jpg\n'
+    "2,positive,,b.JPG\n".encode(),
+    "blank lines": b"\n \n" + PLAIN.replace("\n", "\n\n,\n").encode(),
+    "names in quotes with line ends": PLAIN.replace("b.JPG", '"b.JPG\n"').encode(),
+    "accents apart": unicodedata.normalize("NFD", PLAIN).encode(),
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_ground_truth_is_understood_as_spreadsheets_write_it(tmp_path, written, form):
+    query = unicodedata.normalize(form, "épée.jpg")
+    for name in (query, "b.JPG", "c.jpg"):
+        save(tmp_path / name, size=(4, 4), format="JPEG")
+    (tmp_path / "ground_truth.csv").write_bytes(WRITTEN[written])
+    test_set = read_test_set(tmp_path, 16)
+    assert test_set.names[test_set.query] == query and test_set.skipped == []
+    assert [n for n, p in zip(test_set.names, test_set.positives, strict=True) if p] == ["b.JPG"]
+    assert read_labels(tmp_path) == Labels(query, frozenset({"b.JPG"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # The lines were counted as if none were blank, and as if no cell held a line end.
+        (b"image,role\n\na.jpg,query\n\nz.jpg,positive", r"line 5: 'z\.jpg' does not exist in"),
+        (b'image,role,n\na.jpg,query,"x\n\ny"\nb.jpg,good,', "line 5: role 'good' is none of"),
+        (b"\n\nimage,role\na.jpg,query\nb.jpg,query", "one query; lines 4, 5 do"),
+        (b"image;role\na.jpg;query\nA.JPG ;positive", r"line 3: 'A\.JPG ' is listed twice"),
+        (b"image,role\na.jpg,query\nx.JPG,positive", r"line 3: .* fits 'X\.jpg' and 'x\.jpg'"),
+        (b"image,role\na.jpg,query\nb,c.jpg,positive", "line 3: .* must be in quotation marks"),
+        (b'image,role\na.jpg,query\n"b.jpg,positive\n', "line 3: a quotation mark is not closed"),
+        (b'image,role,n\na.jpg,query,"x\nb.jpg,positive,\n', "line 2: a quotation mark is not"),
+        (b"image,role\nphone.heic,query", "line 2: 'phone\\.heic' can't be read"),
+        (b"image,role\na.jpg,query\n,positive", "line 3: '' does not exist"),
+        (b"image,role\na.jpg,query\nb.jpg\n", "line 3: role '' is none of query, positive"),
+        (b"a.jpg,query\nb.jpg,positive", r"line 1: the columns must be image,role, not a\.jpg,que"),
+        (b"image,role,role\na.jpg,query,", "line 1: the columns must be image,role, not image,"),
+        (
+            "image,role\na.jpg,query\n\xe9.jpg,positive".encode("cp1252"),
+            "line 3: .* as 'CSV UTF-8'",
+        ),
+        ("image,role\na.jpg,query\n".encode("utf-16")[:-1], "line 2: .* save it as 'CSV UTF-8'"),
+        (b"PK\3\4\0\0\xff\xfe", "line 1: the columns must be image,role"),
+        (b"image,role\na.jpg," + b"q" * 200_000, "line 2: it can't be read as a CSV file.*field"),
+    ],
+)
+def test_a_ground_truth_that_can_not_be_understood_names_its_true_line(tmp_path, content, message):
+    for name in ("a.jpg", "b.jpg", "X.jpg", "x.jpg"):
+        save(tmp_path / name, size=(4, 4))
+    (tmp_path / "phone.heic").touch()
+    (tmp_path / "ground_truth.csv").write_bytes(content)
+    with pytest.raises(TestSetError, match=rf"ground_truth\.csv.*{message}") as raised:
+        read_test_set(tmp_path, 16)
+    assert len(str(raised.value).encode()) < 1000 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_a_ground_truth_that_is_no_file_is_named(tmp_path, make):
+    # Folders and broken links were taken for "no ground truth", a pipe waited for ever.
+    save(tmp_path / "a.jpg")
+    make(tmp_path / "ground_truth.csv")
+    with pytest.raises(TestSetError, match=r"(truth\.csv|gone) can't be read as a CSV file"):
+        read_test_set(tmp_path, 16)
+
+
+def test_a_ground_truth_may_have_capitals_in_its_name(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "Ground_Truth.CSV").write_text("image,role\nb.jpg,query")
+    assert read_test_set(tmp_path, 16).query == 1
+    write_labels(tmp_path, ["a.jpg", "b.jpg"], Labels("a.jpg"))  # the usual name is preferred
+    assert read_test_set(tmp_path, 16).query == 0
 
 
 def test_a_gallery_has_a_folder_per_landmark(tmp_path):

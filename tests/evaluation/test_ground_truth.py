@@ -305,6 +305,27 @@ def test_read_landmarks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        SOLUTION.replace(",", ";").replace("\n", "\r\n").encode("utf-8-sig"),
+        SOLUTION.replace(",", "\t").encode("utf-16"),
+        SOLUTION.replace("id,images,Usage", "ID , Images,usage").replace(",Pri", ", Pri").encode(),
+        SOLUTION.replace("\n", ",,\n\n").encode(),
+    ],
+)
+def test_a_solution_that_a_spreadsheet_saved_again(tmp_path, content):
+    (tmp_path / "solution.csv").write_bytes(content)
+    truth = read_landmarks(tmp_path / "solution.csv", INDEX, "Private")
+    assert truth.queries == ["q1", "q5"] and lists(truth) == ([[1, 3], [0, 2]], [[], []])
+
+
+def test_blank_lines_count_as_lines(tmp_path):
+    path = write_solution(tmp_path, SOLUTION.replace("\n", "\n\n") + "q6,aa,Nobody\n")
+    with pytest.raises(GroundTruthError, match=r"solution\.csv, line 13: usage 'Nobody'"):
+        read_landmarks(path, INDEX, "Public")
+
+
+@pytest.mark.parametrize(
     ("line", "problem"),
     [
         ("q6,aa zz,Private", "image 'zz' is not in the index"),

@@ -177,6 +177,23 @@ def test_the_photos_of_a_landmark_keep_their_order(tmp_path):
     assert table["landmark_id"].unique().tolist() == ["0", "2", "1"]  # as they first appear
 
 
+def test_a_locked_folder_costs_only_its_photos(tmp_path, monkeypatch):
+    for name in ("a/b/c/abcd", "a/b/d/abde"):
+        save(tmp_path / f"{name}.jpg")
+    listing = os.listdir
+
+    def refuse(folder):
+        if "a/b/d" in str(folder):
+            raise PermissionError(13, "Permission denied")
+        return listing(folder)
+
+    monkeypatch.setattr("os.listdir", refuse)
+    photos = read_csv(write_csv(tmp_path / "l.csv", "abcd,,1", "abde,,1"), tmp_path)
+    assert photos.table["image_id"].tolist() == ["abcd"]
+    assert photos.absent["image_id"].tolist() == ["abde"]
+    assert photos.left_out == {"folders that can't be read": 1}
+
+
 def test_the_url_is_not_needed(tmp_path):
     save(tmp_path / "a/b/c/abcd.jpg")
     labels = write_csv(tmp_path / "l.csv", "5,abcd", header="landmark_id,id")
