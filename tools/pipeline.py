@@ -39,6 +39,9 @@ RESULTS = {
 }
 
 
+_LARGEST = 64_000  # bytes of a profile
+
+
 class ProfileError(ValueError):
     """A profile can't be used; the message names what to mend."""
 
@@ -51,18 +54,28 @@ def read_profile(path: Path, known: set[str]) -> dict:
         known: the parameters that any notebook has.
 
     Raises:
-        ProfileError: no such file, neither UTF-8 nor YAML, not a mapping, or a name that no
-            notebook knows.
+        ProfileError: no such file, more than 64 kB, neither UTF-8 nor YAML, references within it,
+            not a mapping, or a name that no notebook knows.
     """
     try:
-        profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ProfileError(f"{path} has more than {_LARGEST // 1000} kB: this is no profile")
+        text = content.decode("utf-8-sig")
+        # A few references to each other stand for more values than fit into any memory.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ProfileError(f"{path} has a reference (*): write the value itself")
+        profile = yaml.safe_load(text) or {}
+    except ProfileError:
+        raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(profile, dict):
         raise ProfileError(f"{path} must map parameter names to values")
     if unknown := sorted(map(str, set(profile) - known)):
         raise ProfileError(
-            f"{path}: no notebook has a parameter {', '.join(unknown)}; there are "
+            f"{path}: no notebook has a parameter {', '.join(unknown)[:500]}; there are "
             f"{', '.join(sorted(known))}"
         )
     return profile

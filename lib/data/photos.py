@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from lib.data.decoding import reduction, resize
+from lib.data.decoding import is_endless, reduction, resize
 from lib.files import show_path
 
 SUFFIXES = (
@@ -36,6 +36,8 @@ ROLES = ("query", "positive", "distractor")
 
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
+_MOST_MEMORY = 2**30  # bytes that decoding a picture may take, however small its file is
+_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 16}  # while decoding; of other formats at most 12
 
 _TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -147,6 +149,9 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     Raises:
         OSError: it can't be read, or is in none of FORMATS.
         PIL.Image.DecompressionBombError: it has more than 178 megapixels.
+
+    :func:`square_of` and :func:`picture_of` raise it, too, where decoding would take more than 1 GB
+    (67 megapixels of WebP, 89 of the other formats except for JPEG) or many seconds.
     """
     return Image.open(file, formats=FORMATS)
 
@@ -157,7 +162,7 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     It is turned upright (:func:`upright_rgb`) and squashed to a square, as in training.
 
     Raises:
-        PhotoError: it is damaged, in none of FORMATS, or has more than 178 megapixels.
+        PhotoError: it is damaged, in none of FORMATS, or too large (see :func:`open_picture`).
     """
     try:
         with open_picture(path) as image:
@@ -174,6 +179,7 @@ def square_of(image: Image.Image, image_size: int) -> np.ndarray:
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
+    _check_cost(image)
     # The JPEG decoder shrinks it by the same factor as the training photos, see lib.data.decoding.
     factor = reduction(*image.size, image_size)
     image.draft(None, tuple(side // factor for side in image.size))
@@ -195,12 +201,26 @@ def picture_of(image: Image.Image, longest: int) -> Image.Image:
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
+    _check_cost(image)
     scale = 2 * longest / max(image.size)  # to twice the size; thumbnail() filters better
     image.draft(None, tuple(max(round(side * scale), 1) for side in image.size))
     with _in_turn(image):
         image = upright_rgb(image)
         image.thumbnail((longest, longest))
         return image
+
+
+def _check_cost(image: Image.Image) -> None:
+    """Raise DecompressionBombError if decoding the opened picture takes too much memory or time."""
+    pixels = image.width * image.height
+    if pixels * _BYTES_PER_PIXEL.get(image.format, 12) > _MOST_MEMORY:
+        raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} megapixels are too many")
+    if image.format in ("JPEG", "MPO"):
+        position = image.fp.tell()
+        image.fp.seek(0)
+        if is_endless(image.fp.read(), *image.size):
+            raise Image.DecompressionBombError("it has far too many scans")
+        image.fp.seek(position)
 
 
 def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:

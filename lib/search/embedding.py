@@ -207,7 +207,7 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         if (folder / JOB).exists():
             try:
                 found = read_json(folder / JOB)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise EmbeddingJobError(f"{error}, or its folder") from None
             found = found if isinstance(found, dict) else {}
             if differ := [key for key in job | found if found.get(key) != job.get(key)]:
@@ -269,7 +269,7 @@ def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]
             batch = Embedded(np.frombuffer(content, "<f4"), entry["names"], entry["skipped"])
             if line != _line(batch):
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         names += batch.names
         skipped += batch.skipped

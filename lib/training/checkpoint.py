@@ -22,7 +22,7 @@ import xxhash
 from keras import ops
 
 from lib.data.dataset import DatasetHandler
-from lib.files import replacing, show_path
+from lib.files import check_stored, replacing, show_path
 from lib.network.tower import structure
 
 CHECKPOINT = "checkpoint.npz"
@@ -159,6 +159,7 @@ class Checkpoint:
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
     """Read the facts and arrays of a file; damage raises errors of many types."""
     with zipfile.ZipFile(path) as archive:
+        check_stored(archive)
         # All checksums first: NumPy would read less than the whole array if its header is damaged.
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is damaged")
