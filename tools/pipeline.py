@@ -46,6 +46,15 @@ class ProfileError(ValueError):
     """A profile can't be used; the message names what to mend."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses references: a few of them can stand for more values than fit into any memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has a reference (*): write the value itself")
+        return super().compose_node(parent, index)
+
+
 def read_profile(path: Path, known: set[str]) -> dict:
     """Read a profile's parameters.
 
@@ -62,11 +71,7 @@ def read_profile(path: Path, known: set[str]) -> dict:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise ProfileError(f"{path} has more than {_LARGEST // 1000} kB: this is no profile")
-        text = content.decode("utf-8-sig")
-        # A few references to each other stand for more values than fit into any memory.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ProfileError(f"{path} has a reference (*): write the value itself")
-        profile = yaml.safe_load(text) or {}
+        profile = yaml.load(content.decode("utf-8-sig"), _Loader) or {}
     except ProfileError:
         raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -37,7 +37,7 @@ ROLES = ("query", "positive", "distractor")
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 _MOST_MEMORY = 2**30  # bytes that decoding a picture may take, however small its file is
-_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 16}  # while decoding; of other formats at most 12
+_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 17, "AVIF": 13}  # while decoding
 
 _TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,7 +151,8 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
         PIL.Image.DecompressionBombError: it has more than 178 megapixels.
 
     :func:`square_of` and :func:`picture_of` raise it, too, where decoding would take more than 1 GB
-    (67 megapixels of WebP, 89 of the other formats except for JPEG) or many seconds.
+    (63 megapixels of WebP, 82 of AVIF, 76 of other pictures with transparency, a palette or more
+    than 8 bits) or many seconds.
     """
     return Image.open(file, formats=FORMATS)
 
@@ -213,7 +214,8 @@ def picture_of(image: Image.Image, longest: int) -> Image.Image:
 def _check_cost(image: Image.Image) -> None:
     """Raise DecompressionBombError if decoding the opened picture takes too much memory or time."""
     pixels = image.width * image.height
-    if pixels * _BYTES_PER_PIXEL.get(image.format, 12) > _MOST_MEMORY:
+    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data
+    if pixels * _BYTES_PER_PIXEL.get(image.format, 6 if plain else 14) > _MOST_MEMORY:
         raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} megapixels are too many")
     if image.format in ("JPEG", "MPO"):
         position = image.fp.tell()

@@ -159,7 +159,8 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         if not 1 <= size <= _MOST_SIZE:
             raise ValueError(f"image_size {size}")
         model = ov.Core().read_model(*network.values())
-        if not model.output(0).partial_shape.compatible([-1, manifest["dimension"]]):
+        shape = ov.PartialShape([-1, manifest["dimension"]])
+        if not model.output(0).partial_shape.compatible(shape):
             raise ValueError(f"dimension {manifest['dimension']}, unlike the network's")
         compute, name = compile_network(model, (size, size, 3), precision, threads)
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)

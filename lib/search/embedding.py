@@ -213,7 +213,7 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
             if differ := [key for key in job | found if found.get(key) != job.get(key)]:
                 hint = "made by another network or an earlier version of this project; "
                 raise EmbeddingJobError(
-                    f"{where} holds another job (it differs in {', '.join(differ)}): "
+                    f"{where} holds another job (it differs in {', '.join(differ)[:200]}): "
                     f"{hint if 'tower' in differ else ''}{remedy}"
                 )
         elif (folder / EMBEDDINGS).exists() or (folder / PROGRESS).exists():

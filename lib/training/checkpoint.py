@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import zipfile
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import keras
@@ -113,6 +114,7 @@ class Checkpoint:
             self.values[name] = [np.array(ops.convert_to_numpy(v)) for v in variables]
         arrays = {f"{n}_{i}": value for n in _PARTS for i, value in enumerate(self.values[n])}
         facts = {"format": _FORMAT, "identity": self.identity, "history": self.history}
+        facts["digest"] = _digest(*arrays.values())
         with replacing(self.path) as part:
             np.savez(part, facts=np.array(json.dumps(facts)), **arrays)
 
@@ -170,5 +172,8 @@ def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
             part: [arrays[name] for name in arrays.files if name.startswith(f"{part}_")]
             for part in _PARTS
         }
+    digest = _digest(*chain.from_iterable(values.values()))
+    if facts.get("digest", digest) != digest:  # the archive's list of arrays has no checksum
+        raise ValueError("arrays are missing or exchanged")
     [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises if one is missing
     return facts, values

@@ -190,6 +190,7 @@ def lossless_webp(side: int) -> bytes:
     return content[:21] + size + content[25:]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("content", [many_scans(4000), lossless_webp(9990)], ids=["scans", "webp"])
 def test_small_files_that_take_minutes_or_gigabytes_are_refused(tmp_path, content):
     """The pixels alone were limited; scans of a JPEG file and the format's needs were not."""
@@ -206,8 +207,12 @@ def test_small_files_that_take_minutes_or_gigabytes_are_refused(tmp_path, conten
             inspect_picture(content)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_large_photos_are_read(tmp_path):
-    """The limits leave room for the largest cameras' files."""
+    """The limits leave room for files of the largest cameras; transparency takes more memory."""
+    Image.new("LA", (9_000, 9_000)).save(tmp_path / "a.png")
+    with pytest.raises(PhotoError, match="81 megapixels are too many"):
+        read_photo(tmp_path / "a.png", 16)
     Image.new("RGB", (13_000, 12_000), (200, 30, 60)).save(tmp_path / "a.jpg", quality=20)
     assert read_photo(tmp_path / "a.jpg", 16).shape == (16, 16, 3)
 
