@@ -17,6 +17,7 @@ import io
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -151,8 +152,25 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a ValueError that names it if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of Unicode, too
+    except (ValueError, RecursionError) as error:  # of Unicode, too; nested too deep
         raise ValueError(f"{path} is not valid JSON ({error}): delete it") from error
+
+
+def checksum_of_manifest(manifest: dict[str, Any]) -> str:
+    """XXH3 of all entries except ``xxh3``."""
+    content = {key: value for key, value in manifest.items() if key != "xxh3"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """Raise a ValueError unless the archive's files are uncompressed and not larger than it.
+
+    Then reading them takes no more memory than the archive has bytes.
+    """
+    size = os.fstat(archive.fp.fileno()).st_size
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            raise ValueError(f"{entry.filename} is compressed or larger than the file")
 
 
 def checksum(path: Path) -> str:

@@ -37,7 +37,15 @@ from tqdm import tqdm
 
 from lib.data.photos import open_picture, picture_of
 from lib.data.records import RecordError, Triplet, read_triplets, write_shard
-from lib.files import only_writer, read_json, remove_half_written, replacing, show_path, write_json
+from lib.files import (
+    checksum_of_manifest,
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
 from tools.labelled import ConversionError, LabelledPhotos, plan_triplets, read_csv, read_folder
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
@@ -326,6 +334,8 @@ def _read_complete(target_dir: Path) -> tuple[dict, Report]:
     path = target_dir / COMPLETE
     try:
         content = read_json(path)
+        if content["xxh3"] != checksum_of_manifest(content):
+            raise ValueError
         return dict(content["files"]), Report(**content["report"])
     except (ValueError, KeyError, TypeError):
         raise ConversionError(f"{show_path(path)} is damaged: delete it {_AGAIN}") from None
@@ -352,7 +362,9 @@ def _finish(target_dir: Path, shards: list[str], photos: LabelledPhotos) -> Repo
             f"no record can be made, {show_path(target_dir / SKIPPED)} says why: mend the photos "
             "and delete this folder"
         )
-    write_json(target_dir / COMPLETE, {"files": files, "report": asdict(report)})
+    content = {"files": files, "report": asdict(report)}
+    content["xxh3"] = checksum_of_manifest(content)
+    write_json(target_dir / COMPLETE, content)
     return report
 
 

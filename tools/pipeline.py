@@ -39,8 +39,20 @@ RESULTS = {
 }
 
 
+_LARGEST = 64_000  # bytes of a profile
+
+
 class ProfileError(ValueError):
     """A profile can't be used; the message names what to mend."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses references: a few of them can stand for more values than fit into any memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has a reference (*): write the value itself")
+        return super().compose_node(parent, index)
 
 
 def read_profile(path: Path, known: set[str]) -> dict:
@@ -51,18 +63,24 @@ def read_profile(path: Path, known: set[str]) -> dict:
         known: the parameters that any notebook has.
 
     Raises:
-        ProfileError: no such file, neither UTF-8 nor YAML, not a mapping, or a name that no
-            notebook knows.
+        ProfileError: no such file, more than 64 kB, neither UTF-8 nor YAML, references within it,
+            not a mapping, or a name that no notebook knows.
     """
     try:
-        profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ProfileError(f"{path} has more than {_LARGEST // 1000} kB: this is no profile")
+        profile = yaml.load(content.decode("utf-8-sig"), _Loader) or {}
+    except ProfileError:
+        raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(profile, dict):
         raise ProfileError(f"{path} must map parameter names to values")
     if unknown := sorted(map(str, set(profile) - known)):
         raise ProfileError(
-            f"{path}: no notebook has a parameter {', '.join(unknown)}; there are "
+            f"{path}: no notebook has a parameter {', '.join(unknown)[:500]}; there are "
             f"{', '.join(sorted(known))}"
         )
     return profile

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from lib.data.photos import open_picture, picture_of, square_of
 
 MOST_BYTES = 20 * 2**20
-MOST_PIXELS = 100_000_000  # decoding them takes 0.4 GB, however small the file is
+MOST_PIXELS = 100_000_000
 SHOWN = 480  # longer side in pixels of the picture that is shown
 
 _SHRUNK = ("JPEG", "MPO")  # decoded at reduced size, so once for each of the two sizes
@@ -64,7 +64,7 @@ def read_upload(content: bytes, image_size: int) -> Upload:
         raise UploadError(
             "This is no picture that can be read. JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF can."
         ) from None
-    except Image.DecompressionBombError:  # raised by Pillow before the check above
+    except Image.DecompressionBombError:  # by Pillow before the check above, or later
         raise UploadError("This picture has far too many pixels to be searched with.") from None
     except Exception as error:  # decoders raise errors of any type on damaged files
         log.info("an upload could not be decoded: %s", error)

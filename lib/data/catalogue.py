@@ -42,6 +42,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from lib.data.decoding import is_endless
 from lib.data.duplicates import near_duplicates
 from lib.data.neighbours import pair_neighbours
 from lib.data.records import (
@@ -254,7 +255,8 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
         bits, of which few differ between pictures that look alike.
 
     Raises:
-        RecordError: it is not an RGB or grey JPEG picture, or has more than 50 megapixels.
+        RecordError: it is not an RGB or grey JPEG picture, has more than 50 megapixels, or would
+            take many seconds to decode.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(picture)
@@ -262,6 +264,8 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
         raise RecordError("not a JPEG picture", str(error)) from None
     if width * height > MAX_PIXELS:
         raise RecordError("picture too large", f"its header claims {width} x {height} pixels")
+    if is_endless(picture, width, height):
+        raise RecordError("picture too slow", "it has far too many scans")
     if colours not in ("YCbCr", "Gray", "RGB"):
         raise RecordError("neither RGB nor grey", f"its colours are {colours}")
     try:
@@ -425,7 +429,10 @@ def load_catalogue(path: Path) -> Catalogue:
         # Separated before they become pandas: there, gaps would turn integers into floats.
         rows = table.filter(usable).drop_columns(["problem", "detail"]).to_pandas()
         problems = table.filter(pc.invert(usable)).select(_PROBLEMS).to_pandas()
-    except (OSError, KeyError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
+        for part in (rows, problems):
+            part["shard"] = part["shard"].cat.codes.astype(np.int64)
+        rows["role"] = rows["role"].map({name: i for i, name in enumerate(ROLES)}).astype(np.int64)
+    except Exception as error:  # Arrow and pandas raise errors of many types
         reason = show_error(error)
         raise CatalogueError(f"{show_path(path)} is damaged, or no catalogue ({reason})") from None
     shards = find_shards(path.parent)
@@ -433,9 +440,6 @@ def load_catalogue(path: Path) -> Catalogue:
         raise CatalogueError(
             f"{show_path(path)} was made from other shards than those that are there now"
         )
-    for part in (rows, problems):
-        part["shard"] = part["shard"].cat.codes.astype(np.int64)
-    rows["role"] = rows["role"].map({name: i for i, name in enumerate(ROLES)}).astype(np.int64)
     return Catalogue(shards, rows, problems)
 
 

@@ -19,6 +19,7 @@ import simplejpeg
 # The decoder itself shrinks large photos, by dropping high frequencies of the cosine transform. It
 # leaves at least twice the size, so that the final resizing filters well.
 _REDUCING_GAP = 2
+_MOST_SCANNED = 3_000_000_000  # pixels, which take about two seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Variation(NamedTuple):
     side: float
     gain: float
     offset: float
+
+
+def is_endless(jpeg: bytes, width: int, height: int) -> bool:
+    """Whether a JPEG file has so many scans, each over all its pixels, that decoding takes long.
+
+    Usual files have up to ten. Thousands of empty ones fit into a small file.
+    """
+    return jpeg.count(b"\xff\xda") * width * height > _MOST_SCANNED  # scans begin with these bytes
 
 
 def draw_variations(rng: np.random.Generator, n: int, settings: Augmentation) -> list[Variation]:

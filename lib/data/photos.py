@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
-from lib.data.decoding import reduction, resize
+from lib.data.decoding import is_endless, reduction, resize
 from lib.files import read_table, show_path
 
 SUFFIXES = (
@@ -42,10 +42,11 @@ GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
 _MOST_BYTES = 2**28  # of a JPEG file
-_MOST_PASSES = 2**31  # pixels times scans; 178 megapixels in 12 scans take 5 seconds
 _PALE = 224  # a grey that is hardly seen on white
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
+_MOST_MEMORY = 2**30  # bytes that decoding a picture may take, however small its file is
+_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 17, "AVIF": 13}  # while decoding
 
 _TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -165,14 +166,16 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         OSError: it can't be read, or is in none of FORMATS.
-        PIL.Image.DecompressionBombError: it has more than 178 megapixels, or far too many scans.
+        PIL.Image.DecompressionBombError: decoding would take many seconds or more than 1 GB (178
+            megapixels; 63 of WebP, 82 of AVIF, 76 of other pictures with transparency, a palette or
+            more than 8 bits).
     """
     image = Image.open(file, formats=FORMATS)
-    if image.format in _JPEG:  # a scan of a few bytes is a pass over all pixels
-        scans = _content(image).count(b"\xff\xda")
-        if image.width * image.height * scans > _MOST_PASSES:
-            image.close()
-            raise Image.DecompressionBombError(f"it has {scans} scans, usual are 1 to 12")
+    try:
+        _check_cost(image)
+    except BaseException:
+        image.close()
+        raise
     return image
 
 
@@ -188,7 +191,7 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     It is turned upright (:func:`upright_rgb`) and squashed to a square, as in training.
 
     Raises:
-        PhotoError: it is damaged, in none of FORMATS, or has more than 178 megapixels.
+        PhotoError: it is damaged, in none of FORMATS, or too large (see :func:`open_picture`).
     """
     try:
         with open_picture(path) as image:
@@ -232,6 +235,15 @@ def picture_of(image: Image.Image, longest: int) -> Image.Image:
         image = upright_rgb(image)
         image.thumbnail((longest, longest))
         return image
+
+
+def _check_cost(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data
+    if pixels * _BYTES_PER_PIXEL.get(image.format, 6 if plain else 14) > _MOST_MEMORY:
+        raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} megapixels are too many")
+    if image.format in _JPEG and is_endless(_content(image), *image.size):
+        raise Image.DecompressionBombError("it has far too many scans")
 
 
 def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:

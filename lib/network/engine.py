@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from lib.files import checksum, replacing, show_error, show_path
+from lib.files import check_stored, checksum, replacing, show_error, show_path
 from lib.network.openvino import NETWORK_FILES, compile_network, export_network, import_openvino
 
 if TYPE_CHECKING:  # an exported tower runs without Keras
@@ -32,6 +32,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINE = "tower.engine"  # name of a run's exported tower
 
 _FORMAT = 1
+_MOST_SIZE = 4096  # side of a photo in pixels; no number of a file is believed unseen
 _BATCH = 64  # photos that go through the network together
 _MANIFEST = "manifest.json"
 
@@ -139,10 +140,7 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                # Stored (0) entries take no more memory than the file has bytes.
-                if entry.compress_type or entry.file_size > path.stat().st_size:
-                    raise ValueError(f"{entry.filename} is compressed or larger than the file")
+            check_stored(archive)
             manifest = json.loads(archive.read(_MANIFEST))
             network = {name: archive.read(name) for name in NETWORK_FILES}
         found = {name: xxhash.xxh3_128_hexdigest(content) for name, content in network.items()}
@@ -151,7 +149,12 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         if manifest["files"] != found:
             raise ValueError("the network has another checksum than the manifest says")
         size = manifest["image_size"]
+        if not 1 <= size <= _MOST_SIZE:
+            raise ValueError(f"image_size {size}")
         model = ov.Core().read_model(*network.values())
+        shape = ov.PartialShape([-1, manifest["dimension"]])
+        if not model.output(0).partial_shape.compatible(shape):
+            raise ValueError(f"dimension {manifest['dimension']}, unlike the network's")
         compute, name = compile_network(model, (size, size, 3), precision, threads)
         return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
     except Exception as error:  # damage raises errors of zipfile, json and OpenVINO

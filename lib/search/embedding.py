@@ -211,13 +211,13 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         if (folder / JOB).exists():
             try:
                 found = read_json(folder / JOB)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise EmbeddingJobError(f"{error}, or its folder") from None
             found = found if isinstance(found, dict) else {}
             if differ := [key for key in job | found if found.get(key) != job.get(key)]:
                 hint = "made by another network or an earlier version of this project; "
                 raise EmbeddingJobError(
-                    f"{where} holds another job (it differs in {', '.join(differ)}): "
+                    f"{where} holds another job (it differs in {', '.join(differ)[:200]}): "
                     f"{hint if 'tower' in differ else ''}{remedy}"
                 )
         elif (folder / EMBEDDINGS).exists() or (folder / PROGRESS).exists():
@@ -273,7 +273,7 @@ def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]
             batch = Embedded(np.frombuffer(content, "<f4"), entry["names"], entry["skipped"])
             if line != _line(batch):
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         names += batch.names
         skipped += batch.skipped

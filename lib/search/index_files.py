@@ -23,10 +23,10 @@ from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
-import xxhash
 
 from lib.files import (
     checksum,
+    checksum_of_manifest,
     only_writer,
     read_json,
     remove_half_written,
@@ -211,12 +211,6 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
 def _mapped(path: Path, dimension: int) -> np.ndarray:
     """The vectors of a file, float32 (n, d), memory-mapped."""
     return np.asarray(np.memmap(path, "<f4", "r")).reshape(-1, dimension)
-
-
-def checksum_of_manifest(manifest: dict[str, Any]) -> str:
-    """XXH3 of all entries except ``xxh3``."""
-    content = {key: value for key, value in manifest.items() if key != "xxh3"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 @contextlib.contextmanager

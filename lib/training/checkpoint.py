@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import keras
@@ -21,7 +22,7 @@ import xxhash
 from keras import ops
 
 from lib.data.dataset import DatasetHandler
-from lib.files import replacing, show_path
+from lib.files import check_stored, replacing, show_path
 from lib.network.tower import structure
 
 CHECKPOINT = "checkpoint.npz"
@@ -109,6 +110,7 @@ class Checkpoint:
             self.values[name] = [np.array(ops.convert_to_numpy(v)) for v in variables]
         arrays = {f"{n}_{i}": value for n in _PARTS for i, value in enumerate(self.values[n])}
         facts = {"format": _FORMAT, "identity": self.identity, "history": self.history}
+        facts["digest"] = _digest(*arrays.values())
         with replacing(self.path) as part:
             np.savez(part, facts=np.array(json.dumps(facts)), **arrays)
 
@@ -151,6 +153,7 @@ class Checkpoint:
 
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
     with np.load(path) as arrays:
+        check_stored(arrays.zip)
         # All checksums first: NumPy would read less than the whole array if its header is damaged.
         if damaged := arrays.zip.testzip():
             raise ValueError(f"{damaged} is damaged")
@@ -158,5 +161,8 @@ def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
         # In the file's order, which is that of the variables.
         names = {part: [n for n in arrays.files if n.startswith(f"{part}_")] for part in _PARTS}
         values = {part: [arrays[name] for name in of_part] for part, of_part in names.items()}
+    digest = _digest(*chain.from_iterable(values.values()))
+    if facts.get("digest", digest) != digest:  # the archive's list of arrays has no checksum
+        raise ValueError("arrays are missing or exchanged")
     [(row["stage"], float(row["val_map"])) for row in facts["history"]]  # raises if one is missing
     return facts, values

@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -465,6 +467,24 @@ def test_a_flipped_bit_anywhere_in_the_file_is_noticed(dataset_dir):
         content[position] ^= 1
     path.write_bytes(content)
     load_catalogue(path)
+
+
+def test_any_file_with_a_right_checksum_but_no_catalogue_is_refused(dataset_dir):
+    """Its columns were taken for granted: TypeError, AttributeError."""
+    open_catalogue(dataset_dir)
+    path = dataset_dir / CATALOGUE
+    table = pq.read_table(path)
+    numbers = table.set_column(0, "shard", pa.array(range(len(table))))
+    for other in (
+        numbers,
+        table.drop_columns(["role"]),
+        table.cast(table.schema.remove_metadata()),
+    ):
+        metadata = (other.schema.metadata or {}) | {b"checksum": table.schema.metadata[b"checksum"]}
+        pq.write_table(other.replace_schema_metadata(metadata), file := io.BytesIO())
+        path.write_bytes(lib.data.catalogue._with_checksum(file.getvalue()))
+        with pytest.raises(CatalogueError, match="is damaged, or no catalogue"):
+            load_catalogue(path)
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ from PIL import Image, TiffImagePlugin
 
 from lib.app.labeller import Labels, read_labels, write_labels
 from lib.app.upload import UploadError, read_upload
+from lib.data.catalogue import inspect_picture
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
@@ -26,6 +27,7 @@ from lib.data.photos import (
     read_photo,
     read_test_set,
 )
+from lib.data.records import RecordError
 from lib.files import project_root
 from lib.search.embedding import photos_below
 from tools.convert import encode_photo
@@ -191,7 +193,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(tmp_path):
     scan = content[content.rfind(b"\xff\xda") : -2]
     path = tmp_path / "a.jpg"
     path.write_bytes(content[:-2] + 4000 * scan + content[-2:])
-    with pytest.raises(PhotoError, match="it has 4006 scans"):
+    with pytest.raises(PhotoError, match="far too many scans"):
         read_photo(path, 8)
     assert encode_photo(path, 8, 90).kind == "too large"
     with pytest.raises(UploadError, match="far too"):
@@ -244,6 +246,50 @@ def test_postscript_named_like_a_photo_never_reaches_ghostscript(tmp_path, monke
     with pytest.raises(PhotoError, match="cannot identify"):
         read_photo(tmp_path / "a.jpg", 8)
     assert encode_photo(tmp_path / "a.jpg", 8, 90).kind == "not a picture"
+
+
+def many_scans(side: int) -> bytes:
+    """A progressive JPEG file with 4,000 more scans than usual, each empty."""
+    Image.new("RGB", (side, side)).save(file := io.BytesIO(), "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    length = int.from_bytes(content[last + 2 : last + 4], "big") + 2
+    return content[:-2] + 4000 * content[last : last + length] + b"\xff\xd9"
+
+
+def lossless_webp(side: int) -> bytes:
+    """A file of some 40 bytes whose picture took 1.5 GB and more."""
+    Image.new("RGB", (16, 16)).save(file := io.BytesIO(), "WEBP", lossless=True)
+    content = file.getvalue()
+    size = (side - 1 | side - 1 << 14).to_bytes(4, "little")
+    return content[:21] + size + content[25:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("content", [many_scans(4000), lossless_webp(9990)], ids=["scans", "webp"])
+def test_small_files_that_take_minutes_or_gigabytes_are_refused(tmp_path, content):
+    """The pixels alone were limited; scans of a JPEG file and the format's needs were not."""
+    assert len(content) < 2_000_000
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(PhotoError, match=r"a\.jpg is not a readable picture \(.*too many"):
+        read_photo(path, 64)
+    assert encode_photo(path, 64, 90).kind == "too large"
+    with pytest.raises(UploadError, match="far too many pixels"):
+        read_upload(content, 64)
+    if content[:2] == b"\xff\xd8":
+        with pytest.raises(RecordError, match="far too many scans"):
+            inspect_picture(content)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_photos_are_read(tmp_path):
+    """The limits leave room for files of the largest cameras; transparency takes more memory."""
+    Image.new("LA", (9_000, 9_000)).save(tmp_path / "a.png")
+    with pytest.raises(PhotoError, match="81 megapixels are too many"):
+        read_photo(tmp_path / "a.png", 16)
+    Image.new("RGB", (13_000, 12_000), (200, 30, 60)).save(tmp_path / "a.jpg", quality=20)
+    assert read_photo(tmp_path / "a.jpg", 16).shape == (16, 16, 3)
 
 
 def test_importing_sets_nothing_global():

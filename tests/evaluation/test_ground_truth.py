@@ -141,6 +141,17 @@ def test_a_small_file_can_not_fill_the_memory(tmp_path, monkeypatch):
         read_revisited(path)
 
 
+def test_a_file_that_takes_long_is_given_up(tmp_path, monkeypatch):
+    """The only limit was a minute."""
+    assert '"CPU", 8' in ground_truth._READ_MAT
+    endless = ground_truth._READ_MAT.replace('"CPU", 8', '"CPU", 1').replace(
+        "from scipy.io import loadmat", "while True: pass"
+    )
+    monkeypatch.setattr(ground_truth, "_READ_MAT", endless)
+    with pytest.raises(GroundTruthError, match=r"gnd\.mat: it can't be read \(signal"):
+        read_revisited(write_mat(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [

@@ -1,5 +1,6 @@
 """Exported towers: the tower's own embeddings, from one file, without TensorFlow and Keras."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -198,6 +199,21 @@ def test_a_damaged_file_is_refused(exported, tmp_path, damage):
     path = tmp_path / "tower.engine"
     path.write_bytes(exported.read_bytes())
     damage(path)
+    with pytest.raises(EngineError, match=r"tower\.engine is no exported tower, or a damaged one"):
+        load_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("image_size", 10**9), ("image_size", 0), ("image_size", "32"), ("dimension", 17)],
+)
+def test_numbers_of_a_manifest_are_not_believed(exported, tmp_path, name, value):
+    """They became the shapes of arrays."""
+    path = tmp_path / "tower.engine"
+    path.write_bytes(exported.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    rewrite(path, "manifest.json", json.dumps(manifest | {name: value}).encode())
     with pytest.raises(EngineError, match=r"tower\.engine is no exported tower, or a damaged one"):
         load_engine(path)
 

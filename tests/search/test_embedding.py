@@ -291,6 +291,7 @@ def flip(path, place):
         lambda folder: cut(folder / PROGRESS, 500),
         lambda folder: flip(folder / PROGRESS, 15),
         lambda folder: (folder / PROGRESS).write_text("[1]\n{}\n"),
+        lambda folder: (folder / PROGRESS).write_text("[" * 100_000),  # was a RecursionError
         lambda folder: (folder / PROGRESS).unlink(),
         lambda folder: (folder / EMBEDDINGS).unlink(),
     ],

@@ -530,7 +530,7 @@ def test_verify_names_what_is_damaged(tmp_path, source):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", '{"file": {}}', '{"files": {}, "report": {"a": 1}}']
+    "content", ["", "[1]", "[" * 100_000, '{"file": {}}', '{"files": {}, "report": {"a": 1}}']
 )
 def test_a_damaged_state_file_is_named(tmp_path, source, content):
     """Valid JSON of another structure raised AttributeError, KeyError or TypeError."""
@@ -547,6 +547,17 @@ def test_a_damaged_state_file_is_named(tmp_path, source, content):
         (tmp_path / "conversion.json").write_text(content)
         with pytest.raises(ConversionError, match=r"conversion\.json is damaged: delete"):
             convert(photos, tmp_path, SETTINGS)
+
+
+def test_a_changed_number_in_a_state_file_is_noticed(tmp_path, source):
+    """The report was believed, and given out as it stood there."""
+    photos, _ = source
+    report = convert(photos, tmp_path, SETTINGS)
+    path = tmp_path / "shards.json"
+    path.write_text(path.read_text().replace(f'"photos": {report.photos}', '"photos": 99'))
+    for action in (lambda: verify(tmp_path), lambda: convert(photos, tmp_path, SETTINGS)):
+        with pytest.raises(ConversionError, match=r"shards\.json is damaged: delete it and do"):
+            action()
 
 
 @pytest.mark.parametrize("row", [b"train00.tfrec,a,b\n", b"\xff\n"])

@@ -73,15 +73,18 @@ def test_a_profile_with_a_wrong_name_is_refused(tmp_path, capsys):
         b"a: [1",
         b"[" * 3000,  # too deep: it was a RecursionError
         b"1: 2\nbatch_sise: 3\ntrue: 4",  # names that are no texts: they could not be sorted
+        b"batch_size: 1\n" + bytes(2**20),  # took half a minute
+        b"batch_size: &a [1, 1]\nk: [*a, *a]",  # a few such lines are more than memory holds
+        b"x" * 20_000 + b": 1",  # the whole name was in the line
     ],
-    ids=["encoding", "date", "syntax", "depth", "names"],
+    ids=["encoding", "date", "syntax", "depth", "names", "size", "references", "name"],
 )
 def test_a_profile_of_any_wrong_kind_is_refused_in_one_line(tmp_path, capsys, content):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     with pytest.raises(ProfileError) as caught:
         read_profile(path, {"batch_size"})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert main([str(path)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(str(path)) and printed.count("\n") == 1

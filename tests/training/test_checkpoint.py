@@ -186,6 +186,14 @@ def test_whatever_is_wrong_in_the_file_is_the_one_error(
     with zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tower_0.npy", bytes(10**8))
     damaged.append(compressed.getvalue())
+    np.savez_compressed(again := io.BytesIO(), **np.load(io.BytesIO(whole)))
+    path.write_bytes(again.getvalue())
+    with pytest.raises(TrainingError, match="is compressed or larger than the file"):
+        Checkpoint.load(path, tower, identity)  # a small file could fill the memory
+    # A name of the archive's directory, which no checksum covers: an array was silently missing.
+    path.write_bytes(whole[:begin] + whole[begin:].replace(b"tower_1.npy", b"nower_1.npy"))
+    with pytest.raises(TrainingError, match="can't be read"):
+        Checkpoint.load(path, tower, identity)
     refused = 0
     for content in damaged:
         path.write_bytes(content)
