@@ -101,7 +101,7 @@ endef
 	  exit 1; }
 	@touch $@
 
-demo: setup ## Run notebooks 01-06 on generated data (profile demo) into runs/
+demo: setup ## Run notebooks 01-06 on generated data into runs/
 	$(PY) -m tools.pipeline
 
 app: setup ## Search with a photo: opens the search app, a page for this machine alone

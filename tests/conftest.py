@@ -10,10 +10,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from lib.demo.data import DemoSettings, make_demo_data
+
+# A busy machine is slow: no test fails for the time it takes.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 SMALL_WORLD = DemoSettings(seed=3, landmarks=60, unseen_landmarks=6, unseen_views=3, distractors=20)
 

@@ -134,3 +134,13 @@ print({{k: v for k, v in changed.items() if v}})
 """
     changed = run(code, json.dumps(others), json.dumps(MODULES)).strip()
     assert changed == "{}", changed
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_and_its_functions_are_short(module):
+    text = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = (ast.get_docstring(node, clean=False) or "").splitlines()
+            assert node.end_lineno - node.lineno + 1 - len(docstring) <= 60, node.name

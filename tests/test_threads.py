@@ -18,7 +18,7 @@ import threading
 import numpy as np
 
 if sys.platform == "darwin":
-    faiss.omp_set_num_threads(1)  # as lib/search/photo_index.py does
+    faiss.omp_set_num_threads(1)  # as lib/search/exact.py does
 
 rng = np.random.default_rng(0)
 image = rng.normal(size=(4, 64, 64, 32)).astype("float32")

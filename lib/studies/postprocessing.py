@@ -153,7 +153,7 @@ def rerankings(options: Options) -> dict[str, Reranking]:
             scores=lambda q, g, augmented, s: expand_queries(q, augmented, **s) @ augmented.T,
         ),
         "k-reciprocal": Reranking(
-            _grid(k1=[2 * k for k in ks[1:]], k2=(1, 3), lam=(0.3, 0.6)),
+            _grid(k1=[2 * k for k in ks[1:] or ks], k2=(1, 3), lam=(0.3, 0.6)),
             prepare=lambda g, s: encode_reciprocal(g, s["k1"], s["k2"]),
             scores=lambda q, g, encoding, s: rerank_k_reciprocal(q, g, encoding, s["lam"]),
         ),

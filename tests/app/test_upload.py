@@ -90,7 +90,7 @@ def test_half_a_picture_is_damaged():
         read_upload(content[: len(content) // 2], 32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_bytes_give_a_photo_or_a_friendly_line(data):
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]))

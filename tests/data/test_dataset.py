@@ -172,6 +172,7 @@ def test_pictures_of_some_landmarks(catalogue):
     assert set(everything) == set(np.flatnonzero(chosen & (all_of[group] >= 2)))
 
 
+@pytest.mark.long
 def test_the_queue_is_bounded_whatever_the_number_of_cores(monkeypatch):
     # It grew with the cores: 3.7 GB on 64 of them.
     code = "import os; os.cpu_count = lambda: 64; import lib.data.dataset as d; "

@@ -231,7 +231,7 @@ def batches(draw):
     return groups, rng.normal(size=(*shape, dimension)).astype(np.float32)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)  # minings jump at ties
+@settings(max_examples=15, derandomize=True)  # minings jump at ties
 @given(batches())
 def test_every_loss_against_loops(batch):
     groups, embeddings = batch

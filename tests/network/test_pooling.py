@@ -177,7 +177,7 @@ def test_gem_at_its_ends_is_average_and_maximum(maps):
     assert share.min() > 0.97
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     arrays(np.float16, (2, 3, 3, 2), elements=st.floats(0, HALF_MAX, width=16)),
     st.lists(st.floats(1, LARGEST_P, width=32), min_size=2, max_size=4, unique=True).map(sorted),

@@ -170,6 +170,7 @@ def test_fingerprint_tells_models_apart(tower):
     assert fingerprint(other) == fingerprint(tower)
 
 
+@pytest.mark.long
 def test_towers_of_equal_weights_and_different_settings_have_different_fingerprints(tmp_path):
     # It was made of top-level layer names and weights: these shared one, and so did their indices.
     settings = TowerSettings(32, 0, last_stage=3, weights="", pooling="average")

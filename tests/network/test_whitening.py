@@ -89,7 +89,7 @@ def test_lw_solves_the_generalized_eigenvalue_problem(rng):
         same_up_to_sign(whitening.projection, expected[:, ::-1][:, :dimension], rtol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 9), min_size=30, max_size=40), st.integers(0, 1000))
 def test_labels_stand_for_all_pairs_of_each_label(labels, seed):
     x = correlated(np.random.default_rng(seed), len(labels), 4)

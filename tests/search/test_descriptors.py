@@ -30,6 +30,7 @@ def test_views_of_any_size_are_followed_by_their_mirror_images(tower, photos):
     np.testing.assert_allclose(views[0], embed(resized(tower, 24), photos[24]), atol=1e-6)
 
 
+@pytest.mark.long
 def test_another_exponent_changes_the_views_but_not_the_tower(tower, photos):
     before = embed(tower, photos[32])
     view = describe_views(tower, photos[32], (1.0,))[0]
@@ -58,7 +59,7 @@ def test_aggregate_by_hand():
         aggregate(views, p=0.5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000), st.sampled_from([1.0, 1.5, 3.0, 10.0]))
 def test_aggregate_has_unit_norm_whatever_the_order_and_number_of_equal_views(seed, p):
     rng = np.random.default_rng(seed)

@@ -45,7 +45,6 @@ def literal_nearest(similarities: np.ndarray, k: int, without: int | None = None
     return [j for j in order if j != without][:k]
 
 
-@settings(deadline=None)
 @given(with_ties, with_ties, st.integers(1, 15))
 def test_nearest_sorts_and_ties_keep_the_order_of_the_rows(queries, gallery, k):
     rows, similarities = nearest(queries, gallery, k)
@@ -91,7 +90,7 @@ def test_a_query_is_moved_towards_its_neighbours_by_hand():
     np.testing.assert_array_equal(expand_queries(AXES[:1], AXES[1:], k=3, alpha=0), AXES[:1])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes, st.sampled_from([0.0, 0.5, 3.0]))
 def test_expansion_and_augmentation_follow_the_formula(size, alpha):
     n, q, k, seed = size
@@ -164,7 +163,7 @@ class LiteralReciprocal:
         return 1 - ((1 - lam) * np.array(jaccard) + lam * (1 - similarities))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes, st.integers(1, 12), st.integers(1, 8), st.sampled_from([0.0, 0.3, 1.0]))
 def test_k_reciprocal_reranking_is_the_papers(size, k1, k2, lam):
     n, q, _, seed = size
@@ -198,7 +197,7 @@ def test_k_reciprocal_reranking_by_hand():
     np.testing.assert_array_equal(rerank_k_reciprocal(at(25), gallery, encoding, lam=0), 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes, st.sampled_from([0.0, 0.6, 0.99]))
 def test_diffusion_is_the_closed_form(size, alpha):
     n, q, k, seed = size
@@ -250,7 +249,7 @@ def test_a_photo_joined_to_none_keeps_its_similarity():
     np.testing.assert_allclose(scores, [[1, -2], [-3, -2]])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes, st.integers(1, 12), st.sampled_from([0.0, 0.15, 1.0]))
 def test_superglobal_is_the_papers(size, k, beta):
     n, q, top, seed = size

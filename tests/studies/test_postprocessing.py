@@ -100,6 +100,7 @@ def test_a_recipe_names_its_views_and_options_name_them_all():
             assert set(replace(recipe, **change).views) <= set(OPTIONS.views)
 
 
+@pytest.mark.long
 def test_views_are_those_of_the_tower(rng):
     tower = build_tower(TowerSettings(32, 0, last_stage=3, weights=""))
     photos = {s: rng.integers(0, 256, (2, s, s, 3), dtype=np.uint8) for s in (32, 48)}

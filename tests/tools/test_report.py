@@ -331,9 +331,7 @@ JSON = st.recursive(
     sections=st.dictionaries(st.sampled_from([*METRICS, "new"]), JSON),
     recorded=st.dictionaries(st.sampled_from(["started", "python", "versions"]), JSON, min_size=1),
 )
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_recorded_there_is_a_page(tmp_path, sections, recorded):
     write_json(tmp_path / "metrics.json", sections)
     write_json(tmp_path / "environment.json", recorded)
