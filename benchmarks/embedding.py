@@ -5,7 +5,7 @@
 Measures, in photos per second and interleaved in one run, with the whole ResNet50 (random weights)
 at 128 and 224 pixels and with the demo's backbone at 32:
 
-* Keras ``predict``, as most do it;
+* Keras ``predict``, the usual way;
 * Keras, compiled: the tower as a ``tf.function``, without the loop around it;
 * the exported tower, :func:`lib.network.engine.load_engine`, in float32 and in bfloat16;
 * ONNX Runtime in float32, if it and tf2onnx are installed. Its export runs in a process of its own

@@ -8,7 +8,7 @@ and Paris benchmarks:
 
 * ours: :func:`lib.evaluation.metrics.query_table` on the memory-mapped file;
 * naive: a plain Python loop down each ranking, for some of the queries. It must come to the same
-  numbers; its rate is the same all along, so all queries are reckoned up;
+  numbers; its rate does not change, so the time of all queries is extrapolated;
 * scikit-learn: ``average_precision_score`` for the same queries, ``np.isin`` having taken out the
   junk: one of the four measures, and without trapezoids.
 

@@ -8,8 +8,8 @@ world's triplets, for 20 epochs:
 * cached: :func:`lib.training.features.build_cache`, with two variants of each picture, then all
   epochs from it. The time is all of it, from the first photo decoded to the last step;
 * naive: a Keras model that passes anchor, positive and negative through the frozen network one
-  after the other, in every step of every epoch. Its rate is the same all along, so it is measured
-  over some steps, before, between and after what the other does, and 20 epochs are reckoned up.
+  after the other, in every step of every epoch. Its rate does not change, so it is measured over
+  some steps (before, between and after those of the other) and extrapolated to 20 epochs.
 
 Each of them is a process of its own; one waits while the other works. Prints a table, and as its
 last line one JSON object with ``vs_naive``: how many times as fast the whole training is. Memory is

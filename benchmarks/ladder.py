@@ -5,7 +5,8 @@
 PHOTOS holds a folder of photos for each landmark, FILE the ImageNet weights, without top, of Keras'
 MobileNet of width 0.25 for 224 pixels (``mobilenet_2_5_224_tf_no_top.h5``). This network is frozen;
 heads are trained on its feature maps (7 x 7 x 256), see :mod:`lib.studies.fixes`. All arms see the
-photos at 224 pixels, read alike: measured is what the pipeline did wrong, not its size of 128.
+photos at 224 pixels and read them in the same way, so that the faults of the pipeline are measured,
+not its size of 128.
 
 The landmarks are dealt into folds. Each fold's landmarks are searched once, by heads trained on
 those of all other folds: every photo of the fold is a query, its gallery all the other photos of
@@ -14,8 +15,8 @@ landmarks, with the first seed.
 
 Prints a table and, as its last line, one JSON object: the gain of the whole recipe over the
 original and over the frozen trunk. Writes ``benchmarks/results/ladder_<name>.json``: ``summary`` as
-made by :func:`lib.studies.fixes.summarize`, and how it came about. Of the photographs nothing is
-kept.
+made by :func:`lib.studies.fixes.summarize`, and the command with its settings. Nothing of the
+photographs is kept.
 """
 
 from __future__ import annotations

@@ -68,17 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_engine(run: Path) -> Engine:
-    """Load the exported tower of a run, after exporting it if need be.
+    """Load the exported tower of a run, after exporting it if it is absent or older than the model.
 
     Raises:
         FileNotFoundError: the run has neither an exported tower nor a model.
         EngineError: the exported tower is damaged.
     """
     engine, model = run / ENGINE, run / "model.keras"
-    if not engine.is_file():
-        if not model.is_file():
-            where = show_path(run)
-            raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
+    if not (engine.is_file() or model.is_file()):
+        where = show_path(run)
+        raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
+    changed = model.stat().st_mtime_ns if model.is_file() else 0
+    if not engine.is_file() or engine.stat().st_mtime_ns < changed:
         from lib.network.tower import load_tower  # here: it takes seconds
 
         print("app: exporting the trained network", file=sys.stderr)

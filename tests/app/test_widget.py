@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from dataclasses import replace
 
 import nbformat
@@ -226,6 +227,27 @@ def run_main(tmp_path, monkeypatch, gallery, fails=None):
     if fails:
         monkeypatch.setattr(app_page, "open_gallery", lambda *_: (_ for _ in ()).throw(fails))
     return app_page.main(["--run-dir", str(tmp_path), "--gallery", str(gallery)]), served
+
+
+def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
+    """A page opened before the end of a training kept its network."""
+    exported = []
+    monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
+    monkeypatch.setattr(app_page, "load_engine", lambda path: path)
+    monkeypatch.setattr(
+        app_page, "export_engine", lambda tower, path: (exported.append(tower), path.touch())
+    )
+    model, engine = tmp_path / "model.keras", tmp_path / app_page.ENGINE
+    model.touch()
+    for _ in range(2):
+        app_page.open_engine(tmp_path)
+    assert exported == [model]
+    later = engine.stat().st_mtime_ns + 1
+    os.utime(model, ns=(later, later))
+    app_page.open_engine(tmp_path)
+    assert exported == [model, model]
+    model.unlink()
+    assert app_page.open_engine(tmp_path) == engine and len(exported) == 2
 
 
 def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
