@@ -344,11 +344,12 @@ def test_a_trunk_in_mixed_precision_is_computed_by_either_engine(trunk, handler)
 # Other processes
 # --------------------------------------------------------------------------------------------------
 
-# On Keras' NumPy backend, which has no threads that a fork would lose, and imports quickly.
+# On Keras' NumPy backend, which has no threads that a fork would lose. TensorFlow, which Keras
+# imports to write a model's configuration, is imported once, not in each fork; it runs nothing.
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-import keras, numpy as np, xxhash
+import keras, numpy as np, tensorflow, xxhash
 from lib.training import features
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.catalogue import open_catalogue
