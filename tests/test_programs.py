@@ -259,6 +259,7 @@ def test_the_profiles_have_the_types_of_the_parameters():
     for name in pipeline.NOTEBOOKS:
         known |= pipeline.notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
     assert known["batch_size"] == "int" and known["dataset_dir"] == "str"
+    assert known["backbone"] == "str"  # a profile that named it was refused
     for path in (ROOT / "profiles").glob("*.yaml"):
         assert pipeline.read_profile(path, known) == yaml.safe_load(path.read_text())
 
@@ -336,7 +337,12 @@ def test_a_developer_sees_the_traceback():
 
 @pytest.mark.parametrize(
     ("name", "arguments", "status"),
-    [(MODULES, [], 1), (CONVERT, ["none", "out"], 1), (CONVERT, ["none", "out", "--size", "0"], 2)],
+    [
+        (MODULES, [], 1),
+        (CONVERT, ["none", "out"], 1),
+        (CONVERT, ["none", "out", "--size", "0"], 2),
+        (DOWNLOAD, ["--verify"], 1),
+    ],
 )
 def test_as_processes(tmp_path, name, arguments, status):
     command = [sys.executable, "-m", name, *arguments]

@@ -9,6 +9,8 @@ index, ``environment.json`` and ``report.html``.
 from __future__ import annotations
 
 import argparse
+import ast
+import logging
 import os
 import sys
 import time
@@ -98,9 +100,14 @@ def read_profile(path: Path, known: Mapping[str, str] | set[str]) -> dict:
 
 
 def notebook_parameters(notebook: Path) -> dict[str, str]:
-    """Names of the parameters in a notebook's ``parameters`` cell, and of their types."""
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: parameter["inferred_type_name"] for name, parameter in found.items()}
+    """Names of the parameters in a notebook's ``parameters`` cell, and of their types.
+
+    Not by ``papermill.inspect_notebook``, which skips a parameter whose comment has a "=".
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = "\n".join(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    found = (s for s in ast.parse(source).body if isinstance(s, ast.AnnAssign))
+    return {ast.unparse(s.target): ast.unparse(s.annotation) for s in found}
 
 
 def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
@@ -161,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     # this environment, not of one registered under the same name elsewhere.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments with a "="
     start = time.monotonic()
     notebooks = project_root() / "notebooks"
     known = {}

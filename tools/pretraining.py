@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -19,6 +20,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from itertools import count, islice
 from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
 
 import keras
 import numpy as np

@@ -80,6 +80,7 @@ def open_engine(run: Path) -> Engine:
         raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
     changed = model.stat().st_mtime_ns if model.is_file() else 0
     if not engine.is_file() or engine.stat().st_mtime_ns < changed:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import load_tower  # here: it takes seconds
 
         print("app: exporting the trained network", file=sys.stderr)
