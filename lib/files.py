@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ import xxhash
 _PART = ".part-"  # begins the names of files that are being written
 _LARGEST_TABLE = 32_000_000  # bytes
 _END = "\0end"  # follows the last line of a table
+_NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -38,11 +40,14 @@ def project_root(start: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: neither ``start`` (None: the current folder) nor one above it holds one.
     """
-    start = (start or Path.cwd()).resolve()
+    try:
+        start = (start or Path.cwd()).resolve()
+    except FileNotFoundError:
+        raise FileNotFoundError("the working directory was deleted: change to another") from None
     for folder in (start, *start.parents):
         if (folder / "environment.yml").is_file():
             return folder
-    hint = "start the notebook inside the project's folder"
+    hint = "work inside the project's folder"
     raise FileNotFoundError(f"no environment.yml in {start} or above it: {hint}")
 
 
@@ -50,7 +55,8 @@ def show_path(path: Path) -> str:
     """A path for messages: relative to the project if it lies inside, else absolute.
 
     The project is that of the working directory or, elsewhere, the one this file belongs to. It
-    never raises, since error handlers call it; bytes of a name that are not UTF-8 are escaped.
+    never raises, since error handlers call it. Line breaks and other control characters in a name
+    are escaped, as are bytes that are not UTF-8.
     """
     # The working directory was deleted; a null byte in the path; no project.
     with contextlib.suppress(OSError, ValueError):
@@ -60,7 +66,7 @@ def show_path(path: Path) -> str:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 path = path.relative_to(project_root(start))
                 break
-    return Path(path).as_posix().encode(errors="backslashreplace").decode()
+    return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], Path(path).as_posix())
 
 
 def show_error(error: BaseException) -> str:
@@ -79,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # It ends like the final name: writers such as Keras choose the format by that.
     part = path.with_name(f"{_PART}{secrets.token_hex(4)}-{path.name}")
-    with _sign_of_life(part):
+    with _sign_of_life(part), naming(path, part):
         # Not tempfile: its files are private, and these get the permissions of ordinary new ones.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
         try:
@@ -96,6 +102,17 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)  # makes the rename survive a power cut
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Let errors of the block name ``path`` if they name no file, as a full disk's, or ``part``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from lib.data.photos import open_picture, picture_of
 from lib.data.records import RecordError, Triplet, read_triplets, write_shard
 from lib.files import (
     checksum_of_manifest,
+    naming,
     only_writer,
     read_json,
     remove_half_written,
@@ -46,6 +47,7 @@ from lib.files import (
     show_path,
     write_json,
 )
+from lib.programs import UsageError, program
 from tools.labelled import ConversionError, LabelledPhotos, plan_triplets, read_csv, read_folder
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
@@ -251,6 +253,7 @@ def _write_shards(
         return encode_photo(paths[photo], settings.size, settings.quality)
 
     with (
+        naming(target_dir),
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow decodes and resizes without the GIL
         tqdm(total=sum(len(np.unique(rows)) for rows in todo.values()), unit=" photos") as bar,
         (target_dir / SKIPPED).open("a", encoding="utf-8", newline="") as file,
@@ -384,6 +387,7 @@ def verify(target_dir: Path) -> Report:
     return report
 
 
+@program(prefix="error: ")
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -403,16 +407,12 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # unreadable photos are counted
     try:
         settings = ConversionSettings(**args)
-        photos = read_csv(labels, folder) if labels else read_folder(folder)
-        print(convert(photos, target, settings))
-    except KeyboardInterrupt:
-        print("stopped: the same command continues", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ConversionError as error:
+        raise UsageError(str(error)) from None
+    photos = read_csv(labels, folder) if labels else read_folder(folder)
+    print(convert(photos, target, settings))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

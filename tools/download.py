@@ -32,6 +32,7 @@ from lib.data.records import (
     shard_name,
 )
 from lib.files import project_root, replacing, show_path
+from lib.programs import program
 
 KAGGLE_SET = "mattbast/google-landmarks-2020-tfrecords"
 KAGGLE_PAGE = f"https://www.kaggle.com/datasets/{KAGGLE_SET}"
@@ -212,6 +213,7 @@ def _explain(error: Exception, name: str, dataset_dir: Path) -> str:
     return f"{name} could not be fetched ({type(error).__name__}: {reason})"
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -220,15 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dataset-dir", type=Path, help="default: the project's folder Dataset")
     parser.add_argument("--verify", action="store_true", help="check what is there, fetch nothing")
     options = parser.parse_args(arguments)
-    try:
-        dataset_dir = options.dataset_dir or project_root() / "Dataset"
-        table = (verify if options.verify else download)(dataset_dir, KAGGLE_COUNTS)
-    except (DownloadError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: run this again, what has arrived is kept", file=sys.stderr)
-        return 1
+    dataset_dir = options.dataset_dir or project_root() / "Dataset"
+    table = (verify if options.verify else download)(dataset_dir, KAGGLE_COUNTS)
     print(table[["records", "bytes"]].to_string(formatters=dict.fromkeys(table, "{:,}".format)))
     print(f"All whole: {table['records'].sum():,} records, {table['bytes'].sum():,} bytes.")
     return 0

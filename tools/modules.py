@@ -15,7 +15,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from lib.files import project_root, replacing
+from lib.files import project_root, replacing, show_path
+from lib.programs import program
 
 START, END = "<!-- modules -->", "<!-- /modules -->"
 
@@ -68,6 +69,7 @@ def with_table(text: str, content: str) -> str:
     return f"{before}{START}\n{content}{END}{after}"
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.modules", description=__doc__)
@@ -79,11 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         text = with_table(page.read_text(encoding="utf-8"), content)
-        with replacing(page) as part:
-            part.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"{page}: {error}", file=sys.stderr)
-        return 1
+    except ValueError as error:  # not UTF-8, or without the markers
+        raise ValueError(f"{show_path(page)} (--write): {error}") from None
+    with replacing(page) as part:
+        part.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -9,9 +9,12 @@ index, ``environment.json`` and ``report.html``.
 from __future__ import annotations
 
 import argparse
+import ast
+import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -24,6 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from lib.files import project_root, replacing, show_path
+from lib.programs import UsageError, one_line, program
 from lib.runs import open_run
 from tools.environment import record_environment
 from tools.report import NOTEBOOKS, write_report
@@ -40,9 +44,10 @@ RESULTS = {
 
 
 _LARGEST = 64_000  # bytes of a profile
+_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "list": (list,)}
 
 
-class ProfileError(ValueError):
+class ProfileError(UsageError):
     """A profile can't be used; the message names what to mend."""
 
 
@@ -55,40 +60,54 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_profile(path: Path, known: set[str]) -> dict:
+def read_profile(path: Path, known: Mapping[str, str] | set[str]) -> dict:
     """Read a profile's parameters.
 
     Args:
         path: YAML file, a mapping of parameter names to values.
-        known: the parameters that any notebook has.
+        known: the parameters that any notebook has, maybe with the names of their types.
 
     Raises:
         ProfileError: no such file, more than 64 kB, neither UTF-8 nor YAML, references within it,
-            not a mapping, or a name that no notebook knows.
+            not a mapping, a name that no notebook knows, or a value of another type.
     """
+    where = show_path(path)
     try:
         with Path(path).open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
-            raise ProfileError(f"{path} has more than {_LARGEST // 1000} kB: this is no profile")
+            raise ProfileError(f"{where} has more than {_LARGEST // 1000} kB: this is no profile")
         profile = yaml.load(content.decode("utf-8-sig"), _Loader) or {}
     except ProfileError:
         raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ProfileError(f"{path} can't be read: {' '.join(str(error).split())[:500]}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ProfileError(f"{where} can't be read: {one_line(str(reason))[:500]}") from None
     if not isinstance(profile, dict):
-        raise ProfileError(f"{path} must map parameter names to values")
-    if unknown := sorted(map(str, set(profile) - known)):
+        raise ProfileError(f"{where} must map parameter names to values")
+    if unknown := sorted(map(str, set(profile) - set(known))):
         raise ProfileError(
-            f"{path}: no notebook has a parameter {', '.join(unknown)[:500]}; there are "
+            f"{where}: no notebook has a parameter {one_line(', '.join(unknown))[:500]}; there are "
             f"{', '.join(sorted(known))}"
         )
+    for name, value in profile.items() if isinstance(known, Mapping) else ():
+        if type(value) not in _TYPES.get(known[name], (type(value),)):
+            hint = ", such as 1.0e-3" if known[name] == "float" else ""  # YAML's 1e-3 is a text
+            raise ProfileError(
+                f"{where}: {name} must be of type {known[name]}{hint}, not {value!r:.100}"
+            )
     return profile
 
 
-def notebook_parameters(notebook: Path) -> set[str]:
-    """Names of the parameters in a notebook's ``parameters`` cell."""
-    return set(papermill.inspect_notebook(str(notebook)))
+def notebook_parameters(notebook: Path) -> dict[str, str]:
+    """Names of the parameters in a notebook's ``parameters`` cell, and of their types.
+
+    Not by ``papermill.inspect_notebook``, which skips a parameter whose comment has a "=".
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = "\n".join(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    found = (s for s in ast.parse(source).body if isinstance(s, ast.AnnAssign))
+    return {ast.unparse(s.target): ast.unparse(s.annotation) for s in found}
 
 
 def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
@@ -137,6 +156,7 @@ def write_page(notebook: Path) -> Path:
     return notebook.with_suffix(".html")
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for a wrong profile, 1 for what failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.pipeline", description=__doc__)
@@ -148,29 +168,25 @@ def main(arguments: list[str] | None = None) -> int:
     # this environment, not of one registered under the same name elsewhere.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments with a "="
     start = time.monotonic()
+    notebooks = project_root() / "notebooks"
+    known = {}
+    for name in NOTEBOOKS:
+        known |= notebook_parameters(notebooks / f"{name}.ipynb")
+    parameters = read_profile(options.profile, known) if options.profile else {}
+    run = open_run(options.run_dir, start_new=True)
+    record_environment(run, options.profile.name if options.profile else "")
+    failure = ""
     try:
-        notebooks = project_root() / "notebooks"
-        known = set().union(*(notebook_parameters(notebooks / f"{n}.ipynb") for n in NOTEBOOKS))
-        parameters = read_profile(options.profile, known) if options.profile else {}
-        run = open_run(options.run_dir, start_new=True)
-        record_environment(run, options.profile.name if options.profile else "")
-        failure = ""
-        try:
-            run_notebooks(run, parameters, notebooks)
-        except PapermillExecutionError as error:
-            failure = f"{error.ename}: {error.evalue}"
-        except DeadKernelError:
-            failure = "the notebook's process ended by itself; often memory is short"
-        except KeyboardInterrupt:
-            failure = "interrupted"
-        report = write_report(run)
-    except ProfileError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"Stopped: {error}", file=sys.stderr)
-        return 1
+        run_notebooks(run, parameters, notebooks)
+    except PapermillExecutionError as error:
+        failure = one_line(f"{error.ename}: {error.evalue}")
+    except DeadKernelError:
+        failure = "the notebook's process ended by itself; often memory is short"
+    except KeyboardInterrupt:
+        failure = "interrupted"
+    report = write_report(run)
     print(f"\nResults of {(time.monotonic() - start) / 60:.1f} minutes in {show_path(run)}:")
     list_results(run)
     if failure:

@@ -10,6 +10,8 @@ precision, without the head.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
 from collections import deque
@@ -18,6 +20,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from itertools import count, islice
 from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
 
 import keras
 import numpy as np
@@ -28,7 +32,15 @@ from tqdm import tqdm
 from lib.data.decoding import resize
 from lib.demo.world import draw_views
 from lib.evaluation.metrics import average_precision, leave_one_out
-from lib.files import only_writer, project_root, read_json, replacing, show_path, write_json
+from lib.files import (
+    only_writer,
+    project_root,
+    read_json,
+    replacing,
+    show_error,
+    show_path,
+    write_json,
+)
 from lib.network.losses import InfoNCE, MetricLoss
 from lib.network.tower import (
     Siamese,
@@ -39,6 +51,7 @@ from lib.network.tower import (
     embed,
     fast_policy,
 )
+from lib.programs import UsageError, program
 from lib.training.stages import make_optimizer
 from lib.workers import process_pool
 
@@ -84,6 +97,17 @@ class PretrainingSettings:
     temperature: float = 0.07
     learning_rate: float = 3e-3
     steps_per_round: int = 250
+
+    def __post_init__(self):
+        # Keras' ResNet50 takes photos from 32 pixels.
+        least = {"seed": 0, "small_steps": 0, "fresh": 0, "small_size": 32, "size": 32}
+        least |= {"landmarks": 2, "views": 2, "temperature": 1e-6, "learning_rate": 0}
+        most = {"landmarks": self.window, "views": self.drawn_views, "last_stage": 5}
+        for name, value in asdict(self).items():
+            low, high = least.get(name, 1), most.get(name, math.inf)
+            if not low <= value <= high:
+                option = f"--{name.replace('_', '-')} {value}"
+                raise UsageError(f"{option}: choose a number from {low} to {high}")
 
 
 def rendered_batches(
@@ -182,16 +206,21 @@ def _open(settings: PretrainingSettings, run: Path) -> tuple[Siamese, list[dict]
     if not (run / _CHECKPOINT).is_file():
         write_json(run / _SETTINGS, facts)
         return _siamese(settings, settings.small_size), []
+    remedy = "delete it, or name another folder with --run-dir"
+    found = read_json(run / _SETTINGS)
     # Earlier versions always computed in bfloat16, and stored no precision.
-    found = {"precision": "mixed_bfloat16"} | read_json(run / _SETTINGS)
+    found = {"precision": "mixed_bfloat16"} | (found if isinstance(found, dict) else {})
     if differ := sorted(key for key in facts if found.get(key) != facts[key]):
         raise ValueError(
             f"{show_path(run)} holds a pre-training with other settings ({', '.join(differ)}): "
-            "delete it, or name another folder with --run-dir"
+            + remedy
         )
-    rows = pd.read_csv(run / CURVE).to_dict("records")
-    siamese = _siamese(settings, int(rows[-1]["image_size"]))
-    siamese.load_weights(run / _CHECKPOINT)
+    try:
+        rows = pd.read_csv(run / CURVE).to_dict("records")
+        siamese = _siamese(settings, int(rows[-1]["image_size"]))
+        siamese.load_weights(run / _CHECKPOINT)
+    except Exception as error:  # pandas', h5py's or Keras', or of a curve without rows
+        raise ValueError(f"{show_path(run)} is damaged ({show_error(error)}): {remedy}") from None
     # The curve is written before the checkpoint, so it may be one round ahead.
     done = int(siamese.optimizer.iterations)
     return siamese, [row for row in rows if row["steps"] <= done]
@@ -276,6 +305,7 @@ def draw_curve(curve: pd.DataFrame, path: Path) -> None:
         figure.savefig(part, dpi=90)
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.pretraining", description=__doc__)
@@ -287,12 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = project_root() / options.pop("run_dir")
     settings = PretrainingSettings(**options)
     path = project_root() / WEIGHTS
-    try:
-        tower, curve = pretrain(settings, run)
-        save_backbone(tower, settings, path)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    tower, curve = pretrain(settings, run)
+    save_backbone(tower, settings, path)
     with replacing(path.parent / CURVE) as part:
         curve.to_csv(part, index=False, float_format="%.4f")
     draw_curve(curve, path.parent / "pretraining.png")

@@ -24,6 +24,7 @@ import yaml
 
 from lib.app.web import data_uri
 from lib.files import project_root, read_json, replacing, show_path
+from lib.programs import program
 from tools.environment import ENVIRONMENT, environment
 from tools.tables import Table, cell_text, heading, is_leaf, is_nested, metric_tables
 
@@ -278,7 +279,7 @@ def write_report(run: Path) -> Path:
     """
     run = Path(run).resolve()
     if not run.is_dir():
-        raise FileNotFoundError(f"no run at {show_path(run)}")
+        raise FileNotFoundError(f"no run at {show_path(run)}: name the folder of a run")
     lacks: list[str] = []
     metrics = _read_object(run / "metrics.json", lacks)
     recorded = _read_object(run / ENVIRONMENT, lacks)
@@ -342,19 +343,13 @@ def _notebook_row(run: Path, name: str, execution: Execution) -> tuple[str, str,
     return NOTEBOOKS[name].title, page, execution.state, minutes
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run; default: the newest")
     options = parser.parse_args(arguments)
-    try:
-        report = write_report(options.run or project_root() / "runs" / "latest")
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"The report can't be written: {error}", file=sys.stderr)
-        return 1
+    report = write_report(options.run or project_root() / "runs" / "latest")
     print(f"Open {report.as_uri()} in a browser.")
     return 0
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import project_root, show_path
-from lib.network.engine import ENGINE, Engine, EngineError, export_engine, load_engine
-from lib.search.embedding import EmbeddingJobError
+from lib.network.engine import ENGINE, Engine, export_engine, load_engine
+from lib.programs import UsageError, program
 
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
@@ -30,6 +30,7 @@ _IDLE = 180  # seconds until a kernel ends whose page vanished without closing i
 _FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
 
 
+@program(prefix="app: ")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
@@ -41,19 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=PORT, help="the next free one if it is taken")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     options = parser.parse_args(arguments)
+    if not 1 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port}: choose a number from 1 to 65535")
     root = project_root()
+    run, gallery = (root / options.run_dir).resolve(), root / options.gallery
+    engine = open_engine(run)
+    for option, folder in {"gallery": gallery, "folders-root": root / options.folders_root}.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {show_path(folder)} (--{option})")
     try:
-        run = (root / options.run_dir).resolve()
-        engine = open_engine(run)
-        gallery = root / options.gallery
-        if not gallery.is_dir():
-            raise FileNotFoundError(f"there is no folder {show_path(gallery)} (--gallery)")
         open_gallery(engine, gallery, run / JOBS)
-    except (OSError, SearchError, EngineError, EmbeddingJobError) as error:
-        # A search error names no path.
-        where = f"{show_path(gallery)} (--gallery): " if isinstance(error, SearchError) else ""
-        print(f"app: {where}{error}", file=sys.stderr)
-        return 1
+    except SearchError as error:  # names no path
+        raise ValueError(f"{show_path(gallery)} (--gallery): {error}") from None
     parameters = {
         "run_dir": str(run),
         "gallery_dir": options.gallery,
@@ -80,6 +80,7 @@ def open_engine(run: Path) -> Engine:
         raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
     changed = model.stat().st_mtime_ns if model.is_file() else 0
     if not engine.is_file() or engine.stat().st_mtime_ns < changed:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import load_tower  # here: it takes seconds
 
         print("app: exporting the trained network", file=sys.stderr)

@@ -47,7 +47,6 @@ from lib.data.duplicates import near_duplicates
 from lib.data.neighbours import pair_neighbours
 from lib.data.records import (
     FEATURES,
-    DatasetNotFoundError,
     Frame,
     Place,
     RecordError,
@@ -59,6 +58,7 @@ from lib.data.records import (
     shard_number,
 )
 from lib.files import replacing, show_error, show_path
+from lib.programs import program
 from lib.workers import process_pool
 
 CATALOGUE = "landmarks.parquet"
@@ -449,6 +449,7 @@ def _state(shards: list[Path]) -> list[dict]:
     return [{"name": n, "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for n, s in stats]
 
 
+@program()
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -456,11 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("dataset_dir", type=Path, help="the folder with train00.tfrec ...")
     options = parser.parse_args(arguments)
-    try:
-        catalogue = open_catalogue(options.dataset_dir)
-    except (CatalogueError, DatasetNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    catalogue = open_catalogue(options.dataset_dir)
     print(catalogue.report().to_string())
     if len(catalogue.problems):
         print(f"\nLeft out:\n{catalogue.damage().to_string()}")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lib.data.decoding import decode
 from lib.data.photos import NoPhotosError, PhotoError, find_photos, left_out_lines, read_photo
 from lib.data.records import read_picture
-from lib.files import only_writer, read_json, remove_half_written, show_path, write_json
+from lib.files import naming, only_writer, read_json, remove_half_written, show_path, write_json
 from lib.network.engine import Engine, keras_engine
 
 if TYPE_CHECKING:  # not needed with an exported engine
@@ -180,7 +180,7 @@ def embed_job(
     """
     folder = Path(out_folder)
     job = describe_job(engine, source, batch_size)
-    with claimed(folder, job):
+    with claimed(folder, job), naming(folder / EMBEDDINGS):
         names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
     skipped += left_out_lines(source.left_out)
     return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)

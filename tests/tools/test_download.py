@@ -350,7 +350,7 @@ def test_an_interruption_is_no_traceback(folder, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tools.download.download", interrupt)
-    assert main(["--dataset-dir", str(folder)]) == 1
+    assert main(["--dataset-dir", str(folder)]) == 130
     assert capsys.readouterr().err.startswith("interrupted: run this again")
 
 

@@ -1,0 +1,351 @@
+"""Each program ends in one line on stderr that names the file or parameter, whatever is wrong."""
+
+import errno
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib.files import naming, project_root, replacing
+from lib.programs import UsageError, explain, program
+
+ROOT = project_root()
+PAGE, CATALOGUE = "lib.app.page", "lib.data.catalogue"
+CONVERT, DOWNLOAD, MODULES = "tools.convert", "tools.download", "tools.modules"
+PIPELINE, PRETRAINING, REPORT = "tools.pipeline", "tools.pretraining", "tools.report"
+BROKEN, BYTES = "a\nb\x1b[31m", os.fsdecode(b"\xff\xfe")
+LONG = "n" * 300
+
+
+@pytest.fixture
+def at(tmp_path):
+    """A folder with what people hand over by mistake; ``at`` completes the paths of arguments."""
+    (tmp_path / "file").write_text("neither a folder nor anything that is expected")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("run", "engine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "engine" / "tower.engine").write_bytes(b"damaged")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.keras").write_bytes(b"damaged")
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "shard" / "train00.tfrec").mkdir()
+    (tmp_path / "latin.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "tiny.mp4").write_bytes(bytes(30))
+    profiles = {
+        "sise": "batch_sise: 8",
+        "word": "batch_size: many",
+        "power": "head_rate: 1e-3",
+        "yes": "demo: 1",
+        "list": "seeds: 3",
+    }
+    for name, text in profiles.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return lambda argument: argument.replace("@", f"{tmp_path}/")
+
+
+def failure(name, arguments, capsys):
+    """Run a program in this process; its status and the only line that it prints."""
+    try:
+        status = importlib.import_module(name).main(arguments)
+    except SystemExit as end:  # argparse's; the lines before the last one are the usage
+        assert end.code == 2
+        return 2, capsys.readouterr().err.splitlines()[-1]
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed.err
+    assert printed.err[:-1].isprintable() and len(printed.err) < 1100, printed.err
+    return status, printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "named"),
+    [
+        *((CONVERT, [f"@{x}", "@out"], 1, x) for x in ("none", "empty", "file", "loop", LONG)),
+        (CONVERT, [f"@{BROKEN}", "@out"], 1, "a\\nb\\x1b"),
+        (CONVERT, [f"@{BYTES}", "@out"], 1, "\\udcff"),
+        (CONVERT, ["@empty", "@out", "--labels", "@none"], 1, "none"),
+        (CONVERT, ["@empty", "@out", "--labels", "@empty"], 1, "empty"),
+        (CONVERT, ["@empty", "@out", "--labels", "@latin.md"], 1, "latin.md"),
+        (CONVERT, ["@empty", "@out", "--labels", "@file"], 1, "file"),
+        (CONVERT, ["@empty", "@out", "--size", "-1"], 2, "size=-1"),
+        (CONVERT, ["@empty", "@out", "--quality", "101"], 2, "quality=101"),
+        (CONVERT, ["@empty", "@out", "--seed", "-1"], 2, "seed=-1"),
+        (CONVERT, ["@empty", "@out", "--records-per-shard", "0"], 2, "records_per_shard=0"),
+        (CONVERT, ["@empty", "@out", "--size", "big"], 2, "--size"),
+        (CONVERT, ["@empty"], 2, "target"),
+        (CATALOGUE, ["@none"], 1, "none"),
+        (CATALOGUE, ["@file"], 1, "file"),
+        (CATALOGUE, ["@shard"], 1, "train00.tfrec"),
+        (DOWNLOAD, ["--dataset-dir", "@file"], 1, "file"),
+        (DOWNLOAD, ["--dataset-dir", "@file/deeper"], 1, "file"),
+        (DOWNLOAD, ["--dataset-dir", "@loop"], 1, "loop"),
+        (DOWNLOAD, ["--dataset-dir", f"@{LONG}"], 1, LONG),
+        (DOWNLOAD, ["--verify", "--dataset-dir", "@none"], 1, "none"),
+        (DOWNLOAD, ["--verify", "--dataset-dir", f"@{BROKEN}"], 1, "a\\nb\\x1b"),
+        (DOWNLOAD, ["--verify", "--dataset-dir", "@empty"], 1, "empty"),
+        (DOWNLOAD, ["--verify", "--dataset-dir", "@file"], 1, "file"),
+        (DOWNLOAD, ["--fast"], 2, "--fast"),
+        *((MODULES, ["--write", f"@{x}"], 1, x) for x in ("none", "empty", "file", "latin.md")),
+        (MODULES, ["--write", f"@{LONG}"], 1, LONG),
+        (MODULES, ["--write", f"@{BYTES}"], 1, "\\udcff"),
+        *((REPORT, [f"@{x}"], 1, x) for x in ("none", "file", "loop", LONG)),
+        (REPORT, [f"@{BROKEN}"], 1, "a\\nb\\x1b"),
+        (REPORT, ["@run", "@more"], 2, "more"),
+        *((PIPELINE, [f"@{x}"], 2, x) for x in ("none", "empty", "file", "loop", LONG)),
+        (PIPELINE, [f"@{BROKEN}"], 2, "a\\nb\\x1b"),
+        (PIPELINE, [f"@{BYTES}"], 2, "\\udcff"),
+        (PIPELINE, ["@sise.yaml"], 2, "batch_sise"),
+        (PIPELINE, ["@word.yaml"], 2, "batch_size must be of type int"),
+        (PIPELINE, ["@power.yaml"], 2, "head_rate must be of type float, such as 1.0e-3"),
+        (PIPELINE, ["@yes.yaml"], 2, "demo must be of type bool"),
+        (PIPELINE, ["@list.yaml"], 2, "seeds must be of type list"),
+        (PIPELINE, ["--run-dir", "@file"], 1, "file"),
+        (PIPELINE, ["--run-dir", "@file/deeper"], 1, "file"),
+        (PIPELINE, ["--run-dir", "@loop"], 1, "loop"),
+        (PRETRAINING, ["--run-dir", "@file"], 1, "file"),
+        (PRETRAINING, ["--run-dir", "@loop"], 1, "loop"),
+        (PRETRAINING, ["--steps", "-1"], 2, "--steps -1"),
+        (PRETRAINING, ["--seed", "-1"], 2, "--seed -1"),
+        (PRETRAINING, ["--size", "0"], 2, "--size 0"),
+        (PRETRAINING, ["--temperature", "nan"], 2, "--temperature nan"),
+        (PRETRAINING, ["--landmarks", "2000"], 2, "--landmarks 2000"),
+        (PRETRAINING, ["--views", "9"], 2, "--views 9"),
+        (PRETRAINING, ["--last-stage", "6"], 2, "--last-stage 6"),
+        (PRETRAINING, ["--steps", "few"], 2, "--steps"),
+        *((PAGE, ["--run-dir", f"@{x}"], 1, x) for x in ("none", "run", "file", LONG)),
+        (PAGE, ["--run-dir", "@engine"], 1, "tower.engine"),
+        (PAGE, ["--run-dir", "@loop"], 1, "loop"),
+        (PAGE, ["--run-dir", f"@{BROKEN}"], 1, "a\\nb\\x1b"),
+        (PAGE, ["--port", "0"], 2, "--port 0"),
+        (PAGE, ["--port", "-1"], 2, "--port -1"),
+        (PAGE, ["--port", "70000"], 2, "--port 70000"),
+        (PAGE, ["--port", "http"], 2, "--port"),
+    ],
+    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode() or None,
+)
+def test_what_a_person_can_do_wrong(at, capsys, name, arguments, status, named):
+    found, line = failure(name, [*map(at, arguments)], capsys)
+    assert found == status and named in line, line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--gallery", "@none"], "none (--gallery)"),
+        (["--gallery", "@file"], "file (--gallery)"),
+        (["--gallery", "@empty"], "empty (--gallery)"),
+        (["--gallery", f"@{BROKEN}"], "a\\nb\\x1b"),
+        (["--gallery", f"@{LONG}"], LONG),
+        (["--gallery", "@empty", "--folders-root", "@none"], "none (--folders-root)"),
+    ],
+)
+def test_folders_of_the_page(at, monkeypatch, capsys, arguments, named):
+    monkeypatch.setattr(f"{PAGE}.open_engine", lambda run: None)
+    status, line = failure(PAGE, [*map(at, arguments)], capsys)
+    assert status == 1 and line.startswith("app: ") and named in line
+
+
+def test_a_damaged_model_is_named(at, capsys):
+    assert importlib.import_module(PAGE).main(["--run-dir", at("@model")]) == 1
+    first, line = capsys.readouterr().err.splitlines()
+    assert "exporting" in first and "model.keras is not a saved tower" in line
+
+
+@pytest.mark.parametrize("name", [DOWNLOAD, MODULES, PAGE, PIPELINE, PRETRAINING, REPORT])
+@pytest.mark.parametrize("where", ["outside", "deleted"])
+def test_outside_the_project(tmp_path, monkeypatch, capsys, name, where):
+    """Three of them called project_root() outside of their try."""
+    importlib.import_module(name)  # some libraries look at the working directory
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if where == "deleted":
+        folder.rmdir()
+    status, line = failure(name, [], capsys)
+    assert status == 1
+    assert ("no environment.yml" if where == "outside" else "was deleted: change") in line
+
+
+WRITERS = [
+    (MODULES, ["--write", "@page.md"], "page.md"),
+    (REPORT, ["@run"], "report.html"),
+    (PIPELINE, ["--run-dir", "@run"], "environment.json"),
+    (CONVERT, ["@photos", "@out", "--size", "8"], "out"),
+    (PRETRAINING, ["--run-dir", "@run"], "run"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "named"), WRITERS)
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk(at, monkeypatch, capsys, name, arguments, named, fault):
+    from PIL import Image
+
+    for landmark in "ab":
+        folder = at(f"@photos/{landmark}")
+        os.makedirs(folder)
+        for number in range(2):
+            Image.new("RGB", (9, 9), (number, 0, ord(landmark))).save(f"{folder}/{number}.png")
+    Path(at("@page.md")).write_text("<!-- modules -->\n<!-- /modules -->")
+    importlib.import_module(name)
+    if fault == errno.ENOSPC:
+
+        def fsync(file):
+            raise OSError(fault, os.strerror(fault))  # as of a write: it names no file
+
+        monkeypatch.setattr(os, "fsync", fsync)
+    else:
+        whole = os.open
+
+        def refuse(path, flags, *arguments, **keywords):
+            if flags & os.O_CREAT and str(path).startswith(at("@")):
+                raise OSError(fault, os.strerror(fault), path)
+            return whole(path, flags, *arguments, **keywords)
+
+        monkeypatch.setattr(os, "open", refuse)
+    status, line = failure(name, [*map(at, arguments)], capsys)
+    assert status == 1 and named in line and os.strerror(fault) in line
+    assert ("make room" if fault == errno.ENOSPC else "choose another") in line
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "arguments"),
+    [
+        (CONVERT, "read_folder", ["photos", "out"]),
+        (CATALOGUE, "open_catalogue", ["shards"]),
+        (DOWNLOAD, "download", []),
+        (MODULES, "table", []),
+        (REPORT, "write_report", []),
+        (PIPELINE, "read_profile", ["profile"]),
+        (PRETRAINING, "pretrain", []),
+        (PAGE, "open_engine", []),
+    ],
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), KeyError("x"), OSError()])
+def test_interrupts_and_what_nobody_expects(monkeypatch, capsys, name, function, arguments, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"{name}.{function}", fail)
+    status, line = failure(name, arguments, capsys)
+    words = {KeyboardInterrupt: "interrupted: ", MemoryError: "memory is short", OSError: "OSError"}
+    assert words.get(type(error), "KeyError in test_programs.py, line") in line
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def test_a_damaged_pre_training_names_the_folder(at, monkeypatch, capsys):
+    """It was a traceback of pandas, h5py or Keras."""
+    run = Path(at("@run"))
+    (run / "checkpoint.weights.h5").touch()
+    (run / "pretraining.csv").touch()
+    pretraining = importlib.import_module(PRETRAINING)
+    facts = pretraining.asdict(pretraining.PretrainingSettings())
+    facts["precision"] = pretraining.fast_policy()
+    (run / "pretraining.json").write_text(json.dumps(facts))
+    status, line = failure(PRETRAINING, ["--run-dir", at("@run")], capsys)
+    assert status == 1 and "run is damaged (" in line and "--run-dir" in line
+    (run / "pretraining.json").write_text("[1]")
+    status, line = failure(PRETRAINING, ["--run-dir", at("@run")], capsys)
+    assert status == 1 and "run holds a pre-training with other settings" in line
+
+
+def test_the_profiles_have_the_types_of_the_parameters():
+    pipeline = importlib.import_module(PIPELINE)
+    known = {}
+    for name in pipeline.NOTEBOOKS:
+        known |= pipeline.notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    assert known["batch_size"] == "int" and known["dataset_dir"] == "str"
+    assert known["backbone"] == "str"  # a profile that named it was refused
+    for path in (ROOT / "profiles").glob("*.yaml"):
+        assert pipeline.read_profile(path, known) == yaml.safe_load(path.read_text())
+
+
+# ---- the decorator
+
+
+def test_statuses_prefix_and_result(capsys):
+    errors = [UsageError("--x"), ValueError("two\nlines"), None]
+
+    @program(prefix="x: ")
+    def main(arguments=None):
+        """Say nothing."""
+        if error := errors.pop(0):
+            raise error
+        return 3
+
+    assert main.__doc__ == "Say nothing."
+    assert [main(), main(), main()] == [2, 1, 3]
+    assert capsys.readouterr().err == "x: --x\nx: two lines\n"
+
+
+def test_errors_of_a_full_disk_name_the_file(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "x.npy"):
+        raise full
+    assert explain(caught.value).startswith(f"{tmp_path}/x.npy: No space left on device: make room")
+    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "x"):
+        (tmp_path / "other").read_text()
+    assert "other" in explain(caught.value)  # an error that names a file keeps it
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "folder"):
+        pass
+    assert explain(caught.value).startswith(f"{tmp_path}/folder: ")  # not its temporary name
+
+
+RUN = "import sys; from lib.programs import program\n"
+LATE = RUN + (
+    "@program()\ndef main(a=None):\n    print('\\udcff→' + 'x' * {size})\n    return 0\n"
+    "sys.exit(main())"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="uses pipes and devices of POSIX")
+@pytest.mark.parametrize("size", [1, 100_000])
+@pytest.mark.parametrize("where", ["pipe", "/dev/full", "ascii"])
+def test_an_output_that_can_not_be_written(where, size):
+    """It was a traceback, or status 120 after 'Exception ignored in'."""
+    if where == "/dev/full" and not os.path.exists(where):
+        pytest.skip("no /dev/full")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LATE.format(size=size)],
+        cwd=ROOT,
+        stdout=os.open(where, os.O_WRONLY) if where == "/dev/full" else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | ({"PYTHONIOENCODING": "ascii"} if where == "ascii" else {}),
+    )
+    if where == "ascii":
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and not err and out.startswith(b"\\udcff\\u2192x")
+        return
+    if where == "pipe":
+        process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 1 and err.count("\n") == 1, err
+    assert ("Broken pipe" if where == "pipe" else "No space left on device: make room") in err
+
+
+def test_a_developer_sees_the_traceback():
+    code = RUN + "@program()\ndef main(a=None):\n    raise KeyError('x')\nsys.exit(main())"
+    command = [sys.executable, "-X", "dev", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status"),
+    [
+        (MODULES, [], 1),
+        (CONVERT, ["none", "out"], 1),
+        (CONVERT, ["none", "out", "--size", "0"], 2),
+        (DOWNLOAD, ["--verify"], 1),
+    ],
+)
+def test_as_processes(tmp_path, name, arguments, status):
+    command = [sys.executable, "-m", name, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (status, 1, b"")
