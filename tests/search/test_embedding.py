@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -20,6 +21,7 @@ from lib.search.embedding import (
     EMBEDDINGS,
     JOB,
     PROGRESS,
+    TAKEN,
     EmbeddingJobError,
     PhotoSource,
     embed_folder,
@@ -339,12 +341,60 @@ def test_links_between_folders_end_and_stay_inside(tmp_path, tower):
     assert photos_below(tmp_path / "photos").names == ["a.png"]
 
 
-def test_a_file_that_changes_makes_another_job(tmp_path, engine):
-    save(tmp_path / "photos" / "a.png", (1, 2, 3))
+def test_a_job_is_of_one_folder_of_photos(tmp_path, engine):
+    for name in ("photos", "others"):
+        save(tmp_path / name / "a.png", (1, 2, 3))
+        os.utime(tmp_path / name / "a.png", (1, 1))
     embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
-    os.utime(tmp_path / "photos" / "a.png", (1, 1))
-    with pytest.raises(EmbeddingJobError, match="differs in digest"):
-        embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
+    with pytest.raises(EmbeddingJobError, match="differs in folder"):
+        embed_job(engine, photos_below(tmp_path / "others"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("step", ["replacing", ".npy", ".jsonl", "write_json", "embed", ".bin"])
+def test_an_interrupted_takeover_loses_no_row(tmp_path, engine, monkeypatch, step):
+    """The job stops at a step of the takeover, then one more photo changes."""
+    photos, out, embedded, unlink = tmp_path / "photos", tmp_path / "out", [], Path.unlink
+    for i in range(20):
+        save(photos / f"{i:02d}.png", (10 * i, 99, 7))
+    first = embed_job(engine, photos_below(photos), out, 4)
+    rows = np.array(first.embeddings)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def compute(pictures):
+        embedded.extend(pictures[:, 0, 0, 0].tolist())
+        return engine.compute(pictures)
+
+    os.utime(photos / "07.png", (1, 1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if step in ("replacing", "write_json"):
+            patch.setattr(f"lib.search.embedding.{step}", stop)
+        elif step != "embed":  # a file is not removed
+            name = {".npy": EMBEDDINGS, ".jsonl": PROGRESS, ".bin": TAKEN}[step]
+            patch.setattr(
+                Path, "unlink", lambda path, **kw: (stop if path.name == name else unlink)(path, **kw)
+            )
+        embed_job(
+            replace(engine, compute=stop if step == "embed" else compute), photos_below(photos), out, 4
+        )
+    os.utime(photos / "15.png", (1, 1))
+    found = embed_job(replace(engine, compute=compute), photos_below(photos), out, 4)
+    assert sorted(embedded) == [70, 150]
+    np.testing.assert_allclose(found.embeddings, rows, atol=1e-6)
+    assert found.names == first.names
+    assert sorted(path.name for path in out.iterdir()) == [".lock", EMBEDDINGS, JOB, PROGRESS]
+
+
+def test_rows_that_were_set_aside_are_checked(tmp_path, engine):
+    save(tmp_path / "photos" / "a.png", (1, 2, 3))
+    out, source = tmp_path / "out", photos_below(tmp_path / "photos")
+    first = embed_job(engine, source, out)
+    for content in (b"", b"[1]\n", b"{}", bytes(1000), b'{"names": ["a.png"], "skipped": []}\n'):
+        (out / TAKEN).write_bytes(content)
+        (out / PROGRESS).unlink()
+        found = embed_job(engine, source, out)
+        np.testing.assert_array_equal(found.embeddings, first.embeddings)
 
 
 def test_an_error_of_the_engine_loses_nothing(tmp_path, engine):
