@@ -407,10 +407,9 @@ def _embed(
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
             new = [i for i in good if pictures[i] is not None]
             photos = np.array([pictures[i] for i in new], np.uint8).reshape(-1, *shape)
-            embeddings = np.empty((len(pictures), engine.dimension), np.float32)
-            embeddings[new] = engine.embed(photos)
-            for i in set(good).difference(new):
-                embeddings[i] = taken[numbers[start + i]]
+            rows = dict(zip(new, engine.embed(photos), strict=True))
+            rows = [rows[i] if i in rows else taken[numbers[start + i]] for i in good]
+            embeddings = np.array(rows, np.float32).reshape(-1, engine.dimension)
             names = [source.names[numbers[start + i]] for i in good]
-            yield Embedded(embeddings[good], names, skipped)
+            yield Embedded(embeddings, names, skipped)
             bar.update(len(pictures))

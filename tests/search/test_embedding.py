@@ -389,12 +389,12 @@ def test_an_interrupted_takeover_loses_no_row(tmp_path, engine, monkeypatch, ste
 def test_rows_that_were_set_aside_are_checked(tmp_path, engine):
     save(tmp_path / "photos" / "a.png", (1, 2, 3))
     out, source = tmp_path / "out", photos_below(tmp_path / "photos")
-    first = embed_job(engine, source, out)
+    expected = np.array(embed_job(engine, source, out).embeddings)
     for content in (b"", b"[1]\n", b"{}", bytes(1000), b'{"names": ["a.png"], "skipped": []}\n'):
         (out / TAKEN).write_bytes(content)
         (out / PROGRESS).unlink()
         found = embed_job(engine, source, out)
-        np.testing.assert_array_equal(found.embeddings, first.embeddings)
+        np.testing.assert_array_equal(found.embeddings, expected)
 
 
 def test_an_error_of_the_engine_loses_nothing(tmp_path, engine):
@@ -432,6 +432,8 @@ def read(number, size):
 
 def compute(photos):
     time.sleep(0.001)
+    with open(folder / "embedded", "a") as file:
+        file.write("." * len(photos))
     means = photos.mean(axis=(1, 2)).astype(np.float32)
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
@@ -471,6 +473,33 @@ assert lines == sorted(lines)  # nothing lost
 assert not work(folder / "killed", 0)
 assert content(folder / "killed") == content(folder / "at once")
 print(json.dumps({"kills": kills, "stages": len(set(lines))}))
+
+# The same, while one more photo of a folder changes before each kill.
+states = dict.fromkeys(source.names, "0")
+
+def changed(number):
+    global source
+    states[f"picture {number}"] = "1"
+    source = PhotoSource(source.names, read, f"state {number}", {}, dict(states), folder)
+
+changed(0)
+assert not work(folder / "killed again", 0)
+changed(1)
+start = time.perf_counter()
+assert not work(folder / "killed again", 0)
+whole = time.perf_counter() - start
+(folder / "embedded").write_text("")
+for number in range(20):
+    changed(140 * number + 2)
+    work(folder / "killed again", rng.uniform(0.0001, whole))
+assert not work(folder / "killed again", 0)
+for name in ("embeddings.npy", "job.json", "progress.jsonl"):
+    assert (folder / "killed again" / name).exists()
+assert not (folder / "killed again" / "taken.bin").exists()
+rows = [np.load(folder / name / "embeddings.npy") for name in ("killed again", "at once")]
+assert (rows[0] == rows[1]).all()
+# Each of them once, and once more if it was killed before the row was written.
+assert 20 <= len((folder / "embedded").read_text()) <= 40, (folder / "embedded").read_text()
 """
 
 
