@@ -373,11 +373,10 @@ def test_an_interrupted_takeover_loses_no_row(tmp_path, engine, monkeypatch, ste
         elif step != "embed":  # a file is not removed
             name = {".npy": EMBEDDINGS, ".jsonl": PROGRESS, ".bin": TAKEN}[step]
             patch.setattr(
-                Path, "unlink", lambda path, **kw: (stop if path.name == name else unlink)(path, **kw)
+                Path, "unlink", lambda path, **o: (stop if path.name == name else unlink)(path, **o)
             )
-        embed_job(
-            replace(engine, compute=stop if step == "embed" else compute), photos_below(photos), out, 4
-        )
+        stopped = replace(engine, compute=stop if step == "embed" else compute)
+        embed_job(stopped, photos_below(photos), out, 4)
     os.utime(photos / "15.png", (1, 1))
     found = embed_job(replace(engine, compute=compute), photos_below(photos), out, 4)
     assert sorted(embedded) == [70, 150]
