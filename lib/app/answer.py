@@ -12,8 +12,10 @@ a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,12 +23,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
 from lib.data.photos import NoPhotosError, PhotoError, left_out_lines, read_photo
+from lib.files import only_writer, read_json
 from lib.network.engine import Engine
-from lib.search.embedding import embed_job, photos_below
+from lib.search.embedding import JOB, JobBusyError, embed_job, photos_below, place_of
 from lib.search.photo_index import IndexSettings, PhotoIndex
 
 JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
@@ -128,10 +132,13 @@ def open_gallery(
 ) -> Gallery:
     """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
+    Only photos that are new or changed are embedded. Stored embeddings of folders that are gone,
+    and those of other networks, are removed.
+
     Args:
         engine, on_progress: see :func:`lib.search.embedding.embed_job`.
         folder: of photos.
-        jobs: folder to store embeddings in, with a subfolder for each set of photos.
+        jobs: folder to store embeddings in, with a subfolder for each folder of photos.
 
     Raises:
         SearchError: there is no photo, or none that can be read.
@@ -143,14 +150,29 @@ def open_gallery(
     except NoPhotosError as error:
         text = "There are no photos in this folder, nor in the folders in it."
         raise SearchError(text + _sentences(error.left_out)) from None
-    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {source.digest}".encode())
+    place = place_of(folder, Path(jobs))
+    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
     job = Path(jobs) / key.hexdigest()[:16]
+    _remove_superseded(Path(jobs), engine)
     embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
     left_out = _sentences(source.left_out)
     if not names:
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")
     unreadable = len(skipped) - len(source.left_out)
     return Gallery(Path(folder), names, embeddings, unreadable, left_out)
+
+
+def _remove_superseded(jobs: Path, engine: Engine) -> None:
+    """Remove embeddings of folders that are gone, and those of other networks."""
+    for path in jobs.glob(f"{'[0-9a-f]' * 16}/{JOB}"):
+        with contextlib.suppress(JobBusyError, OSError, ValueError, TypeError):
+            job, at = dict(read_json(path)), os.path.realpath(path.parent)
+            # Earlier versions made a job for each state of a folder, and did not name the folder.
+            folder = os.fsdecode(unquote_to_bytes(str(job.get("folder", "absent"))))
+            gone = not os.path.isdir(os.path.join(at, folder))
+            if gone or job.get("tower") != engine.fingerprint:
+                with only_writer(path.parent, JobBusyError()):
+                    shutil.rmtree(path.parent)
 
 
 def _sentences(left_out: dict[str, int]) -> str:

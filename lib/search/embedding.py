@@ -8,7 +8,9 @@
 
 A job writes to a folder, and resumes there after an interruption. The folder holds ``job.json``,
 which identifies the job; ``embeddings.npy``, float32 (n, d); and ``progress.jsonl``, with names,
-messages and a checksum for each batch.
+states, messages and a checksum for each batch. When photos of a folder were added, changed or
+removed, its job starts anew, but first copies its rows to one file, ``taken.bin``, from which it
+takes those of the photos that are as before.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import xxhash
@@ -30,7 +33,15 @@ from tqdm import tqdm
 from lib.data.decoding import decode
 from lib.data.photos import NoPhotosError, PhotoError, find_photos, left_out_lines, read_photo
 from lib.data.records import read_picture
-from lib.files import naming, only_writer, read_json, remove_half_written, show_path, write_json
+from lib.files import (
+    naming,
+    only_writer,
+    read_json,
+    remove_half_written,
+    replacing,
+    show_path,
+    write_json,
+)
 from lib.network.engine import Engine, keras_engine
 
 if TYPE_CHECKING:  # not needed with an exported engine
@@ -39,6 +50,7 @@ if TYPE_CHECKING:  # not needed with an exported engine
     from lib.data.catalogue import Catalogue
 
 JOB, EMBEDDINGS, PROGRESS = "job.json", "embeddings.npy", "progress.jsonl"
+TAKEN = "taken.bin"  # rows of the job before, until the new one is finished
 
 _FORMAT = 1
 _HEADER = 128  # bytes of an .npy file before its rows
@@ -78,12 +90,16 @@ class PhotoSource:
             Several threads call it. Raises PhotoError if the picture can't be read.
         digest: identifies the pictures; a job is resumed only if it is equal.
         left_out: how many files and folders were left out, by reason.
+        states: name -> what changes whenever the picture does, if known.
+        folder: of the photos; a job of the same folder takes over the rows of unchanged pictures.
     """
 
     names: list[str]
     read: Callable[[int, int], np.ndarray]
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,18 +116,18 @@ def photos_below(folder: Path) -> PhotoSource:
         message = f"{show_path(folder)} holds no photos, nor do the folders in it"
         raise NoPhotosError(message, left_out)
     names = [path.relative_to(folder).as_posix() for path in paths]
-    digest = hashlib.sha256()
+    states = {}
     for path, name in zip(paths, names, strict=True):
-        state = [name]
         with contextlib.suppress(OSError):  # the message comes when it is read
             stat = path.stat()
-            state += [stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(state).encode())
+            states[name] = f"{stat.st_size} {stat.st_mtime_ns}"
+    identity = json.dumps([(name, states.get(name)) for name in names])
+    digest = hashlib.sha256(identity.encode()).hexdigest()
 
     def read(number: int, image_size: int) -> np.ndarray:
         return read_photo(paths[number], image_size)
 
-    return PhotoSource(names, read, digest.hexdigest(), left_out)
+    return PhotoSource(names, read, digest, left_out, states, Path(folder))
 
 
 def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -> PhotoSource:
@@ -164,7 +180,8 @@ def embed_job(
 ) -> Embedded:
     """Embed pictures to a folder; a job that was interrupted resumes where it stopped.
 
-    Damaged rows are computed anew. A picture that can't be read does not stop the others.
+    Damaged rows are computed anew. A picture that can't be read does not stop the others. If photos
+    of a folder were added, changed or removed since, only the new and changed ones are embedded.
 
     Args:
         engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
@@ -180,10 +197,21 @@ def embed_job(
     """
     folder = Path(out_folder)
     job = describe_job(engine, source, batch_size)
+    if source.folder is not None:
+        job["folder"] = place_of(source.folder, folder)
     with claimed(folder, job), naming(folder / EMBEDDINGS):
         names, skipped = _go_on(folder, engine, source, batch_size, on_progress)
-    skipped += left_out_lines(source.left_out)
-    return Embedded(np.load(folder / EMBEDDINGS, mmap_mode="r"), names, skipped)
+        # Before another process may take the rows over for photos that changed.
+        embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r")
+    return Embedded(embeddings, names, skipped + left_out_lines(source.left_out))
+
+
+def place_of(photos: Path, job: Path) -> str:
+    """Name a folder of photos as seen from a job's folder, so that both can be moved together."""
+    photos, job = os.path.realpath(photos), os.path.realpath(job)
+    with contextlib.suppress(ValueError):  # another drive of Windows
+        photos = os.path.relpath(photos, job)
+    return quote(os.fsencode(photos))  # a name need not be UTF-8
 
 
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
@@ -214,7 +242,11 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
             except ValueError as error:
                 raise EmbeddingJobError(f"{error}, or its folder") from None
             found = found if isinstance(found, dict) else {}
-            if differ := [key for key in job | found if found.get(key) != job.get(key)]:
+            differ = [key for key in job | found if found.get(key) != job.get(key)]
+            if differ and "folder" in job and {*differ} <= {"pictures", "digest"}:
+                _set_aside(folder, job["dimension"])
+                write_json(folder / JOB, job)
+            elif differ:
                 hint = "made by another network or an earlier version of this project; "
                 raise EmbeddingJobError(
                     f"{where} holds another job (it differs in {', '.join(differ)[:200]}): "
@@ -225,6 +257,36 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         else:
             write_json(folder / JOB, job)
         yield
+
+
+def _set_aside(folder: Path, dimension: int) -> None:
+    """Move all rows of a job to one file, so that a kill loses none."""
+    rows = _taken(folder, dimension)  # of a job that did not finish either
+    for name in (EMBEDDINGS, PROGRESS):
+        (folder / name).touch()
+    with (folder / EMBEDDINGS).open("rb+") as file, (folder / PROGRESS).open("rb+") as progress:
+        names, _, states = _whole_batches(file, progress, dimension)
+        file.seek(_HEADER)
+        embeddings = np.frombuffer(file.read(), "<f4").reshape(-1, dimension)
+    rows |= zip(zip(names, states, strict=True), embeddings, strict=True)
+    names, states = [name for name, _ in rows], [state for _, state in rows]
+    batch = Embedded(np.array([*rows.values()], "<f4").reshape(-1, dimension), names, [])
+    with replacing(folder / TAKEN) as part, part.open("wb") as file:
+        file.write(_line(batch, states))
+        file.write(batch.embeddings)
+    # Not cut: others may have mapped them. The rows go first, since without their lines they would
+    # be cut by the next process if this one is killed in between.
+    (folder / EMBEDDINGS).unlink()
+    (folder / PROGRESS).unlink()
+
+
+def _taken(folder: Path, dimension: int) -> dict[tuple[str, str | None], np.ndarray]:
+    """Name and state -> row of float32 (d,), as the job before set them aside."""
+    if not (folder / TAKEN).exists():
+        return {}
+    with (folder / TAKEN).open("rb") as file:
+        batch, states = _read_batch(file.readline(), file, dimension) or (Embedded([], [], []), [])
+    return dict(zip(zip(batch.names, states, strict=True), batch.embeddings, strict=True))
 
 
 def _go_on(
@@ -238,17 +300,20 @@ def _go_on(
     for name in (EMBEDDINGS, PROGRESS):
         (folder / name).touch()
     with (folder / EMBEDDINGS).open("rb+") as rows, (folder / PROGRESS).open("rb+") as progress:
-        names, skipped = _whole_batches(rows, progress, engine.dimension)
+        names, skipped, _ = _whole_batches(rows, progress, engine.dimension)
         if not names and not skipped:
             _write_header(rows, (0, engine.dimension))
         left = range(len(names) + len(skipped), len(source))
         silent = on_progress is not None or not left
-        for batch in _embed(engine, source, left, batch_size, silent):
+        before = _taken(folder, engine.dimension)
+        keys = {i: (source.names[i], source.states.get(source.names[i])) for i in left}
+        taken = {i: before[key] for i, key in keys.items() if key[1] and key in before}
+        for batch in _embed(engine, source, left, batch_size, silent, taken):
             # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
             # not written yet do not count.
             rows.write(batch.embeddings)
             rows.flush()
-            progress.write(_line(batch))
+            progress.write(_line(batch, [source.states.get(name) for name in batch.names]))
             progress.flush()
             names += batch.names
             skipped += batch.skipped
@@ -259,35 +324,46 @@ def _go_on(
         _write_header(rows, (len(names), engine.dimension))
         rows.flush()
         os.fsync(rows.fileno())
+    (folder / TAKEN).unlink(missing_ok=True)
     return names, skipped
 
 
-def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str]]:
-    """Names and messages of all batches before the first damaged one; the rest is cut off."""
-    names, skipped, end = [], [], 0
+def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str], list[str | None]]:
+    """Names, messages and states of all batches before the first damaged one; the rest is cut."""
+    names, skipped, states, end = [], [], [], 0
     rows.seek(_HEADER)
     for line in progress:
-        try:
-            entry = json.loads(line)
-            content = rows.read(4 * len(entry["names"]) * dimension)
-            batch = Embedded(np.frombuffer(content, "<f4"), entry["names"], entry["skipped"])
-            if line != _line(batch):
-                break
-        except (ValueError, KeyError, TypeError, RecursionError):
+        if (found := _read_batch(line, rows, dimension)) is None:
             break
-        names += batch.names
-        skipped += batch.skipped
+        names += found[0].names
+        skipped += found[0].skipped
+        states += found[1]
         end += len(line)
     progress.truncate(end)
     progress.seek(end)
     rows.truncate(_HEADER + 4 * len(names) * dimension)
     rows.seek(0, os.SEEK_END)
-    return names, skipped
+    return names, skipped, states
 
 
-def _line(batch: Embedded) -> bytes:
-    """The line of a batch, with the checksum of its names, messages and rows."""
+def _read_batch(line: bytes, rows, dimension: int) -> tuple[Embedded, list[str | None]] | None:
+    """The batch of a line, and its states; None if either the line or its rows are damaged."""
+    try:
+        entry = json.loads(line)
+        content = rows.read(4 * len(entry["names"]) * dimension)
+        embeddings = np.frombuffer(content, "<f4").reshape(-1, dimension)
+        batch = Embedded(embeddings, entry["names"], entry["skipped"])
+        states = entry.get("states", [None] * len(batch.names))
+        return (batch, states) if line == _line(batch, states) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _line(batch: Embedded, states: list[str | None]) -> bytes:
+    """The line of a batch, with the checksum of its names, messages, states and rows."""
     entry = {"names": batch.names, "skipped": batch.skipped}
+    if any(states):
+        entry["states"] = states
     digest = xxhash.xxh3_128(json.dumps(entry).encode())
     digest.update(np.ascontiguousarray(batch.embeddings, "<f4"))
     return json.dumps(entry | {"xxh3": digest.hexdigest()}).encode() + b"\n"
@@ -313,10 +389,16 @@ def _embed(
     numbers: Sequence[int],
     batch_size: int,
     silent: bool = False,
+    taken: Mapping[int, np.ndarray] = {},
 ) -> Iterator[Embedded]:
-    """Embed pictures batch by batch, while the next batch is read; a bar counts others as done."""
+    """Embed pictures batch by batch, while the next batch is read; a bar counts others as done.
 
-    def read(number: int) -> np.ndarray | PhotoError:
+    The rows in ``taken``, by the pictures' numbers, are known already.
+    """
+
+    def read(number: int) -> np.ndarray | PhotoError | None:
+        if number in taken:
+            return None
         try:
             return source.read(number, engine.image_size)
         except PhotoError as error:
@@ -331,7 +413,11 @@ def _embed(
             pictures, ahead = list(ahead), threads.map(read, numbers[end : end + batch_size])
             skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
-            photos = np.array([pictures[i] for i in good], np.uint8).reshape(-1, *shape)
+            new = [i for i in good if pictures[i] is not None]
+            photos = np.array([pictures[i] for i in new], np.uint8).reshape(-1, *shape)
+            rows = dict(zip(new, engine.embed(photos), strict=True))
+            rows = [rows[i] if i in rows else taken[numbers[start + i]] for i in good]
+            embeddings = np.array(rows, np.float32).reshape(-1, engine.dimension)
             names = [source.names[numbers[start + i]] for i in good]
-            yield Embedded(engine.embed(photos), names, skipped)
+            yield Embedded(embeddings, names, skipped)
             bar.update(len(pictures))

@@ -1,8 +1,11 @@
 """Search: a photo in, the most similar photos out, from a folder."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from lib.app.answer import (
     landmark_of,
     open_gallery,
 )
+from lib.data.photos import read_photo
 from lib.evaluation.explain import occlusion_heat
 from lib.files import only_writer
 from lib.network.engine import Engine
@@ -146,6 +150,74 @@ def test_a_gallery_is_embedded_once_and_says_how_far_it_is(folder, tmp_path):
     assert sum(calls) == 100 and again.names == first.names
     Image.fromarray(colour(5, 0)).save(folder / "landmark_0" / "new.png")
     assert len(open_gallery(fake_engine(calls), folder, tmp_path / "jobs").names) == 101
+
+
+def test_only_photos_that_changed_are_embedded_again(folder, tmp_path):
+    """One touched photo had all of the folder embedded again, in one more folder of jobs."""
+    jobs, place = tmp_path / "jobs", folder / "landmark_3"
+
+    def embedded() -> tuple[int, list[str]]:
+        calls = []
+        gallery = open_gallery(fake_engine(calls), folder, jobs)
+        (job,) = jobs.iterdir()  # the same for each state of the folder
+        assert not (job / "taken.bin").exists()
+        for name, row in zip(gallery.names, gallery.embeddings, strict=True):
+            photo = read_photo(folder / name, SIZE)[None]
+            np.testing.assert_allclose(row, fake_engine().embed(photo)[0], atol=1e-6)
+        return sum(calls), gallery.names
+
+    assert embedded() == (100, sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/*")))
+    os.utime(place / "2.png", (1, 1))
+    assert embedded()[0] == 1
+    Image.fromarray(colour(9, 9)).save(place / "2.png")
+    Image.fromarray(colour(8, 8)).save(place / "0_new.png")
+    count, names = embedded()
+    assert count == 2 and len(names) == 101
+    (place / "0.png").rename(place / "renamed.png")
+    assert embedded()[0] == 1
+    (place / "1.png").unlink()
+    count, names = embedded()
+    assert count == 0 and "landmark_3/1.png" not in names and len(names) == 100
+    assert embedded() == (0, names)
+
+
+def test_an_open_gallery_keeps_its_rows_when_its_folder_is_read_again(folder, tmp_path):
+    first = open_gallery(fake_engine(), folder, tmp_path / "jobs")
+    rows = np.array(first.embeddings)
+    for path in folder.glob("*/[0-3].png"):
+        path.unlink()
+    assert len(open_gallery(fake_engine(), folder, tmp_path / "jobs").names) == 20
+    np.testing.assert_array_equal(first.embeddings, rows)  # the file must not be cut: a bus error
+
+
+def test_stored_embeddings_of_no_more_use_are_removed(folder, tmp_path):
+    """Folders that are gone, other networks, and the jobs of earlier versions piled up."""
+    jobs, other = tmp_path / "jobs", tmp_path / "gr\u00fc\u00dfe \udcff"
+    shutil.copytree(folder / "landmark_0", other)
+    open_gallery(fake_engine(), folder, jobs)
+    open_gallery(replace(fake_engine(), name="bfloat16"), folder, jobs)
+    kept = set(jobs.iterdir())
+    open_gallery(fake_engine(), other, jobs)
+    earlier, foreign = jobs / ("0" * 16), jobs / "notes"
+    for place in (earlier, foreign):
+        place.mkdir()
+        (place / "job.json").write_text('{"tower": "fake", "digest": "some"}')
+    open_gallery(fake_engine(), folder, jobs)
+    assert len(set(jobs.iterdir()) - kept) == 2 and foreign.is_dir() and not earlier.exists()
+    shutil.rmtree(other)
+    open_gallery(fake_engine(), folder, jobs)
+    assert set(jobs.iterdir()) == kept | {foreign}
+    open_gallery(replace(fake_engine(), fingerprint="trained on"), folder, jobs)
+    assert len(list(jobs.iterdir())) == 2
+
+
+def test_a_run_that_was_moved_with_its_photos_keeps_their_embeddings(folder, tmp_path):
+    (tmp_path / "project").mkdir()
+    folder = folder.rename(tmp_path / "project" / "photos")
+    open_gallery(fake_engine(), folder, tmp_path / "project" / "jobs")
+    moved, calls = (tmp_path / "project").rename(tmp_path / "moved"), []
+    open_gallery(fake_engine(calls), moved / "photos", moved / "jobs")
+    assert calls == []
 
 
 def test_folders_without_photos_are_refused_without_a_path(tmp_path):

@@ -214,6 +214,23 @@ def test_two_people_at_once(app, browser, address):
     other.page.close()
 
 
+def test_a_page_whose_kernel_was_culled_starts_again(app):
+    """It stayed, and answered to nothing."""
+    app.input.set_input_files(photo_of(2))
+    app.shows(2)
+    status = app.page.evaluate("""async () => {
+      const config = JSON.parse(document.getElementById("jupyter-config-data").textContent);
+      const xsrf = document.cookie.match(/_xsrf=([^;]*)/)[1];
+      const options = { method: "DELETE", headers: { "X-XSRFToken": xsrf } };
+      return (await fetch(`${config.baseUrl}api/kernels/${config.kernelId}`, options)).status;
+    }""")
+    assert status == 204
+    app.page.evaluate("dispatchEvent(new Event('focus'))")
+    app.status(f"{LANDMARKS * PHOTOS} photos ready.")
+    app.input.set_input_files(photo_of(4))
+    app.shows(4)
+
+
 def test_dropped_and_pasted(app):
     hand_over = """([kind, bytes]) => {
       const data = new DataTransfer();

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -20,6 +21,7 @@ from lib.search.embedding import (
     EMBEDDINGS,
     JOB,
     PROGRESS,
+    TAKEN,
     EmbeddingJobError,
     PhotoSource,
     embed_folder,
@@ -339,12 +341,59 @@ def test_links_between_folders_end_and_stay_inside(tmp_path, tower):
     assert photos_below(tmp_path / "photos").names == ["a.png"]
 
 
-def test_a_file_that_changes_makes_another_job(tmp_path, engine):
-    save(tmp_path / "photos" / "a.png", (1, 2, 3))
+def test_a_job_is_of_one_folder_of_photos(tmp_path, engine):
+    for name in ("photos", "others"):
+        save(tmp_path / name / "a.png", (1, 2, 3))
+        os.utime(tmp_path / name / "a.png", (1, 1))
     embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
-    os.utime(tmp_path / "photos" / "a.png", (1, 1))
-    with pytest.raises(EmbeddingJobError, match="differs in digest"):
-        embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "out")
+    with pytest.raises(EmbeddingJobError, match="differs in folder"):
+        embed_job(engine, photos_below(tmp_path / "others"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("step", ["replacing", ".npy", ".jsonl", "write_json", "embed", ".bin"])
+def test_an_interrupted_takeover_loses_no_row(tmp_path, engine, monkeypatch, step):
+    """The job stops at a step of the takeover, then one more photo changes."""
+    photos, out, embedded, unlink = tmp_path / "photos", tmp_path / "out", [], Path.unlink
+    for i in range(20):
+        save(photos / f"{i:02d}.png", (10 * i, 99, 7))
+    first = embed_job(engine, photos_below(photos), out, 4)
+    rows = np.array(first.embeddings)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def compute(pictures):
+        embedded.extend(pictures[:, 0, 0, 0].tolist())
+        return engine.compute(pictures)
+
+    os.utime(photos / "07.png", (1, 1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if step in ("replacing", "write_json"):
+            patch.setattr(f"lib.search.embedding.{step}", stop)
+        elif step != "embed":  # a file is not removed
+            name = {".npy": EMBEDDINGS, ".jsonl": PROGRESS, ".bin": TAKEN}[step]
+            patch.setattr(
+                Path, "unlink", lambda path, **o: (stop if path.name == name else unlink)(path, **o)
+            )
+        stopped = replace(engine, compute=stop if step == "embed" else compute)
+        embed_job(stopped, photos_below(photos), out, 4)
+    os.utime(photos / "15.png", (1, 1))
+    found = embed_job(replace(engine, compute=compute), photos_below(photos), out, 4)
+    assert sorted(embedded) == [70, 150]
+    np.testing.assert_allclose(found.embeddings, rows, atol=1e-6)
+    assert found.names == first.names
+    assert sorted(path.name for path in out.iterdir()) == [".lock", EMBEDDINGS, JOB, PROGRESS]
+
+
+def test_rows_that_were_set_aside_are_checked(tmp_path, engine):
+    save(tmp_path / "photos" / "a.png", (1, 2, 3))
+    out, source = tmp_path / "out", photos_below(tmp_path / "photos")
+    expected = np.array(embed_job(engine, source, out).embeddings)
+    for content in (b"", b"[1]\n", b"{}", bytes(1000), b'{"names": ["a.png"], "skipped": []}\n'):
+        (out / TAKEN).write_bytes(content)
+        (out / PROGRESS).unlink()
+        found = embed_job(engine, source, out)
+        np.testing.assert_array_equal(found.embeddings, expected)
 
 
 def test_an_error_of_the_engine_loses_nothing(tmp_path, engine):
@@ -382,6 +431,8 @@ def read(number, size):
 
 def compute(photos):
     time.sleep(0.001)
+    with open(folder / "embedded", "a") as file:
+        file.write("." * len(photos))
     means = photos.mean(axis=(1, 2)).astype(np.float32)
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
@@ -421,6 +472,33 @@ assert lines == sorted(lines)  # nothing lost
 assert not work(folder / "killed", 0)
 assert content(folder / "killed") == content(folder / "at once")
 print(json.dumps({"kills": kills, "stages": len(set(lines))}))
+
+# The same, while one more photo of a folder changes before each kill.
+states = dict.fromkeys(source.names, "0")
+
+def changed(number):
+    global source
+    states[f"picture {number}"] = "1"
+    source = PhotoSource(source.names, read, f"state {number}", {}, dict(states), folder)
+
+changed(0)
+assert not work(folder / "killed again", 0)
+changed(1)
+start = time.perf_counter()
+assert not work(folder / "killed again", 0)
+whole = time.perf_counter() - start
+(folder / "embedded").write_text("")
+for number in range(20):
+    changed(140 * number + 2)
+    work(folder / "killed again", rng.uniform(0.0001, whole))
+assert not work(folder / "killed again", 0)
+for name in ("embeddings.npy", "job.json", "progress.jsonl"):
+    assert (folder / "killed again" / name).exists()
+assert not (folder / "killed again" / "taken.bin").exists()
+rows = [np.load(folder / name / "embeddings.npy") for name in ("killed again", "at once")]
+assert (rows[0] == rows[1]).all()
+# Each of them once, and once more if it was killed before the row was written.
+assert 20 <= len((folder / "embedded").read_text()) <= 40, (folder / "embedded").read_text()
 """
 
 
