@@ -65,7 +65,7 @@ RECORDS, FULL_SHARDS, SIZE, QUALITY = 162_626, 15, 128, 94
 CACHED = 2560  # pictures whose feature maps are computed
 UNIT = 10_000  # pictures that the time of the feature cache is given for
 FEWEST = 100  # records
-BYTES_PER_RECORD = 27_000  # a little more than there are
+BYTES_PER_RECORD = 39_000  # at most
 _FEW = 2_000  # up to so many records, starting processes takes longer than drawing them
 _TEXTURE = 1024  # side in pixels
 
