@@ -37,36 +37,40 @@ def project_root(start: Path | None = None) -> Path:
 
     JupyterLab, nbval and papermill start a kernel in different folders; this makes them agree.
 
+    Args:
+        start: None: the working directory or, if it is in no project, this file.
+
     Raises:
-        FileNotFoundError: neither ``start`` (None: the current folder) nor one above it holds one.
+        FileNotFoundError: none of these folders, nor one above them, holds the file.
     """
-    try:
-        start = (start or Path.cwd()).resolve()
-    except FileNotFoundError:
-        raise FileNotFoundError("the working directory was deleted: change to another") from None
-    for folder in (start, *start.parents):
-        if (folder / "environment.yml").is_file():
-            return folder
+    starts = [start] if start else [Path(os.curdir), Path(__file__)]
+    for place in starts:
+        with contextlib.suppress(OSError):  # the working directory was deleted
+            place = Path(place).resolve()
+            for folder in (place, *place.parents):
+                if (folder / "environment.yml").is_file():
+                    return folder
     hint = "work inside the project's folder"
-    raise FileNotFoundError(f"no environment.yml in {start} or above it: {hint}")
+    raise FileNotFoundError(f"no environment.yml in {starts[0]} or above it: {hint}")
 
 
 def show_path(path: Path) -> str:
     """A path for messages: relative to the project if it lies inside, else absolute.
 
-    The project is that of the working directory or, elsewhere, the one this file belongs to. It
-    never raises, since error handlers call it. Line breaks and other control characters in a name
-    are escaped, as are bytes that are not UTF-8.
+    It never raises, since error handlers call it. Line breaks and other control characters in a
+    name are escaped, as are bytes that are not UTF-8.
     """
     # The working directory was deleted; a null byte in the path; no project.
     with contextlib.suppress(OSError, ValueError):
         # realpath, as Path.resolve() raises on links that form a loop.
         path = Path(os.path.realpath(path))
-        for start in (None, Path(__file__)):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                path = path.relative_to(project_root(start))
-                break
+        path = path.relative_to(project_root())
     return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], Path(path).as_posix())
+
+
+def first_writable(*folders: Path) -> Path:
+    """The first folder that files can be written to, or else the last: data may be read-only."""
+    return next((folder for folder in folders if os.access(folder, os.W_OK)), folders[-1])
 
 
 def show_error(error: BaseException) -> str:

@@ -26,6 +26,18 @@ def test_project_root_is_found_from_below():
         project_root(root.parent)
 
 
+def test_project_root_from_elsewhere_is_that_of_the_library(tmp_path, monkeypatch):
+    """Notebooks and programs that were started in another folder stopped."""
+    root = project_root()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for folder in (tmp_path, gone):
+        monkeypatch.chdir(folder)
+        if folder == gone:
+            gone.rmdir()
+        assert project_root() == root
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     path = tmp_path / "folder" / "file.txt"
     with replacing(path) as part:

@@ -131,9 +131,9 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
             source, target = notebooks / f"{name}.ipynb", run / f"{name}.ipynb"
             known = notebook_parameters(source)
             try:
-                papermill.execute_notebook(
-                    str(source),
-                    str(target),
+                papermill.execute_notebook(  # which keeps the two paths in the result
+                    os.path.relpath(source),
+                    os.path.relpath(target),
                     {k: v for k, v in parameters.items() if k in known},
                     kernel_name="python3",
                     cwd=str(notebooks),

@@ -107,13 +107,14 @@ class Options:
 
     def steps(self) -> dict[str, list[dict[str, Any]]]:
         """List the steps that improve descriptors: name -> alternative changes of the recipe."""
-        return {
+        steps = {
             "mirrored": _grid(mirrored=(True,)),
             "sizes": _grid(image_sizes=self.image_sizes),
             "other p (GeM+)": _grid(gem_p=self.gem_ps),
             "scale GeM": _grid(scale_p=self.scale_ps),
             "whitening": _grid(whitening=("pca", "supervised"), dimension=self.dimensions),
         }
+        return {name: changes for name, changes in steps.items() if changes}
 
 
 @dataclass(frozen=True)

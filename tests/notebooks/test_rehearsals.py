@@ -3,25 +3,34 @@
 Only the numbers of records, epochs and steps are reduced, by parameters.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from itertools import cycle
+from pathlib import Path
 
 import keras
 import nbformat
+import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from lib.demo.data import DemoSettings, make_demo_data
 from lib.demo.world import draw_views
 from lib.files import project_root
+from tools.pipeline import NOTEBOOKS
 
 # Beside all others, as each test takes minutes; one after the other, as each takes all cores.
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("rehearsals")]
 
 ROOT = project_root()
+KILLS = 2  # of one run
 SHORT = {
     "steps_per_epoch": 1,
     "head_epochs": 1,
@@ -43,12 +52,16 @@ def copy_project(folder):
     return folder
 
 
-def python(project, *command):
-    """Run a command as in the project's folder; returns what it printed."""
+def environment(project):
+    return os.environ | {"PYTHONPATH": str(project), "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
+def python(project, *command, folder=None, before=()):
+    """Run a command in a folder, by default the project's; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project), "JUPYTER_PREFER_ENV_PATH": "1"},
+        [*map(str, before), sys.executable, *map(str, command)],
+        cwd=folder or project,
+        env=environment(project),
         capture_output=True,
         text=True,
     )
@@ -66,10 +79,18 @@ def papermill(project, notebook, profile, run, **parameters):
         *("-f", f"profiles/{profile}.yaml", "-p", "run_dir", run, *options),
         *("-k", "python3", "--cwd", "notebooks"),
     )
-    cells = nbformat.read(project / run / f"{notebook}.ipynb", as_version=4).cells
+    return printed_by(project / run / f"{notebook}.ipynb")
+
+
+def printed_by(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
     return "".join(output.get("text", "") for output in outputs)
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +109,98 @@ def kaggle(tmp_path_factory):
     return project
 
 
-def test_the_profile_of_the_real_data_runs_to_its_end(kaggle):
-    """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
+@pytest.fixture(scope="module")
+def real_data(kaggle):
+    """The run of the whole profile, by the command of README."""
     short = SHORT | {"weights": "resnet50.weights.h5", "batch_size": 4, "made_up_photos": 5000}
-    names = ["01_data_exploration", "02_triplet_training", "03_gem_ablation"]
-    names += ["04_faiss_evaluation", "05_index_at_scale"]
-    printed = {name: papermill(kaggle, name, "gldv2", "runs/x", **short) for name in names}
-    assert "16 shards" in printed["01_data_exploration"]
+    profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text()) | short
+    (kaggle / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
+    python(kaggle, "-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole")
+    return kaggle / "runs" / "whole"
+
+
+def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
+    """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
+    printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
     assert "triplets of as many landmarks" in printed["02_triplet_training"]
-    metrics = json.loads((kaggle / "runs" / "x" / "metrics.json").read_text())
+    for name in NOTEBOOKS:  # they are shared, with no word of the machine's folders
+        assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
+    metrics = metrics_of(real_data)
+    assert metrics["data"]["triplets"] > 300
     assert metrics["test_set"]["ground_truth"] and metrics["post_processing"]
     assert metrics["training"]["epochs"] == 3
     # Without a ground truth, the same test set is searched in, and nothing is said of positives.
-    (kaggle / "Test_set" / "ground_truth.csv").unlink()
-    shown = papermill(kaggle, "04_faiss_evaluation", "gldv2", "runs/x", **short)
+    shutil.copytree(real_data, kaggle / "runs" / "unlabelled")
+    (kaggle / "Test_set" / "ground_truth.csv").rename(kaggle / "ground_truth.csv")
+    shown = papermill(kaggle, "04_faiss_evaluation", "short", "runs/unlabelled")
+    (kaggle / "ground_truth.csv").rename(kaggle / "Test_set" / "ground_truth.csv")
     assert "There is no ground truth: the ranks of the positives are not known." in shown
-    metrics = json.loads((kaggle / "runs" / "x" / "metrics.json").read_text())
+    metrics = metrics_of(kaggle / "runs" / "unlabelled")
     assert metrics["test_set"] == {"photos": 100, "ground_truth": False}
+
+
+def moments(run, n, rng):
+    """Spread n moments over a run: notebook, cell, and seconds from that cell's start."""
+    cells = [
+        (path.name, number, cell.metadata.papermill.duration or 0)
+        for path in sorted(run.glob("0*.ipynb"))
+        for number, cell in enumerate(nbformat.read(path, as_version=4).cells)
+        if cell.cell_type == "code"
+    ]
+    ends = np.cumsum([duration for *_, duration in cells])
+    for time_ in (np.arange(n) + rng.random(n)) / n * ends[-1]:
+        name, number, duration = cells[np.searchsorted(ends, time_)]
+        yield name, number, rng.random() * duration
+
+
+def is_running(notebook, number, since):
+    with contextlib.suppress(OSError, ValueError, nbformat.ValidationError):
+        if notebook.stat().st_mtime > since:
+            cell = nbformat.read(notebook, as_version=4).cells[number]
+            return cell.metadata.papermill.status != "pending"
+    return False
+
+
+def kernels_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [int(pid) for pid, line in lines.items() if b"ipykernel" in line]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for kernels in /proc")
+def test_a_run_that_is_killed_and_started_again_ends_alike(kaggle, real_data):
+    command = [sys.executable, "-m", "tools.pipeline", "profiles/short.yaml"]
+    command += ["--run-dir", "runs/killed"]
+    run = kaggle / "runs" / "killed"
+    where = {"cwd": kaggle, "env": environment(kaggle), "start_new_session": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ways = cycle(["Ctrl-C", "memory", "machine"])
+    for (name, number, delay), way in zip(
+        moments(real_data, KILLS, np.random.default_rng(1)), ways, strict=False
+    ):
+        start = time.time()
+        with subprocess.Popen(command, **where, **pipes) as process:
+            while not is_running(run / name, number, start):
+                assert process.poll() is None, process.communicate()[0][-3000:]
+                time.sleep(0.1)
+            time.sleep(delay)
+            kernels = kernels_of(process)
+            if way == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            for pid in [*kernels, process.pid] if way == "machine" else kernels[:1]:
+                if way != "Ctrl-C":
+                    os.kill(pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+        if way != "machine":
+            assert process.returncode == 1 and "Traceback" not in printed, printed[-3000:]
+            assert printed.splitlines()[-1].startswith("Stopped: "), printed[-3000:]
+    python(kaggle, *command[1:])
+    assert without_times(metrics_of(run)) == without_times(metrics_of(real_data))
+    assert not [*run.rglob(".part-*")]
+
+
+def without_times(metrics):
+    return metrics
 
 
 def draw_photos(folder, counts):
@@ -129,9 +225,56 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, post_processing):
     names = ["02_triplet_training", "04_faiss_evaluation"]
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
-    metrics = json.loads((project / "runs" / "own" / "metrics.json").read_text())
+    metrics = metrics_of(project / "runs" / "own")
     assert metrics["unseen"]["landmarks"] >= 2
     assert bool(metrics["post_processing"]) == post_processing
     assert metrics["test_set"]["ground_truth"]
     if len(counts) < 4:
         assert "none can be held back" in printed["02_triplet_training"]
+
+
+# Mounts the first argument on itself, to read only, and runs the others; for this process alone.
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare of Linux")
+def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
+    """As on a server where data and code can only be read; started in another folder."""
+    project = copy_project(tmp_path / "project")
+    world = DemoSettings(seed=5, landmarks=60, unseen_landmarks=0)
+    make_demo_data(project, world)
+    keras.utils.set_random_seed(0)
+    network = keras.applications.ResNet50(include_top=False, weights=None)
+    network.save_weights(project / "resnet50.weights.h5")
+    names = ["0", "1", "2", "07", "Größe", "北京", "a b's", "land/mark"]
+    for landmark, name in enumerate(names):
+        (tmp_path / "gallery" / name).mkdir(parents=True)
+        for number, photo in enumerate(draw_views(12, landmark, list(range(3)))):
+            Image.fromarray(photo).save(tmp_path / "gallery" / name / f"{number}.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run = elsewhere / "run"
+    run.mkdir()
+    parameters = SHORT | {
+        "demo": False,
+        "run_dir": str(run),
+        "gallery_dir": str(tmp_path / "gallery"),
+        "weights": "resnet50.weights.h5",
+        "batch_size": 4,
+        "view_sizes": [[24, 32]],
+    }
+    (elsewhere / "own.yaml").write_text(json.dumps(parameters))
+    for name in ("02_triplet_training", "04_faiss_evaluation", "06_search_app"):
+        python(
+            project,
+            *("-m", "papermill", project / "notebooks" / f"{name}.ipynb", run / f"{name}.ipynb"),
+            *("-f", elsewhere / "own.yaml", "-k", "python3"),
+            folder=elsewhere,
+            before=["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, project],
+        )
+    metrics = metrics_of(run)
+    assert metrics["training"]["epochs"] == 2
+    assert metrics["unseen"]["landmarks"] == len(names) - 1
+    shown = printed_by(run / "04_faiss_evaluation.ipynb")
+    assert "left out: 3 photos that are not in a landmark's folder itself" in shown
+    assert not [*project.rglob("features")] and not [*project.rglob("landmarks.parquet")]
