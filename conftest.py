@@ -28,4 +28,6 @@ def pytest_cmdline_main(config):
     if whole and option.numprocesses is None and not option.usepdb:
         option.numprocesses = "auto"
     if option.numprocesses and option.dist == "no":
-        option.dist = "loadgroup"  # tests of one xdist_group share a process
+        # What the tests of a file share is made once. The long ones are few: there, the tests of an
+        # xdist_group share a process.
+        option.dist = "loadgroup" if option.markexpr == "long" else "loadfile"

@@ -108,6 +108,7 @@ def test_data_loads_no_search_library_no_network_and_no_figures(module):
     assert loaded - NEEDED.get(module, set()) == set()
 
 
+@pytest.mark.long
 def test_importing_the_library_changes_nothing_in_the_process():
     """Other packages come first, so that what they change themselves does not count."""
     others = sorted(set().union(*map(of_others, MODULES)))

@@ -91,6 +91,7 @@ def test_setup_says_that_venv_is_missing(tmp_path):
     assert "installing" not in result.stderr
 
 
+@pytest.mark.long
 def test_setup_says_that_nothing_could_be_installed(tmp_path):
     result = make(tmp_path, "setup", "EXTRA=cpu", python3=REAL, PIP_NO_INDEX="1")
     assert result.returncode != 0

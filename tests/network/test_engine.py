@@ -16,9 +16,6 @@ from lib.network.engine import EngineError, export_engine, keras_engine, load_en
 from lib.network.openvino import fast_precision, import_openvino
 from lib.network.tower import TowerSettings, build_tower, embed, fingerprint, load_tower, save_tower
 
-# One process makes what they share.
-pytestmark = pytest.mark.xdist_group("engine")
-
 SETTINGS = {"image_size": 32, "last_stage": 3, "embedding_size": 16}
 
 

@@ -22,6 +22,7 @@ def photos(rng):
     return {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (24, 32)}
 
 
+@pytest.mark.long
 def test_views_of_any_size_are_followed_by_their_mirror_images(tower, photos):
     views = [*describe_views(tower, photos[24]), *describe_views(tower, photos[32])]
     assert all(view.shape == (3, 512) and view.dtype == np.float32 for view in views)

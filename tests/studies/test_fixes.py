@@ -37,9 +37,6 @@ from lib.studies.fixes import (
 from lib.studies.heads import OriginalLoss, OriginalTripletLoss, start_from_pca
 from tests.conftest import unit
 
-# One process makes what they share.
-pytestmark = pytest.mark.xdist_group("fixes")
-
 QUICK = LadderSettings(
     seeds=(0, 1), steps=30, batch_size=8, learning_rates=(0.03,), embedding_size=8
 )

@@ -20,9 +20,6 @@ from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, descr
 from lib.training.stages import MODEL, Stage, train
 from tests.training.test_stages import SETTINGS, tiny_tower, watching
 
-# One process makes what they share.
-pytestmark = pytest.mark.xdist_group("checkpoint")
-
 SHORT = replace(SETTINGS, stages=(Stage("all", 2, 2, 1e-3),))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from tqdm import tqdm
 
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
@@ -166,6 +167,8 @@ def forked(work, *arguments) -> int:
     """Run a function in a child; returns the child's process id."""
     if child := os.fork():
         return child
+    # The usual lock is one of all processes, and would stay with a child that is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         work(*arguments)
     except BaseException:
