@@ -38,6 +38,8 @@ def explain(error: Exception) -> str:
         if isinstance(error.filename, str | bytes):
             text = f"{show_path(Path(os.fsdecode(error.filename)))}: {text}"
             cure = cure or ": check this path and your rights to it, or choose another"
+        elif error.errno == errno.ENOENT:  # os.getcwd() names no file
+            text = "the working directory was deleted: change to another"
         text += cure
     elif isinstance(error, MemoryError):
         text = f"memory is short: end other programs, or choose smaller values {text}"
