@@ -125,8 +125,9 @@ def _sign_of_life(part: Path) -> Iterator[None]:
     import filelock  # here: 0.1 s, which a process that only reads need not wait
 
     lock = Path(f"{part}.lock")  # not the file itself: HDF5 locks what it writes
+    held = filelock.FileLock(lock, timeout=0).acquire()  # here: a Timeout leaves the other's lock
     try:
-        with filelock.FileLock(lock, timeout=0):
+        with held:
             yield
     finally:
         with contextlib.suppress(PermissionError):  # Windows keeps files that others have open

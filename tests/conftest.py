@@ -70,7 +70,7 @@ def page(browser):
     """A page of its own; what the browser reports as an error fails the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(60_000)  # a busy machine is slow
-    errors = []
+    errors = page.errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda m: m.type == "error" and errors.append(f"{m.text} {m.location}"))
     yield page

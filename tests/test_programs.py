@@ -183,7 +183,7 @@ def test_outside_the_project(tmp_path, monkeypatch, capsys, name, arguments, whe
 WRITERS = [
     (MODULES, ["--write", "@page.md"], "page.md"),
     (REPORT, ["@run"], "report.html"),
-    (PIPELINE, ["--run-dir", "@run"], "environment.json"),
+    (PIPELINE, ["--run-dir", "@run"], "run"),
     (CONVERT, ["@photos", "@out", "--size", "8"], "out"),
     (PRETRAINING, ["--run-dir", "@run"], "run"),
 ]

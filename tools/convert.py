@@ -19,6 +19,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 import sys
 import warnings
@@ -192,13 +193,23 @@ def convert(
 
 
 def _describe(photos: LabelledPhotos, plan: np.ndarray, settings: ConversionSettings) -> dict:
-    """Everything that determines the shards, except for the pictures themselves."""
+    """Everything that determines the shards; a picture by its file's size and time of change."""
     digest = hashlib.sha256(plan.astype("<i8").tobytes())
     for table in (photos.table, photos.absent):
         names = table[["image_id", "landmark_id"]]
         digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy().tobytes())
+    files = hashlib.sha256(json.dumps([*map(_state, photos.table["path"])]).encode()).hexdigest()
     size = {"photos": len(photos.table), "absent": len(photos.absent), "records": len(plan)}
-    return asdict(settings) | size | {"pillow": PIL.__version__, "sha256": digest.hexdigest()}
+    made_by = {"pillow": PIL.__version__, "sha256": digest.hexdigest(), "files": files}
+    return asdict(settings) | size | made_by
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:  # the message comes when it is read
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _claim(target_dir: Path, description: dict) -> None:

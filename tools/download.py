@@ -31,7 +31,7 @@ from lib.data.records import (
     scan_frames,
     shard_name,
 )
-from lib.files import project_root, replacing, show_path
+from lib.files import project_root, remove_half_written, replacing, show_path
 from lib.programs import program
 
 KAGGLE_SET = "mattbast/google-landmarks-2020-tfrecords"
@@ -72,6 +72,7 @@ def download(dataset_dir: Path, expected: Mapping[int, int | None] = KAGGLE_COUN
     """
     dataset_dir = Path(dataset_dir)
     dataset_dir.mkdir(parents=True, exist_ok=True)
+    remove_half_written(dataset_dir)  # each may be a whole shard
     sums = _read_checksums(dataset_dir)
     for number, count in expected.items():
         target = dataset_dir / shard_name(number)

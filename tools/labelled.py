@@ -48,19 +48,23 @@ def read_folder(folder: Path) -> LabelledPhotos:
     The image id is ``<landmark>/<file name>``.
 
     Raises:
-        ConversionError: no photos, or a name that is not UTF-8.
+        ConversionError: no photos.
     """
-    paths, left_out = landmark_photos(folder)
+    found, left_out = landmark_photos(folder)
+    paths = [path for path in found if _is_text(f"{path.parent.name}/{path.name}")]
+    if len(paths) < len(found):
+        left_out["photos whose names are not UTF-8"] = len(found) - len(paths)
     if not paths:
         message = f"{show_path(folder)} has no subfolders with photos: give each landmark one, or "
         message += "name the CSV file with the labels"
         raise ConversionError("; ".join([message, *left_out_lines(left_out)]))
-    for name in map(str, paths):
-        if name != name.encode(errors="ignore").decode():
-            raise ConversionError(f"{name!a} is no UTF-8 text: rename the file")
     rows = [(f"{p.parent.name}/{p.name}", str(p), p.parent.name) for p in paths]
     table = pd.DataFrame(rows, columns=["image_id", "path", "landmark_id"])
     return LabelledPhotos(table, table.iloc[:0], left_out)
+
+
+def _is_text(name: str) -> bool:
+    return name == name.encode(errors="ignore").decode()
 
 
 def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:

@@ -26,7 +26,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from lib.files import project_root, replacing, show_path
+from lib.files import only_writer, project_root, replacing, show_path
 from lib.programs import UsageError, one_line, program
 from lib.runs import open_run
 from tools.environment import record_environment
@@ -176,18 +176,22 @@ def main(arguments: list[str] | None = None) -> int:
         known |= notebook_parameters(notebooks / f"{name}.ipynb")
     parameters = read_profile(options.profile, known) if options.profile else {}
     run = open_run(options.run_dir, start_new=True)
-    record_environment(run, options.profile.name if options.profile else "")
+    where = show_path(run)
+    busy = f"another pipeline writes into {where}: choose another folder with --run-dir"
     failure = ""
-    try:
-        run_notebooks(run, parameters, notebooks)
-    except PapermillExecutionError as error:
-        failure = one_line(f"{error.ename}: {error.evalue}")
-    except DeadKernelError:
-        failure = "the notebook's process ended by itself; often memory is short"
-    except KeyboardInterrupt:
-        failure = "interrupted"
-    report = write_report(run)
-    print(f"\nResults of {(time.monotonic() - start) / 60:.1f} minutes in {show_path(run)}:")
+    # Not the lock of ``run`` itself, nor that of its training: the notebooks take these meanwhile.
+    with only_writer(run / "figures", RuntimeError(busy)):
+        record_environment(run, options.profile.name if options.profile else "")
+        try:
+            run_notebooks(run, parameters, notebooks)
+        except PapermillExecutionError as error:
+            failure = one_line(f"{error.ename}: {error.evalue}")
+        except DeadKernelError:
+            failure = "the notebook's process ended by itself; often memory is short"
+        except KeyboardInterrupt:
+            failure = "interrupted"
+        report = write_report(run)
+    print(f"\nResults of {(time.monotonic() - start) / 60:.1f} minutes in {where}:")
     list_results(run)
     if failure:
         print(f"\nStopped: {failure}", file=sys.stderr)

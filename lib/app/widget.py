@@ -3,13 +3,12 @@
 SearchApp(engine, gallery, jobs=run / JOBS)        # the last line of a notebook's cell
 
 It runs in JupyterLab, and as a web page, which ``make app`` serves (:mod:`lib.app.page`). An error
-is shown as one line, with its traceback in the log, and the app goes on.
+is shown as one line, with its traceback in the server's log, and the app goes on.
 """
 
 from __future__ import annotations
 
 import html
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial, wraps
@@ -43,7 +42,7 @@ NUMBERS = (4, 8, 12, 24)  # of results
 SIDE = 240  # longer side of a result in pixels
 VOTES = 3  # landmarks shown
 
-log = logging.getLogger(__name__)
+_GREY = picture_uri(np.full((SIDE, SIDE, 3), 200, np.uint8))  # for a photo that is gone
 
 _BUSY = "This folder is being read in another window: try again in a moment."
 _UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
@@ -60,7 +59,8 @@ def _guarded(method: Callable) -> Callable:
         except (UploadError, SearchError) as error:
             self._tell(str(error), failed=True)
         except Exception as error:
-            log.exception("a callback of the search app failed")
+            # A widget's log is the kernel's; others end on stderr, which the browser is sent.
+            self.log.exception("a callback of the search app failed")
             text = {JobBusyError: _BUSY, EmbeddingJobError: _UNUSABLE}.get(type(error), _FAILED)
             self._tell(text, failed=True)
 
@@ -92,9 +92,7 @@ class SearchApp(widgets.VBox):
         self._searches = {GALLERY: self.search}
         self.answer: Answer | None = None
         self._query: tuple[Upload, str] | None = None  # with its name in the gallery, or ""
-        self._thumbnail = lru_cache(maxsize=512)(  # (gallery, name) -> data URI
-            lambda gallery, name: picture_uri(_picture(gallery, name, SIDE))
-        )
+        self._thumbnail = lru_cache(maxsize=512)(_thumbnail)
         self._threads = ThreadPoolExecutor(2, "thumbnails")
 
         self._drop = PhotoDrop(self._on_photo, lambda message: self._tell(message, failed=True))
@@ -135,8 +133,8 @@ class SearchApp(widgets.VBox):
 
     @_guarded
     def _on_gallery_photo(self, name: str) -> None:
-        picture = _picture(self.search.gallery, name, SHOWN)
-        self._ask(Upload(self.search.photo(name), picture), name)
+        square = self.search.photo(name)
+        self._ask(Upload(square, _picture(self.search.gallery, name, SHOWN)), name)
 
     @_guarded
     def _on_control(self) -> None:
@@ -148,8 +146,8 @@ class SearchApp(widgets.VBox):
         from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
 
         name, (query, _) = self.answer.names[rank], self._query
-        pictures = query.picture, _picture(self.search.gallery, name, SIDE)
         heats = self.search.why(query.square, self.search.photo(name))
+        pictures = query.picture, _picture(self.search.gallery, name, SIDE)
         figures = ""
         titles = ("your photo", f"result {rank + 1}")
         for picture, heat, title in zip(pictures, heats, titles, strict=True):
@@ -196,7 +194,11 @@ class SearchApp(widgets.VBox):
         landmarks = len(gallery.landmarks())
         photos = counted(len(gallery.names), "photo")
         of = f" of {counted(landmarks, 'landmark')}" if landmarks else ""
-        samples = {name: self._new_sample(name) for name in _samples(gallery)}
+        samples = {
+            name: self._new_sample(name)
+            for name in _samples(gallery)
+            if self._thumbnail(gallery, name)
+        }
         rules = "".join(
             f".search-app .sample.sample-{sample.model_id} "
             f"{{ background-image: url({self._thumbnail(gallery, name)}) }}\n"
@@ -226,16 +228,18 @@ class SearchApp(widgets.VBox):
         self._why.value = ""
         photo = _img(picture_uri(query.picture), "The photo that is searched with")
         self._shown.value = f'<div class="query">{photo}</div>{_vote_bars(answer.votes)}'
-        uris = self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names)
+        uris = list(self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names))
         for rank, (found, uri) in enumerate(zip(answer.names, uris, strict=True)):
             self._draw_cell(rank, found, uri, float(answer.similarities[rank]))
         self._grid.children = self._cells[: len(answer.names)]
         best = next(iter(answer.votes), "")
         first = f"Looks most like {_title(best)}." if best else "The photos most like it:"
         how = question.kind + f", {question.rerank}" * (question.rerank != "none")
+        gone = uris.count("")
+        lost = f" Gone or unreadable: {counted(gone, 'file')} of those shown." if gone else ""
         self._tell(
             f"{first} {counted(len(self.search.gallery.names), 'photo')} searched in "
-            f"{1000 * answer.seconds:.0f} ms ({how})."
+            f"{1000 * answer.seconds:.0f} ms ({how}).{lost}"
         )
 
     def _new_cell(self, rank: int) -> widgets.Box:
@@ -249,8 +253,9 @@ class SearchApp(widgets.VBox):
     def _draw_cell(self, rank: int, name: str, uri: str, similarity: float) -> None:
         shown, buttons = self._cells[rank].children
         title = _title(landmark_of(name) or name)
-        img = _img(uri, f"Result {rank + 1}: {title}, similarity {similarity:.2f}")
-        shown.value = img + _bar(f"{rank + 1}. {title}", similarity, f"{similarity:.2f}")
+        gone = "" if uri else " (file gone or unreadable)"
+        img = _img(uri or _GREY, f"Result {rank + 1}: {title}{gone}, similarity {similarity:.2f}")
+        shown.value = img + _bar(f"{rank + 1}. {title}{gone}", similarity, f"{similarity:.2f}")
         more, why = buttons.children
         more.tooltip = f"Search with result {rank + 1}, {title}"
         why.tooltip = f"Show what matched in result {rank + 1}, {title}"
@@ -316,10 +321,14 @@ def _img(uri: str, alt: str) -> str:
 
 
 def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
-    """Read a photo of the gallery for display, uint8 (h, w, 3); grey if it can't be read."""
+    """Read a photo of the gallery for display, uint8 (h, w, 3)."""
+    with open_picture(gallery.path(name)) as image:
+        return np.asarray(picture_of(image, longest))
+
+
+def _thumbnail(gallery: Gallery, name: str) -> str:
+    """Make a data URI of a photo of the gallery; "" if it can no longer be read."""
     try:
-        with open_picture(gallery.path(name)) as image:
-            return np.asarray(picture_of(image, longest))
+        return picture_uri(_picture(gallery, name, SIDE))
     except Exception:  # it was readable when the gallery was embedded
-        log.info("a photo of the gallery can no longer be read", exc_info=True)
-        return np.full((longest, longest, 3), 200, np.uint8)
+        return ""

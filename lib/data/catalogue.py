@@ -57,7 +57,7 @@ from lib.data.records import (
     scan_frames,
     shard_number,
 )
-from lib.files import replacing, show_error, show_path
+from lib.files import remove_half_written, replacing, show_error, show_path
 from lib.programs import program
 from lib.workers import process_pool
 
@@ -171,6 +171,7 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
             return load_catalogue(path)
         except CatalogueError as error:
             print(f"Making {CATALOGUE} anew: {error}")
+    remove_half_written(path.parent)
     catalogue = build_catalogue(shards)
     try:
         save_catalogue(catalogue, path)

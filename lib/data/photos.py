@@ -111,10 +111,13 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
         except OSError:
             left_out["folders that can't be read"] += 1
             continue
-        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+        for entry in entries:
             kind, path = os.path.splitext(entry.name)[1].lower(), Path(entry.path)
             try:
-                if entry.is_dir():
+                if entry.name.startswith("."):
+                    if kind in SUFFIXES or (subfolders and entry.is_dir()):
+                        left_out["hidden files and folders"] += 1
+                elif entry.is_dir():
                     if subfolders and entry.is_symlink():
                         left_out["links to folders"] += 1
                     elif subfolders:

@@ -178,9 +178,8 @@ def parse_triplet(message: bytes) -> Triplet:
     pictures = []
     for name in FEATURES:
         if name not in features:
-            raise RecordError(
-                "feature missing", f"no {name!r} among {', '.join(sorted(features)) or 'none'}"
-            )
+            found = ", ".join(sorted(features))[:200] or "none"
+            raise RecordError("feature missing", f"no {name!r} among {found}")
         values = features[name].bytes_list.value
         if len(values) != 1:
             found = features[name].WhichOneof("kind") or "nothing"

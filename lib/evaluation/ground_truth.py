@@ -96,7 +96,7 @@ class GroundTruth:
                 raise GroundTruthError(f"there are no {what}")
             if len(set(names)) < len(names):
                 (twice, _), *_ = Counter(names).most_common(1)
-                raise GroundTruthError(f"{twice!r} is twice among the {what}")
+                raise GroundTruthError(f"{twice!r:.200} is twice among the {what}")
         if not len(self.queries) == len(self.positives) == len(self.junk):
             lists = f"positives of {len(self.positives)} and junk of {len(self.junk)}"
             raise GroundTruthError(f"{len(self.queries)} queries, but {lists}")
@@ -104,7 +104,7 @@ class GroundTruth:
             raise GroundTruthError(f"boxes must be (q, 4), got {self.boxes.shape}")
         for number, query in enumerate(self.queries):
             if problem := self._problem(number):
-                raise GroundTruthError(f"query {number} ({query!r}): {problem}")
+                raise GroundTruthError(f"query {number} ({query!r:.200}): {problem}")
 
     def _problem(self, query: int) -> str | None:
         positives, junk = self.positives[query], self.junk[query]
@@ -117,7 +117,7 @@ class GroundTruth:
         if len(np.unique(positives)) < len(positives):
             return "a photo is twice among the positives"
         if len(both := np.intersect1d(positives, junk)):
-            return f"photo {both[0]} ({self.gallery[both[0]]!r}) is both positive and junk"
+            return f"photo {both[0]} ({self.gallery[both[0]]!r:.200}) is both positive and junk"
         if self.boxes is not None:
             x1, y1, x2, y2 = box = self.boxes[query].tolist()
             if not (np.isfinite(box).all() and x1 < x2 and y1 < y2):
@@ -166,7 +166,7 @@ def read_landmarks(
         try:
             query, numbers, its_usage = _solution_line(cells, number_of)
             if query in found:
-                raise GroundTruthError(f"query {query!r} is there twice")
+                raise GroundTruthError(f"query {query!r:.200} is there twice")
         except GroundTruthError as error:
             raise GroundTruthError(f"{where}, line {line}: {error}") from None
         found[query] = np.array(numbers), its_usage
@@ -183,18 +183,18 @@ def _solution_line(line: list[str], number_of: dict[str, int]) -> tuple[str, lis
     if not query or not usage:
         raise GroundTruthError("it is not id,images,Usage")
     if usage not in ("Public", "Private", "Ignored"):
-        raise GroundTruthError(f"usage {usage!r} is none of Public, Private, Ignored")
+        raise GroundTruthError(f"usage {usage!r:.200} is none of Public, Private, Ignored")
     names = images.split()
     if usage == "Ignored":
         if names not in ([], ["None"]):
-            raise GroundTruthError(f"query {query!r} is ignored, but has images")
+            raise GroundTruthError(f"query {query!r:.200} is ignored, but has images")
         return query, [], usage
     if not names:
-        raise GroundTruthError(f"query {query!r} has no images")
+        raise GroundTruthError(f"query {query!r:.200} has no images")
     if unknown := [name for name in names if name not in number_of]:
-        raise GroundTruthError(f"image {unknown[0]!r} is not in the index")
+        raise GroundTruthError(f"image {unknown[0]!r:.200} is not in the index")
     if len(set(names)) < len(names):
-        raise GroundTruthError(f"query {query!r} lists an image twice")
+        raise GroundTruthError(f"query {query!r:.200} lists an image twice")
     return query, [number_of[name] for name in names], usage
 
 
@@ -221,7 +221,7 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
             try:
                 found.append({key: _numbers(entry, key) for key in ("bbx", "easy", "hard", "junk")})
             except GroundTruthError as error:
-                raise GroundTruthError(f"query {number} ({query!r}): {error}") from None
+                raise GroundTruthError(f"query {number} ({query!r:.200}): {error}") from None
         boxes = np.array([of_query["bbx"] for of_query in found])
 
         def joined(kinds: tuple[str, ...]) -> list[np.ndarray]:

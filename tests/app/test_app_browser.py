@@ -1,5 +1,6 @@
 """The search app in a real browser: the page that `make app` serves, and in JupyterLab."""
 
+import http.client
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.app.page import write_page_notebook
+from lib.app.page import MOST_KERNELS, write_page_notebook
 from lib.app.upload import MOST_BYTES
 from lib.files import project_root
 from lib.network.engine import ENGINE, export_engine
@@ -229,6 +231,8 @@ def test_a_page_whose_kernel_was_culled_starts_again(app):
     app.status(f"{LANDMARKS * PHOTOS} photos ready.")
     app.input.set_input_files(photo_of(4))
     app.shows(4)
+    assert all("404" in error for error in app.page.errors)  # how the page finds it out
+    app.page.errors.clear()
 
 
 def test_dropped_and_pasted(app):
@@ -346,10 +350,10 @@ def test_a_narrow_window_needs_no_scrolling_to_the_side(app):
         assert width_of_page <= width
 
 
-def request(url, **headers):
+def request(url, method="GET", **headers):
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=20
+            urllib.request.Request(url, method=method, headers=headers), timeout=120
         ) as got:
             return got.status, got.url, got.read().decode()
     except urllib.error.HTTPError as error:
@@ -369,6 +373,93 @@ def test_the_page_is_for_this_machine_and_this_user(address):
         assert {a.split(":")[0] for a in local if a.endswith(f":{port:04X}")} == {"0100007F"}
     for path in ("voila/files/search_app.ipynb", f"voila/files/{ENGINE}", "voila/files/../x"):
         assert request(f"{base}{path}?token={token}")[0] in (403, 404)
+
+
+def kernel_of(content):
+    return re.search(r'"kernelId": *"([^"]+)"', content)[1]
+
+
+def test_no_other_site_gets_a_connection_to_the_kernel(app):
+    """The user's cookies come with its request."""
+    cookies = "; ".join(f"{c['name']}={c['value']}" for c in app.page.context.cookies())
+    host = re.search(r"//([^/]+)/", app.page.url)[1]
+    path = f"/api/kernels/{kernel_of(app.page.content())}/channels"
+    status = []
+    for origin in (f"http://{host}", "http://example.org", f"http://{host}.example.org", "null"):
+        connection = http.client.HTTPConnection(host, timeout=60)
+        headers = {"Origin": origin, "Cookie": cookies, "Sec-WebSocket-Key": "A" * 22 + "=="}
+        headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        connection.request("GET", path, headers=headers)
+        status.append(connection.getresponse().status)
+        connection.close()
+    assert status == [101, 403, 403, 403]
+
+
+SEND_CODE = """async ([kernel, code]) => {
+  const socket = new WebSocket(`ws://${location.host}/api/kernels/${kernel}/channels`);
+  await new Promise((resolve) => (socket.onopen = resolve));
+  const send = (channel, msg_type, content) => {
+    const date = new Date().toISOString(), msg_id = `${channel} ${msg_type}`;
+    const header = { msg_id, msg_type, session: "s", username: "", date, version: "5.3" };
+    const message = { channel, header, parent_header: {}, metadata: {}, content, buffers: [] };
+    socket.send(JSON.stringify(message));
+  };
+  const answers = [];
+  const last = new Promise((resolve) => {
+    socket.onmessage = ({ data }) => {
+      const { msg_type, parent_header } = JSON.parse(data);
+      answers.push(`${parent_header.msg_id}: ${msg_type}`);
+      if (parent_header.msg_id === "shell kernel_info_request" && msg_type === "kernel_info_reply")
+        resolve();
+    };
+  });
+  for (const channel of ["control", "shell"]) {
+    send(channel, "execute_request", { code, silent: false, user_expressions: {} });
+    send(channel, "complete_request", { code: "run_d", cursor_pos: 5 });
+    send(channel, "inspect_request", { code: "run_dir", cursor_pos: 5, detail_level: 0 });
+  }
+  send("shell", "kernel_info_request", {});
+  await last;
+  socket.close();
+  return answers;
+}"""
+
+
+def test_a_page_can_send_no_code_to_the_kernel(app, tmp_path):
+    """Nor ask what is in it; what is sent last is allowed, and is answered."""
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    answers = app.page.evaluate(SEND_CODE, [kernel_of(app.page.content()), code])
+    assert "shell kernel_info_request: kernel_info_reply" in answers
+    assert not re.search("(execute|complete|inspect)_", " ".join(answers))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_page_that_is_reloaded_or_left_ends_its_kernel(app, address):
+    base, _, token = address.partition("?token=")
+    for leave in (app.page.reload, lambda: app.page.goto("about:blank")):
+        kernel = f"{base}api/kernels/{kernel_of(app.page.content())}?token={token}"
+        assert request(kernel)[0] == 200
+        leave()
+        wait_for(lambda at=kernel: request(at)[0] == 404, seconds=60)
+
+
+def test_one_page_too_many_is_told_so(address):
+    base, _, token = address.partition("?token=")
+
+    def end_kernel(content):
+        request(f"{base}api/kernels/{kernel_of(content)}?token={token}", "DELETE")
+
+    with ThreadPoolExecutor(MOST_KERNELS + 1) as pool:
+        answers = list(pool.map(request, [address] * (MOST_KERNELS + 1)))
+    refused = [content for status, _, content in answers if status == 503]
+    pages = [content for status, _, content in answers if status == 200]
+    for content in pages:
+        end_kernel(content)
+    assert refused and pages and len(refused) + len(pages) == len(answers)
+    assert all(content.startswith("Too many pages of the app are open") for content in refused)
+    status, _, content = request(address)
+    assert status == 200
+    end_kernel(content)
 
 
 def test_in_jupyterlab(browser, page, root, tmp_path_factory):

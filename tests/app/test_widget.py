@@ -8,13 +8,14 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 
 from lib.app import page as app_page
 from lib.app.answer import SearchError, landmark_of, open_gallery
 from lib.app.drop import PhotoDrop
 from lib.app.upload import MOST_BYTES
-from lib.app.widget import SAMPLES, SearchApp, _picture
+from lib.app.widget import SAMPLES, SearchApp, _thumbnail
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 from tests.app.test_answer import colour, fake_engine
 
@@ -125,6 +126,29 @@ def test_a_failure_is_one_line_for_the_user_and_a_traceback_for_the_log(app, cap
     assert "Looks most like landmark 05." in app._status.value
 
 
+KERNEL = """
+from pathlib import Path
+from lib.app.widget import Gallery, SearchApp
+from tests.app.test_answer import fake_engine
+app = SearchApp(fake_engine(), Gallery(Path("x"), [], None, 0), Path("x"))
+app.search = None
+app._on_gallery_photo("/secret/path")
+"""
+
+
+def test_the_log_goes_to_the_terminal_of_the_server_and_not_into_the_page(tmp_path):
+    """What a kernel writes to stderr is sent to the browser: it was the traceback."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(KERNEL)])
+    with (tmp_path / "terminal").open("w") as terminal:
+        # Below pytest, ipykernel would leave alone what is written past Python's sys.stderr.
+        env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+        root = str(app_page.project_root())
+        NotebookClient(notebook, kernel_name="python3").execute(cwd=root, stderr=terminal, env=env)
+    told = str(notebook)  # outputs, and what the widgets show
+    assert "AttributeError" in (tmp_path / "terminal").read_text()
+    assert "That went wrong" in told and "Traceback" not in told
+
+
 def test_a_sample_is_not_compared_with_itself(app):
     samples = app._samples.children
     assert len(samples) == SAMPLES
@@ -139,12 +163,28 @@ def test_a_sample_is_not_compared_with_itself(app):
     assert second not in app.answer.names and app._why.value == ""
 
 
-def test_a_photo_that_is_gone_is_grey_and_stops_nothing(app, folder):
-    (folder / "landmark_05" / "0.png").unlink()
+def test_a_photo_that_is_gone_is_named_so_and_stops_nothing(app, folder):
+    """It was a grey picture that was called the photo."""
+    (folder / "landmark_05" / "1.png").unlink()
     send(app._drop, png(5))
-    assert "landmark_05/0.png" in app.answer.names and len(results(app)) == 8
-    button(app, app.answer.names.index("landmark_05/0.png"), 0).click()
-    assert 'role="alert"' in app._status.value and str(folder) not in app._status.value
+    assert "landmark_05/1.png" in app.answer.names and len(results(app)) == 8
+    for name, result in zip(app.answer.names, results(app), strict=True):
+        gone = name == "landmark_05/1.png"
+        assert result.count("landmark 05 (file gone or unreadable)") == 2 * gone  # alt, caption
+    assert "Gone or unreadable: 1 file of those shown." in app._status.value
+    send(app._drop, png(6))
+    app._k.value = 4
+    assert "unreadable" not in app._status.value + "".join(results(app))
+    send(app._drop, png(5))
+    for which in range(2):
+        button(app, app.answer.names.index("landmark_05/1.png"), which).click()
+        assert "This photo can no longer be read." in app._status.value
+    app._show_gallery()
+    assert len(app._samples.children) == SAMPLES
+    (folder / app.search.gallery.names[0]).unlink()
+    app._thumbnail.cache_clear()
+    app._show_gallery()
+    assert len(app._samples.children) == SAMPLES - 1
 
 
 def test_a_folder_of_ones_own(app, tmp_path):
@@ -193,7 +233,7 @@ def test_a_link_out_of_the_gallery_shows_nothing(app, folder, tmp_path):
     (folder / "landmark_05" / "0.png").symlink_to(secret)
     with pytest.raises(SearchError, match="no longer in the folder"):
         app.search.photo("landmark_05/0.png")
-    assert (_picture(app.search.gallery, "landmark_05/0.png", 9) == 200).all()
+    assert _thumbnail(app.search.gallery, "landmark_05/0.png") == ""
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from lib.data.catalogue import (
 from lib.data.neighbours import pair_neighbours
 from lib.data.records import RecordError, Triplet, read_picture, read_triplets, write_shard
 from lib.demo.data import plan_triplets
+from lib.files import replacing
 from tests.conftest import SMALL_WORLD
 
 
@@ -435,6 +436,18 @@ def test_a_folder_that_can_only_be_read_is_catalogued_all_the_same(
     monkeypatch.setattr(lib.data.catalogue, "save_catalogue", refuse)
     assert len(open_catalogue(dataset_dir).triplets) == 15
     assert "can't be kept (read-only file system)" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_removed_when_the_catalogue_is_made(dataset_dir):
+    left = dataset_dir / f".part-00000000-{CATALOGUE}"
+    left.touch()
+    with replacing(dataset_dir / "train09.tfrec") as part:  # by a process that lives
+        open_catalogue(dataset_dir)
+        assert not left.exists() and part.exists()
+    (dataset_dir / "train09.tfrec").unlink()
+    left.touch()
+    open_catalogue(dataset_dir)
+    assert left.exists()  # reading changes nothing
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "garbage", "empty", "other"])

@@ -223,6 +223,12 @@ def test_messages_that_are_no_triplets_are_named(content, kind, detail):
     assert raised.value.kind == kind
 
 
+def test_a_feature_name_of_any_length_makes_a_short_message():
+    with pytest.raises(RecordError, match="'anchor_img' among xxx") as raised:
+        parse_triplet(message(**{"x" * 1_000_000: PICTURE}))
+    assert len(str(raised.value)) < 500
+
+
 def test_an_interrupted_write_leaves_no_shard(tmp_path):
     def failing():
         yield SOME[0]

@@ -357,6 +357,26 @@ def test_errors_of_a_solution_name_its_line(tmp_path, line, problem):
         read_landmarks(path, INDEX, "Private")
 
 
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"q6,{LONG},Private",
+        f"q6,aa,{LONG}",
+        f"{LONG},,Public",
+        f"{LONG},aa,Ignored",
+        f"{LONG},aa aa,Public",
+        f"{LONG},aa,Public\n{LONG},aa,Public",
+    ],
+)
+def test_a_name_of_any_length_makes_a_short_message(tmp_path, line):
+    with pytest.raises(GroundTruthError, match=r"solution\.csv, line \d: .*x{150}") as caught:
+        read_landmarks(write_solution(tmp_path, f"{SOLUTION}{line}\n"), INDEX, "Private")
+    assert len(str(caught.value)) < 500
+
+
 def test_files_that_are_no_solution_are_refused(tmp_path):
     for text, problem in (
         ("", r"line 1: the columns must be"),
@@ -420,5 +440,13 @@ def test_a_ground_truth_is_checked_when_it_is_made():
     ):
         with pytest.raises(GroundTruthError, match=problem):
             GroundTruth(*arguments)
+    for arguments in (
+        (["q"] * 2, [LONG] * 2, one * 2, none * 2),
+        ([LONG] * 2, ["a"], one * 2, none * 2),
+        ([LONG], [LONG], one, one),
+    ):
+        with pytest.raises(GroundTruthError, match=r"twice|both") as caught:
+            GroundTruth(*arguments)
+        assert len(str(caught.value)) < 1000
     # What is junk twice is junk.
     GroundTruth(["q"], ["a", "b"], one, [np.array([1, 1])], np.array([[0.0, 0.0, 1.0, 1.0]]))

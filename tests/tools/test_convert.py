@@ -135,8 +135,10 @@ def test_folders_that_can_not_be_used(tmp_path):
         open(folder + b"/\xff.jpg", "w").close()
     except OSError:
         pytest.skip("this file system takes no such names")
-    with pytest.raises(ConversionError, match=r"udcff\.jpg' is no UTF-8 text: rename"):
+    with pytest.raises(ConversionError, match=r"left out: 1 photos whose names are not UTF-8"):
         read_folder(tmp_path)
+    save(tmp_path / "a" / "1.jpg")  # it was lost with the other
+    assert read_folder(tmp_path).table["image_id"].tolist() == ["a/1.jpg"]
 
 
 def write_csv(path, *rows, header="id,url,landmark_id"):
@@ -369,6 +371,19 @@ def test_round_trip(tmp_path):
     assert verify(tmp_path / "out") == report
 
 
+def test_a_photo_that_was_replaced_makes_another_conversion(tmp_path):
+    """A damaged photo stayed left out after a good one had taken its place."""
+    make_photos(tmp_path / "photos", [3, 3])
+    broken = sorted((tmp_path / "photos").rglob("*.*"))[0]
+    good = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    convert(read_folder(tmp_path / "photos"), tmp_path / "out", ConversionSettings(size=16))
+    broken.write_bytes(good)
+    photos = read_folder(tmp_path / "photos")
+    with pytest.raises(ConversionError, match=r"\(other files\): choose another folder, or delete"):
+        convert(photos, tmp_path / "out", ConversionSettings(size=16))
+
+
 def test_there_may_be_more_than_a_hundred_shards(tmp_path):
     photos = make_photos(tmp_path / "photos", [51, 50])
     convert(photos, tmp_path / "out", ConversionSettings(records_per_shard=1))
@@ -578,7 +593,7 @@ def test_a_folder_belongs_to_one_conversion(tmp_path, source):
     with pytest.raises(ConversionError, match=r"another conversion \(other size\): choose another"):
         convert(photos, tmp_path / "a", ConversionSettings(size=17, records_per_shard=4))
     fewer = make_photos(tmp_path / "photos", [4, 1])
-    with pytest.raises(ConversionError, match=r"\(other photos, records, sha256\)"):
+    with pytest.raises(ConversionError, match=r"\(other photos, records, sha256, files\)"):
         convert(fewer, tmp_path / "a", SETTINGS)
     assert content_of(tmp_path / "a") == before
     (tmp_path / "b").mkdir()

@@ -21,6 +21,7 @@ import pytest
 from kagglehub.exceptions import UnauthenticatedError
 
 from lib.data.records import DatasetNotFoundError, Triplet, write_shard
+from lib.files import replacing
 from tools.download import CHECKSUMS, KAGGLE_COUNTS, DownloadError, download, main, verify
 
 EXPECTED = {0: 5, 1: 5, 2: None}
@@ -159,6 +160,16 @@ def test_an_interrupted_file_goes_on_where_it_stopped(kaggle, folder):
     download(folder, EXPECTED)
     assert kaggle.asked[2] == f"train00.tfrec from {2**20}"
     assert (folder / NAMES[0]).read_bytes() == kaggle.files[NAMES[0]]
+
+
+def test_what_a_killed_download_left_is_removed(kaggle, folder):
+    """It was left for ever: maybe a whole shard."""
+    folder.mkdir()
+    (folder / f".part-00000000-{NAMES[0]}").touch()
+    (folder / f".part-00000000-{NAMES[0]}.lock").touch()
+    with replacing(folder / "train90.tfrec") as part:  # somebody else's, who still writes it
+        download(folder, {1: 5})
+        assert part.is_file() and len(list(folder.glob(".part-*"))) == 2  # with its lock
 
 
 def test_on_kaggle_and_colab_it_downloads_too(kaggle, folder, monkeypatch):

@@ -11,6 +11,8 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from lib.files import project_root
+from lib.runs import record_metrics
+from tests.interrupted import WAYS, interrupt
 from tools import pipeline
 from tools.pipeline import NOTEBOOKS, ProfileError, main, notebook_parameters, read_profile
 
@@ -118,11 +120,38 @@ def test_a_run_that_is_ended_from_outside_has_a_report(
     assert (tmp_path / "run" / "report.html").is_file() and "report.html" in printed.out
 
 
+def test_a_run_folder_is_of_one_pipeline_at_a_time(tmp_path, capsys, monkeypatch):
+    """Two of them overwrote each other's notebooks and metrics."""
+    arguments, ran = ["--run-dir", str(tmp_path / "run")], []
+
+    def run_notebooks(run, *_):
+        ran.append(run)
+        monkeypatch.setattr(pipeline, "run_notebooks", pytest.fail)
+        record_metrics(run, data={})  # the notebooks take the folder's own lock meanwhile
+        before = (run / "environment.json").stat().st_mtime_ns
+        assert main(arguments) == 1
+        assert (run / "environment.json").stat().st_mtime_ns == before
+
+    for times in (1, 2):  # and it is free again afterwards
+        monkeypatch.setattr(pipeline, "run_notebooks", run_notebooks)
+        assert main(arguments) == 0
+        assert len(ran) == times
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and "--run-dir" in printed
+        assert f"another pipeline writes into {tmp_path / 'run'}" in printed
+
+
 @pytest.mark.long
-def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for kernels in /proc")
+def test_the_chain_is_interrupted_and_goes_on_and_keeps_its_results(tmp_path, capsys):
     profile = tmp_path / "tiny.yaml"
     profile.write_text(json.dumps(TINY | {"weights": "absent.weights.h5"}))  # goes on without
-    status = main([str(profile), "--run-dir", str(tmp_path / "run")])
+    arguments = [str(profile), "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "tools.pipeline", *arguments]
+    # In training, in the descriptors of views, in tuning the index.
+    for name, cell, way in zip((NOTEBOOKS[1], *NOTEBOOKS[3:5]), (21, 25, 16), WAYS, strict=True):
+        interrupt(command, tmp_path / "run" / f"{name}.ipynb", cell, 0.5, way, cwd=ROOT)
+    status = main(arguments)
     printed = capsys.readouterr()
     assert status == 0, printed.err[-3000:]
     folder = tmp_path / "run"
@@ -148,6 +177,7 @@ def test_the_chain_runs_and_keeps_its_results(tmp_path, capsys):
         assert (folder / name).is_file(), name
     assert json.loads((folder / "environment.json").read_text())["profile"] == "tiny.yaml"
     assert "Missing in this run" not in (folder / "report.html").read_text()
+    assert not [*folder.rglob(".part-*")]
     assert len(list((folder / "figures").glob("*.png"))) >= 10
     assert "report.html" in printed.out and "Traceback" not in printed.err
 
