@@ -136,6 +136,9 @@ test-long: setup ## Run the long tests: kills, training, a real browser
 	@echo "== long tests"
 	$(PYTEST) -m long --ignore=tests/cluster
 
+rehearse: setup ## Walk more paths of users from end to end: a quarter of an hour
+	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py
+
 test-notebooks: setup
 	@echo "== notebook 01, compared with its saved outputs"
 	$(PYTEST) --nbval notebooks/01*.ipynb

@@ -202,65 +202,76 @@ def checksum(path: Path) -> str:
 
 
 def read_table(
-    path: Path, columns: Sequence[str], error: type[ValueError], errors: str = "strict"
+    path: Path,
+    columns: Sequence[str],
+    error: type[ValueError],
+    errors: str = "strict",
+    limit: int = _LARGEST_TABLE,
 ) -> Iterator[tuple[int, list[str]]]:
     """Read columns of a CSV file as people's spreadsheets write it.
 
     It is UTF-8 or UTF-16, with commas, semicolons or tabs. Case and spaces in the header, blank
-    rows, other columns and Excel's first line ``sep=;`` make no difference.
+    rows, other columns and Excel's first line ``sep=;`` make no difference. It is read as the rows
+    are taken, so what precedes a fault has been yielded.
 
     Args:
-        path: of the file, of at most 32 MB.
+        path: of the file.
         columns: names in the header.
         error: type of the errors, whose message names the line.
         errors: how bytes are treated that do not fit the encoding, see :meth:`bytes.decode`.
+        limit: bytes that the file has at most.
 
     Yields:
         the line in which a row begins, from 1, and its cells of ``columns``; "" for absent cells.
     """
-    where, line, content, encoding = show_path(path), 1, b"", "utf-8-sig"
+    where, line, before, encoding = show_path(path), 1, 1, "utf-8-sig"
+    rows = csv.reader(())
     try:
         if not Path(path).is_file():  # a pipe would wait for ever
             raise OSError("there is no such file")
         with Path(path).open("rb") as file:
-            content = file.read(_LARGEST_TABLE + 1)
-        if len(content) > _LARGEST_TABLE:
-            raise OSError(f"it has more than {_LARGEST_TABLE / 1e6:.0f} MB")
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            encoding = "utf-16"
-        elif 0 in content[:2]:  # UTF-16 without its mark: the other byte of a Latin letter is 0
-            encoding = "utf-16-le" if content[0] else "utf-16-be"
-        lines = io.StringIO(content.decode(encoding, errors), newline="")
-        first = next(lines, "")
-        while first and (not first.strip(',;"\t\r\n ') or first.lower().startswith("sep=")):
-            line, first = line + 1, next(lines, "")
-        comma, before = max(",;\t", key=first.count), line
-        padded = f"{comma} " in first
-        rows = csv.reader(chain([first], lines, [_END]), delimiter=comma, skipinitialspace=padded)
-        header = [cell.strip().casefold() for cell in next(rows)]
-        if any(header.count(column.casefold()) != 1 for column in columns):
-            found = ",".join(header).encode(errors="replace").decode()[:200]
-            raise ValueError(f"the columns must be {','.join(columns)}, not {found}")
-        places = [header.index(column.casefold()) for column in columns]
-        line = before + rows.line_num
-        for cells in rows:
-            if cells == [_END]:
-                return
-            if cells and cells[-1].endswith(_END):
-                raise ValueError("a quotation mark is not closed")
-            if any(map(str.strip, cells[len(header) :])):
-                raise ValueError(
-                    "it has more cells than the header; text that contains "
-                    f"{comma!r} must be in quotation marks"
-                )
-            if any(map(str.strip, cells)):
-                yield line, [cells[i] if i < len(cells) else "" for i in places]
+            if os.fstat(file.fileno()).st_size > limit:
+                raise OSError(f"it has more than {limit / 1e6:.0f} MB")
+            mark = file.peek(2)[:2]
+            if mark in (b"\xff\xfe", b"\xfe\xff"):
+                encoding = "utf-16"
+            elif 0 in mark:  # UTF-16 without its mark: the other byte of a Latin letter is 0
+                encoding = "utf-16-le" if mark[0] else "utf-16-be"
+            lines = io.TextIOWrapper(file, encoding, errors, newline="")
+            first = next(lines, "")
+            while first and (not first.strip(',;"\t\r\n ') or first.lower().startswith("sep=")):
+                before += 1
+                first = next(lines, "")
+            line, comma = before, max(",;\t", key=first.count)
+            padded = f"{comma} " in first
+            source = chain([first], lines, [_END])
+            rows = csv.reader(source, delimiter=comma, skipinitialspace=padded)
+            header = [cell.strip().casefold() for cell in next(rows)]
+            if any(header.count(column.casefold()) != 1 for column in columns):
+                found = ",".join(header).encode(errors="replace").decode()[:200]
+                raise ValueError(f"the columns must be {','.join(columns)}, not {found}")
+            places = [header.index(column.casefold()) for column in columns]
             line = before + rows.line_num
+            for cells in rows:
+                if cells == [_END]:
+                    return
+                if cells and cells[-1].endswith(_END):
+                    raise ValueError("a quotation mark is not closed")
+                if any(map(str.strip, cells[len(header) :])):
+                    raise ValueError(
+                        "it has more cells than the header; text that contains "
+                        f"{comma!r} must be in quotation marks"
+                    )
+                if any(map(str.strip, cells)):
+                    yield line, [cells[i] if i < len(cells) else "" for i in places]
+                line = before + rows.line_num
     except OSError as problem:
         raise error(f"{where} can't be read as a CSV file: {problem}") from None
     except (UnicodeDecodeError, csv.Error) as problem:
         if isinstance(problem, UnicodeDecodeError):
-            line, problem = content.count(b"\n", 0, problem.start) + 1, problem.reason
+            # It is in the bytes that were to complete the line after those that were given out.
+            line = before + rows.line_num + problem.object.count(b"\n", 0, problem.start)
+            problem = problem.reason
         hint = f"it can't be read as a CSV file, save it as 'CSV UTF-8' ({problem})"
         raise error(f"{where}, line {line}: {hint}") from None
     except ValueError as problem:

@@ -151,6 +151,8 @@ def convert(
 ) -> Report:
     """Write the shards, on all processor cores; after an interruption the same call continues.
 
+    If the size or time of change of a photo's file has changed since, it begins anew.
+
     Equal photos, settings and version of Pillow give equal shards, byte for byte, however often the
     work is interrupted. About one shard's pictures are in memory at a time.
 
@@ -183,6 +185,8 @@ def convert(
         # A shard under its name is whole. Without skipped.csv it is unknown what the shard lacks.
         names = {path.name for path in target_dir.iterdir()}
         done = names & shards.keys() if SKIPPED in names else set()
+        for name in names & shards.keys() - done:  # else the next run would take them for whole
+            (target_dir / name).unlink()
         todo = {name: rows for name, rows in shards.items() if name not in done}
         if not todo and COMPLETE in names:
             return _read_complete(target_dir)[1]
@@ -220,7 +224,13 @@ def _claim(target_dir: Path, description: dict) -> None:
             found = dict(read_json(path))
         except (ValueError, TypeError):
             raise ConversionError(f"{show_path(path)} is damaged: delete the folder") from None
-        if differing := [name for name in description if found.get(name) != description[name]]:
+        differing = [name for name in description if found.get(name) != description[name]]
+        # Older versions did not note the files; whether these have changed is unknown.
+        if differing == ["files"] and "files" in found:
+            for name in (COMPLETE, SKIPPED):  # without them, convert() begins anew
+                (target_dir / name).unlink(missing_ok=True)
+            write_json(path, description)
+        elif differing:
             raise ConversionError(
                 f"{where} holds another conversion (other {', '.join(differing)}): choose another "
                 "folder, or delete this one"

@@ -7,14 +7,20 @@ plan = plan_triplets(photos.landmark, seed=0)
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lib.data.photos import landmark_photos, left_out_lines
-from lib.files import show_path
+from lib.files import read_table, show_path
+
+_LARGEST_LIST = 2**31  # bytes; that of Google Landmarks v2 has 500 MB
+_OUTSIDE = "links to files outside of the folder"
 
 
 class ConversionError(ValueError):
@@ -58,8 +64,10 @@ def read_folder(folder: Path) -> LabelledPhotos:
         message = f"{show_path(folder)} has no subfolders with photos: give each landmark one, or "
         message += "name the CSV file with the labels"
         raise ConversionError("; ".join([message, *left_out_lines(left_out)]))
-    rows = [(f"{p.parent.name}/{p.name}", str(p), p.parent.name) for p in paths]
-    table = pd.DataFrame(rows, columns=["image_id", "path", "landmark_id"])
+    rows = [(f"{p.parent.name}/{p.name}", p.parent.name) for p in paths]
+    table = pd.DataFrame(rows, columns=["image_id", "landmark_id"])
+    # Of type object, as pandas' own type for text takes no folders whose names are not UTF-8.
+    table["path"] = pd.Series(list(map(str, paths)), dtype=object)
     return LabelledPhotos(table, table.iloc[:0], left_out)
 
 
@@ -70,47 +78,69 @@ def _is_text(name: str) -> bool:
 def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
     """List the photos of Google Landmarks v2's ``train.csv`` or a similar file.
 
-    It needs the columns ``id`` and ``landmark_id``. A photo's path is
-    ``<image_root>/<a>/<b>/<c>/<id>.jpg``, where a, b, c are the first three characters of its id
-    (https://github.com/cvdf/google-landmark).
+    It needs the columns ``id`` and ``landmark_id``, see :func:`lib.files.read_table`. A photo's
+    path is ``<image_root>/<a>/<b>/<c>/<id>.jpg``, where a, b, c are the first three characters of
+    its id (https://github.com/cvdf/google-landmark). Photos whose paths lead out of ``image_root``
+    are left out.
 
     Raises:
         ConversionError: the file can't be used, or none of its photos exists.
     """
-    where, columns = show_path(labels), ["id", "landmark_id"]
-    try:
-        table = pd.read_csv(
-            labels, dtype=str, na_filter=False, usecols=lambda name: name in columns
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{where} can't be read as a CSV file: {error}") from None
-    if missing := [name for name in columns if name not in table]:
-        raise ConversionError(f"{where} lacks the column {missing[0]}: name it in the first line")
-    wrong = (table == "").any(axis=1) | table["id"].duplicated()
+    columns = ("id", "landmark_id")
+    rows = partial(read_table, labels, columns, ConversionError, limit=_LARGEST_LIST)
+    where, ids, landmarks = show_path(labels), [], []
+    for _, (image_id, landmark_id) in rows():
+        ids.append(image_id.strip())
+        landmarks.append(sys.intern(landmark_id.strip()))  # most are repeated
+    table = pd.DataFrame({"image_id": ids, "landmark_id": landmarks}, dtype=str)
+    wrong = (table == "").any(axis=1) | table["image_id"].duplicated()
     if wrong.any():
-        line = wrong.argmax() + 2
+        line, _ = next(islice(rows(), int(wrong.argmax()), None))
         raise ConversionError(f"{where}, line {line}: the id is repeated, or something is empty")
-    name = table["id"]
-    folder = f"{image_root}/" + name.str[:1] + "/" + name.str[1:2] + "/" + name.str[2:3] + "/"
-    table = table.assign(path=folder + name + ".jpg").rename(columns={"id": "image_id"})
+    paths = [f"{_folder(str(image_root), name)}{name}.jpg" for name in ids]
     # Listing the folders (4096 for the whole set) is far faster than looking for each photo.
-    files, locked = [], 0
-    for f in filter(os.path.isdir, folder.unique()):
+    root, found, locked = os.path.realpath(image_root), {}, 0
+    for folder in filter(os.path.isdir, {_folder(str(image_root), name) for name in ids}):
+        inside = _leads_into(folder, root)
         try:
-            files += [f"{f}{name}" for name in os.listdir(f)]
+            with os.scandir(folder) as entries:
+                found |= {e.path: _fault(e, root) if inside else _OUTSIDE for e in entries}
         except OSError:
             locked += 1
+    fault = pd.Series([found.get(path, "absent") for path in paths], dtype=str)
+    present, absent = fault == "", fault == "absent"
     left_out = {"folders that can't be read": locked} if locked else {}
-    present = table["path"].isin(files)
+    left_out |= fault[~present & ~absent].value_counts().to_dict()
     if not present.any():
         raise ConversionError(
             f"none of the {len(table):,} photos that {where} lists is in folders <a>/<b>/<c> of "
             f"{show_path(image_root)}: name the right folder, and unpack the photos there"
             + "".join(f"; {line}" for line in left_out_lines(left_out))
         )
-    absent, table = table[~present], table[present]
+    table["path"] = pd.Series(paths, dtype=object)
+    absent, table = table[absent], table[present]
     together = np.argsort(pd.factorize(table["landmark_id"])[0], kind="stable")
     return LabelledPhotos(table.iloc[together].reset_index(drop=True), absent, left_out)
+
+
+def _folder(image_root: str, image_id: str) -> str:
+    return f"{image_root}/{image_id[:1]}/{image_id[1:2]}/{image_id[2:3]}/"
+
+
+def _fault(entry: os.DirEntry, root: str) -> str:
+    """Why a file is left out, or "" if it is not, as :func:`lib.data.photos.find_photos` has it."""
+    try:
+        if entry.is_dir():
+            return "folders that are named like photos"
+        if not entry.is_file():
+            return "files that are absent"
+        return _OUTSIDE if entry.is_symlink() and not _leads_into(entry.path, root) else ""
+    except OSError:
+        return "files that can't be read"
+
+
+def _leads_into(path: str, root: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def plan_triplets(landmark: np.ndarray, seed: int) -> np.ndarray:
