@@ -9,7 +9,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo app test test-style test-lib test-notebooks test-long backends cluster
 .PHONY: test-cluster browser notebooks screenshots lab tensorboard report backbone lint lock clean
-.PHONY: active-conda
+.PHONY: active-conda rehearse
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
 unexport JUPYTER_PATH

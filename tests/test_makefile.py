@@ -55,6 +55,7 @@ def test_help_lists_the_commands(tmp_path):
         "app",
         "test",
         "test-long",
+        "rehearse",
         "backends",
         "cluster",
         "test-cluster",
