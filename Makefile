@@ -136,7 +136,7 @@ test-long: setup ## Run the long tests: kills, training, a real browser
 	@echo "== long tests"
 	$(PYTEST) -m long --ignore=tests/cluster
 
-rehearse: setup ## Walk more paths of users from end to end: a quarter of an hour
+rehearse: setup ## Walk the paths of users from end to end: half an hour
 	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py
 
 test-notebooks: setup

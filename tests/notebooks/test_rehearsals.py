@@ -25,7 +25,7 @@ from tests.conftest import end_server, free_port, wait_for
 from tools.pipeline import NOTEBOOKS
 
 # One after the other, as each takes all cores.
-pytestmark = pytest.mark.xdist_group("rehearsals")
+pytestmark = [pytest.mark.rehearsal, pytest.mark.xdist_group("rehearsals")]
 
 ROOT = project_root()
 SHORT = {
@@ -126,7 +126,6 @@ def real_data(kaggle):
     return kaggle / "runs" / "whole"
 
 
-@pytest.mark.long
 def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
     printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
@@ -174,7 +173,6 @@ def answers(address):
         return urllib.request.urlopen(address, timeout=60).status == 200
 
 
-@pytest.mark.rehearsal
 @pytest.mark.parametrize(
     ("counts", "weights"),
     [([8] * 5, ""), ([3, 4] * 5 + [4], "resnet50.weights.h5"), ([2, 2], "imagenet")],
@@ -204,7 +202,6 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
 
 
-@pytest.mark.rehearsal
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare of Linux")
 def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
     """As on a server where data and code can only be read; started in another folder."""

@@ -138,7 +138,11 @@ def test_folders_that_can_not_be_used(tmp_path):
     with pytest.raises(ConversionError, match=r"left out: 1 photos whose names are not UTF-8"):
         read_folder(tmp_path)
     save(tmp_path / "a" / "1.jpg")  # it was lost with the other
-    assert read_folder(tmp_path).table["image_id"].tolist() == ["a/1.jpg"]
+    os.mkdir(os.fsencode(tmp_path) + b"/\xfe")
+    shutil.copy(tmp_path / "a" / "1.jpg", os.fsencode(tmp_path) + b"/\xfe/1.jpg")
+    photos = read_folder(tmp_path)
+    assert photos.table["image_id"].tolist() == ["a/1.jpg"]
+    assert photos.left_out == {"photos whose names are not UTF-8": 2}
 
 
 def test_a_folder_above_whose_name_is_not_utf8_is_no_matter(tmp_path):
