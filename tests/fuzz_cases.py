@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import yaml
 
 MODEL = "0" * 32
 
@@ -294,16 +295,9 @@ def profile(folder: Path) -> Case:
 
     source = project_root() / "profiles" / "gldv2.yaml"
     shutil.copy(source, folder)
-    known = set(read_profile(source, Everything()))
+    known = set(yaml.safe_load(source.read_text()))
     read = lambda path: read_profile(path, known)  # noqa: E731
     return Case([folder / source.name], read, ProfileError, exact=False)
-
-
-class Everything(set):
-    """A set that lacks nothing."""
-
-    def __rsub__(self, other):
-        return set()
 
 
 def embedding_job(folder: Path) -> Case:

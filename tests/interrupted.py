@@ -44,7 +44,7 @@ def interrupt(command, notebook: Path, cell: int, delay: float, way: str, **wher
                 os.kill(pid, signal.SIGKILL)
         printed, _ = process.communicate()
     if way != "machine":
-        assert process.returncode == 1 and "Traceback" not in printed, printed[-3000:]
+        assert process.returncode == 1, printed[-3000:]
         assert printed.splitlines()[-1].startswith("Stopped: "), printed[-3000:]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -42,11 +42,15 @@ NUMBERS = (4, 8, 12, 24)  # of results
 SIDE = 240  # longer side of a result in pixels
 VOTES = 3  # landmarks shown
 
-_GREY = picture_uri(np.full((SIDE, SIDE, 3), 200, np.uint8))  # for a photo that is gone
-
 _BUSY = "This folder is being read in another window: try again in a moment."
 _UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
 _FAILED = "That went wrong, and was noted. Please try another photo."
+
+
+@cache
+def _grey() -> str:
+    """A picture in place of a photo that is gone."""
+    return picture_uri(np.full((SIDE, SIDE, 3), 200, np.uint8))
 
 
 def _guarded(method: Callable) -> Callable:
@@ -254,7 +258,7 @@ class SearchApp(widgets.VBox):
         shown, buttons = self._cells[rank].children
         title = _title(landmark_of(name) or name)
         gone = "" if uri else " (file gone or unreadable)"
-        img = _img(uri or _GREY, f"Result {rank + 1}: {title}{gone}, similarity {similarity:.2f}")
+        img = _img(uri or _grey(), f"Result {rank + 1}: {title}{gone}, similarity {similarity:.2f}")
         shown.value = img + _bar(f"{rank + 1}. {title}{gone}", similarity, f"{similarity:.2f}")
         more, why = buttons.children
         more.tooltip = f"Search with result {rank + 1}, {title}"

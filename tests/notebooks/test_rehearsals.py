@@ -133,7 +133,7 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     for name in NOTEBOOKS:  # they are shared, with no word of the machine's folders
         assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
     metrics = metrics_of(real_data)
-    assert metrics["data"]["triplets"] > 300
+    assert metrics["data"]["records"] > 300
     assert metrics["test_set"]["ground_truth"] and metrics["post_processing"]
     assert metrics["training"]["epochs"] == 3
     # Without a ground truth, the same test set is searched in, and nothing is said of positives.

@@ -466,7 +466,7 @@ whole = time.perf_counter() - start
 rng = random.Random(0)
 kills, lines = 0, [0]
 for _ in range(20):
-    kills += work(folder / "killed", rng.uniform(0.0001, whole / 15))
+    kills += work(folder / "killed", rng.uniform(0.0001, whole / 8))
     progress = folder / "killed" / "progress.jsonl"
     lines.append(progress.read_bytes().count(b"\\n") if progress.exists() else 0)
 assert lines == sorted(lines)  # nothing lost

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_the_program_measures_every_stage_and_leaves_nothing(tmp_path):
     program = start(tmp_path, "--records", 600, "--cached", 100)
     printed = program.communicate()[0]
     assert program.returncode == 0, printed[-3000:]
-    result = json.loads(printed.splitlines()[-1])
+    result = json.loads(re.search(r"^{.*}$", printed, re.MULTILINE)[0])
     stages = [value for value in result.values() if isinstance(value, dict)]
     assert len(stages) == 7 and all(stage["bytes"] > 0 for stage in stages)
     assert all(stage["memory_gb"] >= stage["own_memory_gb"] > 0 for stage in stages[1:])
