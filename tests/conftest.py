@@ -40,7 +40,7 @@ def shards(small_world) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def same_draws_each_time():
-    """Keras takes the seeds that nobody gives it from Python's generator."""
+    """Keras takes seeds that nobody gives it from Python's generator, and shuffles by NumPy's."""
     random.seed(0)
     np.random.seed(0)
 

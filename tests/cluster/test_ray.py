@@ -315,8 +315,7 @@ def test_a_killed_node_makes_no_difference(cluster, engine, shards, expected, tm
     assert len(nodes) == 2
 
     def kill_one() -> None:
-        time.sleep(2)
-        assert len(busy_processes("MapWorker")) == 2  # one on each node
+        wait_for(lambda: len(busy_processes("MapWorker")) == 2)  # one on each node
         cluster.remove_node(nodes[0], allow_graceful=False)
 
     thread = when(begun.exists, kill_one)
