@@ -102,8 +102,11 @@ class Gallery:
 
 
 def landmark_of(name: str) -> str:
-    """Derive a photo's landmark from its name: its folder's name; "" without a folder."""
-    return name.rpartition("/")[0].rpartition("/")[2]
+    """Derive a photo's landmark from its name: the folder it lies in, "" without one.
+
+    It is the whole way to the folder: "Paris/old" and "Rome/old" are two landmarks.
+    """
+    return name.rpartition("/")[0]
 
 
 def folder_below(root: Path, typed: str) -> Path:

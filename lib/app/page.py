@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import project_root, show_path
-from lib.network.engine import ENGINE, Engine, export_engine, load_engine
+from lib.network.engine import open_engine
 from lib.programs import UsageError, program
 
 NOTEBOOK = "06_search_app.ipynb"
@@ -65,27 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
         write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root)
         serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
     return 0
-
-
-def open_engine(run: Path) -> Engine:
-    """Load the exported tower of a run, after exporting it if it is absent or older than the model.
-
-    Raises:
-        FileNotFoundError: the run has neither an exported tower nor a model.
-        EngineError: the exported tower is damaged.
-    """
-    engine, model = run / ENGINE, run / "model.keras"
-    if not (engine.is_file() or model.is_file()):
-        where = show_path(run)
-        raise FileNotFoundError(f"there is no trained model in {where}: run `make demo` first")
-    changed = model.stat().st_mtime_ns if model.is_file() else 0
-    if not engine.is_file() or engine.stat().st_mtime_ns < changed:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
-        from lib.network.tower import load_tower  # here: it takes seconds
-
-        print("app: exporting the trained network", file=sys.stderr)
-        export_engine(load_tower(model), engine)
-    return load_engine(engine)
 
 
 def write_page_notebook(

@@ -12,6 +12,8 @@ instructions compute in bfloat16 by default: twice as fast, with nearly the same
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -119,6 +121,29 @@ def export_engine(tower: keras.Model, path: Path) -> None:
                 f"the exported tower's embeddings differ from its own (cosine {cosine:.5f}): "
                 "OpenVINO can't run this tower"
             )
+
+
+def open_engine(run: Path) -> Engine:
+    """Load a run's exported tower, after exporting it if it is absent or older than the model.
+
+    Raises:
+        FileNotFoundError: the run has neither an exported tower nor a model.
+        EngineError: the exported tower is damaged.
+    """
+    engine, model = run / ENGINE, run / "model.keras"
+    if not (engine.is_file() or model.is_file()):
+        raise FileNotFoundError(
+            f"there is no trained model in {show_path(run)}: run `make demo` first, or set run_dir "
+            "to a run that has one"
+        )
+    changed = model.stat().st_mtime_ns if model.is_file() else 0
+    if not engine.is_file() or engine.stat().st_mtime_ns < changed:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
+        from lib.network.tower import load_tower  # loads Keras
+
+        print("exporting the trained network", file=sys.stderr)
+        export_engine(load_tower(model), engine)
+    return load_engine(engine)
 
 
 def load_engine(path: Path, precision: str = "auto", threads: int | None = None) -> Engine:

@@ -304,7 +304,7 @@ def embedding_ms(tower: keras.Model, image_sizes: Iterable[int]) -> dict[int, fl
     found = {}
     for size in sorted(set(image_sizes)):
         at_size = resized(tower, size)
-        photos = np.zeros((64, size, size, 3), dtype=np.uint8)
+        photos = np.zeros((16, size, size, 3), dtype=np.uint8)
         run = functools.partial(embed, at_size, photos)
         run()  # compiles
         seconds = min(timeit.repeat(run, repeat=3, number=1))

@@ -117,6 +117,18 @@ def test_votes_are_shares_weighed_by_similarity(search):
         assert answer.votes[landmark] == pytest.approx(weight / sum(weights.values()))
 
 
+def test_folders_of_one_name_in_two_places_are_two_landmarks(tmp_path):
+    """Their votes were added up, under a name that both had."""
+    for place, landmark in (("Paris", 0), ("Rome", 1)):
+        (tmp_path / place / "old").mkdir(parents=True)
+        Image.fromarray(colour(landmark, landmark)).save(tmp_path / place / "old" / "1.png")
+    engine = fake_engine()
+    search = Search(engine, open_gallery(engine, tmp_path, tmp_path / ".jobs"))
+    assert search.gallery.landmarks() == ["Paris/old", "Rome/old"]
+    votes = search.answer(search.photo("Rome/old/1.png"), Question(2)).votes
+    assert next(iter(votes)) == "Rome/old" and len(votes) <= 2
+
+
 def test_photos_in_no_landmark_s_folder_have_no_votes(tmp_path):
     Image.fromarray(colour(0, 0)).save(tmp_path / "only.png")
     engine = fake_engine()

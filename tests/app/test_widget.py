@@ -16,6 +16,7 @@ from lib.app.answer import SearchError, landmark_of, open_gallery
 from lib.app.drop import PhotoDrop
 from lib.app.upload import MOST_BYTES
 from lib.app.widget import SAMPLES, SearchApp, _thumbnail
+from lib.network.engine import ENGINE
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 from tests.app.test_answer import colour, fake_engine
 
@@ -269,27 +270,6 @@ def run_main(tmp_path, monkeypatch, gallery, fails=None):
     return app_page.main(["--run-dir", str(tmp_path), "--gallery", str(gallery)]), served
 
 
-def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
-    """A page opened before the end of a training kept its network."""
-    exported = []
-    monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
-    monkeypatch.setattr(app_page, "load_engine", lambda path: path)
-    monkeypatch.setattr(
-        app_page, "export_engine", lambda tower, path: (exported.append(tower), path.touch())
-    )
-    model, engine = tmp_path / "model.keras", tmp_path / app_page.ENGINE
-    model.touch()
-    for _ in range(2):
-        app_page.open_engine(tmp_path)
-    assert exported == [model]
-    later = engine.stat().st_mtime_ns + 1
-    os.utime(model, ns=(later, later))
-    app_page.open_engine(tmp_path)
-    assert exported == [model, model]
-    model.unlink()
-    assert app_page.open_engine(tmp_path) == engine and len(exported) == 2
-
-
 def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
     """All pages of a run shared a file: the second's folders became those of the first."""
     other = folder / "landmark_00"
@@ -331,7 +311,7 @@ def test_without_a_run_the_command_says_what_to_do(tmp_path, capsys, arguments, 
 
 
 def test_a_damaged_network_is_one_line_too(tmp_path, capsys):
-    (tmp_path / app_page.ENGINE).write_bytes(b"damaged")
+    (tmp_path / ENGINE).write_bytes(b"damaged")
     assert app_page.main(["--run-dir", str(tmp_path)]) == 1
     assert "export it anew" in capsys.readouterr().err
     assert np.asarray(list(tmp_path.iterdir())).size == 1  # and nothing was written

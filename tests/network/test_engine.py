@@ -1,6 +1,7 @@
 """Exported towers: the tower's own embeddings, from one file, without TensorFlow and Keras."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -247,3 +248,24 @@ def test_a_network_that_computes_something_else_is_not_written(tower, tmp_path, 
     with pytest.raises(EngineError, match=r"differ from its own \(cosine .*OpenVINO can't run"):
         export_engine(tower, tmp_path / "a")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an older one"]
+
+
+def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
+    """A page or notebook after another training went on with the network before it."""
+    exported = []
+    monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
+    monkeypatch.setattr(engines, "load_engine", lambda path: path)
+    monkeypatch.setattr(
+        engines, "export_engine", lambda tower, path: (exported.append(tower), path.touch())
+    )
+    model, engine = tmp_path / "model.keras", tmp_path / engines.ENGINE
+    model.touch()
+    for _ in range(2):
+        engines.open_engine(tmp_path)
+    assert exported == [model]
+    later = engine.stat().st_mtime_ns + 1
+    os.utime(model, ns=(later, later))
+    engines.open_engine(tmp_path)
+    assert exported == [model, model]
+    model.unlink()
+    assert engines.open_engine(tmp_path) == engine and len(exported) == 2
