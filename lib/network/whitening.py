@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-from sklearn.covariance import oas, shrunk_covariance
+from sklearn.covariance import OAS, shrunk_covariance
 from sklearn.utils import check_array, check_scalar, check_X_y
 
 
@@ -135,7 +135,8 @@ def _covariance(samples: np.ndarray, shrinkage: float | None) -> np.ndarray:
     """The shrunk covariance of samples (n, d) of mean zero."""
     if shrinkage is None:
         # One sample shrinks fully. So do equal variances, where rounding may take OAS beyond 1.
-        share = oas(samples, assume_centered=True)[1] if len(samples) > 1 else 1.0
+        oas = OAS(store_precision=False, assume_centered=True)
+        share = oas.fit(samples).shrinkage_ if len(samples) > 1 else 1.0
         shrinkage = share if 0 <= share <= 1 else 1.0
     return shrunk_covariance(samples.T @ samples / len(samples), shrinkage)
 

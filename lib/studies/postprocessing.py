@@ -326,9 +326,12 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, lis
     steps = {name: [] for name in (*improvements, *methods, CHOSEN)}
     with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
         for fold in folds:
+            # Learned once for all settings of the re-rankings.
+            describe = functools.cache(functools.partial(_describe, fold))
             recipe, base = Recipe((options.image_size,)), None
             for name, changes in improvements.items():
-                trial = _best(fold, methods[PLAIN], [(replace(recipe, **c), c) for c in changes])
+                choices = [(replace(recipe, **change), change) for change in changes]
+                trial = _best(fold, describe, methods[PLAIN], choices)
                 kept = base is None or _is_proven(fold, trial, base)
                 steps[name].append(replace(trial, base_ap=(base or trial).ap, kept=kept))
                 if kept:
@@ -336,7 +339,8 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, lis
                 bar.update()
             tried = {}
             for name, method in methods.items():
-                trial = _best(fold, method, [(recipe, settings) for settings in method.settings])
+                choices = [(recipe, settings) for settings in method.settings]
+                trial = _best(fold, describe, method, choices)
                 tried[name] = replace(trial, base_ap=base.ap)
                 steps[name].append(tried[name])
                 bar.update()
@@ -347,22 +351,26 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, lis
     return steps
 
 
-def _best(fold: Fold, method: Reranking, choices: list[tuple[Recipe, dict[str, Any]]]) -> Trial:
-    """Run the choice of recipe and settings that is best on validation."""
+def _best(
+    fold: Fold,
+    describe: Callable[[Recipe], tuple[list[np.ndarray], np.ndarray]],
+    method: Reranking,
+    choices: list[tuple[Recipe, dict[str, Any]]],
+) -> Trial:
+    """Run the choice of recipe and settings that is best on validation; see :func:`_describe`."""
     labels = fold.known.labels
-    described = {recipe: _describe(fold, recipe) for recipe, _ in choices}
     validation = [
         np.concatenate(
             [
                 _search(x, labels, query_rounds(labels, part), method, settings)[0]
-                for x, part in zip(described[recipe][0], fold.validation, strict=True)
+                for x, part in zip(describe(recipe)[0], fold.validation, strict=True)
             ]
         )
         for recipe, settings in choices
     ]
     best = int(np.argmax([ap.mean() for ap in validation]))
     recipe, settings = choices[best]
-    found = _search(described[recipe][1], fold.test.labels, fold.rounds, method, settings)
+    found = _search(describe(recipe)[1], fold.test.labels, fold.rounds, method, settings)
     return Trial(recipe, settings, validation[best], *found)
 
 
