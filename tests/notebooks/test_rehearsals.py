@@ -1,6 +1,7 @@
 """The paths that users walk, with the documented commands and profiles, on small sets.
 
-Only the numbers of records, epochs and steps are reduced, by parameters.
+Only the numbers of records, epochs and steps are reduced, by parameters. The two that most users
+walk are long tests as well, which `.ci/run` includes; `make rehearse` runs all.
 """
 
 import contextlib
@@ -126,6 +127,7 @@ def real_data(kaggle):
     return kaggle / "runs" / "whole"
 
 
+@pytest.mark.long
 def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
     printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
@@ -175,7 +177,11 @@ def answers(address):
 
 @pytest.mark.parametrize(
     ("counts", "weights"),
-    [([8] * 5, ""), ([3, 4] * 5 + [4], "resnet50.weights.h5"), ([2, 2], "imagenet")],
+    [
+        pytest.param([8] * 5, "", marks=pytest.mark.long),
+        ([3, 4] * 5 + [4], "resnet50.weights.h5"),
+        ([2, 2], "imagenet"),
+    ],
     ids=["5 landmarks of 8", "11 of 3 or 4", "2 of 2"],
 )
 def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
