@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.app.page import MOST_KERNELS, write_page_notebook
+from lib.app.page import write_page_notebook
 from lib.app.upload import MOST_BYTES
 from lib.files import project_root
 from lib.network.engine import ENGINE, export_engine
@@ -71,10 +73,9 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def address(browser, root, tmp_path_factory):
-    """The page's address, as `make app` opens it in a browser; nothing of the user's is used."""
-    home = tmp_path_factory.mktemp("home")
+@contextmanager
+def serve(root, home, program):
+    """The page's address, as the app opens it in a browser; nothing of the user's is used."""
     log, opened, user_browser = home / "log", home / "opened", home / "browser"
     user_browser.write_text(f'#!/bin/sh\necho "$1" >{opened}.part && mv {opened}.part {opened}\n')
     user_browser.chmod(0o755)
@@ -82,7 +83,7 @@ def address(browser, root, tmp_path_factory):
     with log.open("w") as output:
         server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "lib.app.page", "--port=8950"),
+                *(sys.executable, *program, "--port=8950"),
                 *("--run-dir", root / "run", "--gallery", root / "gallery"),
                 *("--folders-root", root / "home"),
             ],
@@ -99,6 +100,18 @@ def address(browser, root, tmp_path_factory):
         yield opened.read_text().strip()
     finally:
         end_server(server)
+
+
+@pytest.fixture(scope="module")
+def address(browser, root, tmp_path_factory):
+    """Of a server as `make app` starts it."""
+    with serve(root, tmp_path_factory.mktemp("home"), ["-m", "lib.app.page"]) as address:
+        yield address
+
+
+def changed(**constants):
+    """The program of the app with other constants."""
+    return ["-c", f"import lib.app.page as page; vars(page).update({constants}); page.main()"]
 
 
 class App:
@@ -379,18 +392,28 @@ def kernel_of(content):
     return re.search(r'"kernelId": *"([^"]+)"', content)[1]
 
 
+def host_of(address):
+    return re.search(r"//([^/]+)/", address)[1]
+
+
+def connect(address, kernel, query="", **headers):
+    """Ask for a connection to a kernel; returns it, and the status of the answer."""
+    connection = http.client.HTTPConnection(host_of(address), timeout=60)
+    headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers |= {"Sec-WebSocket-Key": "A" * 22 + "=="}
+    connection.request("GET", f"/api/kernels/{kernel}/channels{query}", headers=headers)
+    return connection, connection.getresponse().status
+
+
 def test_no_other_site_gets_a_connection_to_the_kernel(app):
     """The user's cookies come with its request."""
     cookies = "; ".join(f"{c['name']}={c['value']}" for c in app.page.context.cookies())
-    host = re.search(r"//([^/]+)/", app.page.url)[1]
-    path = f"/api/kernels/{kernel_of(app.page.content())}/channels"
+    kernel = kernel_of(app.page.content())
     status = []
+    host = host_of(app.page.url)
     for origin in (f"http://{host}", "http://example.org", f"http://{host}.example.org", "null"):
-        connection = http.client.HTTPConnection(host, timeout=60)
-        headers = {"Origin": origin, "Cookie": cookies, "Sec-WebSocket-Key": "A" * 22 + "=="}
-        headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
-        connection.request("GET", path, headers=headers)
-        status.append(connection.getresponse().status)
+        connection, answer = connect(app.page.url, kernel, Origin=origin, Cookie=cookies)
+        status.append(answer)
         connection.close()
     assert status == [101, 403, 403, 403]
 
@@ -434,32 +457,87 @@ def test_a_page_can_send_no_code_to_the_kernel(app, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+class Kernels:
+    """Those of a server."""
+
+    def __init__(self, address):
+        self.base, _, self.token = address.partition("?token=")
+
+    def request(self, kernel, method="GET"):
+        return request(f"{self.base}api/kernels/{kernel}?token={self.token}", method)
+
+    def lives(self, kernel):
+        status = self.request(kernel)[0]
+        assert status in (200, 404)
+        return status == 200
+
+    def wait_for_end(self, kernel):
+        wait_for(lambda: not self.lives(kernel), seconds=120)  # that of a vanished page lives on
+
+
+LEAVE_AT_ONCE = """
+new MutationObserver((_, observer) => {
+  const config = document.getElementById("jupyter-config-data")?.textContent.trim();
+  if (!config?.endsWith("}")) return;
+  observer.disconnect();
+  location = `about:blank#${JSON.parse(config).kernelId}`;
+}).observe(document, { childList: true, subtree: true });
+"""
+
+
 def test_a_page_that_is_reloaded_or_left_ends_its_kernel(app, address):
-    base, _, token = address.partition("?token=")
-    for leave in (app.page.reload, lambda: app.page.goto("about:blank")):
-        kernel = f"{base}api/kernels/{kernel_of(app.page.content())}?token={token}"
-        assert request(kernel)[0] == 200
-        leave()
-        wait_for(lambda at=kernel: request(at)[0] == 404, seconds=60)
+    """Also before its scripts are loaded, of which one does the same."""
+    kernels = Kernels(address)
+    first = kernel_of(app.page.content())
+    assert kernels.lives(first)
+    app.page.add_init_script(LEAVE_AT_ONCE)
+    app.page.reload(wait_until="commit")
+    kernels.wait_for_end(first)
+    app.page.wait_for_url("about:blank#*", wait_until="commit")
+    second = app.page.url.partition("#")[2]
+    assert second and second != first
+    kernels.wait_for_end(second)
 
 
-def test_one_page_too_many_is_told_so(address):
-    base, _, token = address.partition("?token=")
+def test_the_kernel_of_a_page_that_vanished_ends(root, tmp_path):
+    """Not before, however long it was idle before there was a page for it."""
+    idle = 3
+    with serve(root, tmp_path, changed(_IDLE=idle, _IDLE_CHECK=1)) as address:
+        kernels = Kernels(address)
+        kernel = kernel_of(request(address)[2])
+        connection, status = connect(address, kernel, f"?token={kernels.token}")
+        assert status == 101
+        time.sleep(idle + 2)
+        assert kernels.lives(kernel)
+        connection.close()
+        kernels.wait_for_end(kernel)
+        # Meanwhile one was made in advance, and had nothing to do.
+        start = time.monotonic()
+        kernels.wait_for_end(kernel_of(request(address)[2]))
+        assert time.monotonic() - start >= idle
 
-    def end_kernel(content):
-        request(f"{base}api/kernels/{kernel_of(content)}?token={token}", "DELETE")
 
-    with ThreadPoolExecutor(MOST_KERNELS + 1) as pool:
-        answers = list(pool.map(request, [address] * (MOST_KERNELS + 1)))
-    refused = [content for status, _, content in answers if status == 503]
-    pages = [content for status, _, content in answers if status == 200]
-    for content in pages:
-        end_kernel(content)
-    assert refused and pages and len(refused) + len(pages) == len(answers)
-    assert all(content.startswith("Too many pages of the app are open") for content in refused)
-    status, _, content = request(address)
-    assert status == 200
-    end_kernel(content)
+def test_one_page_too_many_is_told_so(root, tmp_path):
+    """Asked for together or one after the other; the kernel made in advance counts, too."""
+    with serve(root, tmp_path, changed(MOST_KERNELS=3)) as address:
+        kernels = Kernels(address)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(request, [address] * 3))
+        assert sorted(status for status, _, _ in answers) == [200, 200, 503]
+        refused = [content for status, _, content in [*answers, request(address)] if status == 503]
+        assert len(refused) == 2
+        assert all(text.startswith("Too many pages of the app are open") for text in refused)
+        pages = [kernel_of(content) for status, _, content in answers if status == 200]
+        kernels.request(pages[0], "DELETE")
+        assert request(address)[0] == 200
+
+        # A page that is left before it comes ends its kernel, too.
+        kernels.request(pages[1], "DELETE")
+        connection = http.client.HTTPConnection(host_of(address))
+        connection.request("GET", f"/?token={kernels.token}")
+        assert request(address)[0] == 503
+        connection.close()
+        wait_for(lambda: request(address)[0] == 200, seconds=120)
 
 
 def test_in_jupyterlab(browser, page, root, tmp_path_factory):
