@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import contextlib
 import random
 import signal
 import socket
@@ -65,9 +66,9 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser):
-    """A page of its own; what the browser reports as an error fails the test."""
+@contextlib.contextmanager
+def new_page(browser):
+    """A page of the browser; what is reported as an error fails the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(60_000)  # a busy machine is slow
     errors = page.errors = []
@@ -76,6 +77,13 @@ def page(browser):
     yield page
     page.close()
     assert errors == []
+
+
+@pytest.fixture
+def page(browser):
+    """A page of its own."""
+    with new_page(browser) as page:
+        yield page
 
 
 def free_port() -> int:

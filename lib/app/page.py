@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import webbrowser
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import project_root, show_path
@@ -24,9 +27,10 @@ from lib.programs import UsageError, program
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
 READY = 1  # kernels started in advance
-MOST_KERNELS = 8  # of some 260 MB each; more pages are refused
+MOST_KERNELS = 8  # of some 260 MB each, with those in advance; more pages are refused
 
 _IDLE = 180  # seconds until a kernel ends whose page vanished without closing it
+_IDLE_CHECK = 30  # seconds between two looks for such kernels
 _FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
 
 
@@ -105,17 +109,22 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     # Voila finds templates and kernels by these variables.
     os.environ.update(JUPYTER_PATH=str(templates), JUPYTER_PREFER_ENV_PATH="1")
     import tornado.web
+    from jupyter_core.utils import ensure_async
     from traitlets.config import Config
     from voila.app import Voila
     from voila.tornado.handler import TornadoVoilaHandler
 
     class PageHandler(TornadoVoilaHandler):
-        waiting = 0  # pages whose kernel is not ready yet
+        kernels: ClassVar[set[str]] = set()  # those of pages
+        waiting = 0  # pages whose kernel is not known yet
+        kernel = None  # this page's
+        left = False  # before the page was complete
 
         @tornado.web.authenticated
         async def get(self, path=None):
-            kernels = len(self.kernel_manager.list_kernel_ids())
-            if max(kernels, PageHandler.waiting) >= MOST_KERNELS:
+            # Neither kernels made in advance nor those of waiting pages are in the set.
+            PageHandler.kernels &= set(self.kernel_manager.list_kernel_ids())
+            if len(PageHandler.kernels) + PageHandler.waiting + READY >= MOST_KERNELS:
                 self.set_status(503)
                 self.finish(_FULL)
                 return
@@ -124,7 +133,25 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
             try:
                 await super().get(path)
             finally:
+                if self.kernel is None:
+                    PageHandler.waiting -= 1
+                elif self.left and self.kernel in self.kernel_manager:
+                    await ensure_async(self.kernel_manager.shutdown_kernel(self.kernel))
+
+        def write(self, chunk):
+            found = self.kernel is None and re.search(r'"kernelId": *"([^"]+)"', str(chunk))
+            if found:
+                self.kernel = found[1]
+                PageHandler.kernels.add(self.kernel)
                 PageHandler.waiting -= 1
+                # Made in advance, it may have been idle for so long that it would be ended at once.
+                kernel = self.kernel_manager.get_kernel(self.kernel)
+                kernel.last_activity = datetime.now(UTC)
+            super().write(chunk)
+
+        def on_connection_close(self):
+            super().on_connection_close()
+            self.left = True
 
     class Page(Voila):
         def launch_browser(self) -> None:
@@ -148,7 +175,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     config.VoilaConfiguration.preheat_kernel = True
     config.VoilaConfiguration.default_pool_size = READY
     config.MappingKernelManager.cull_idle_timeout = _IDLE
-    config.MappingKernelManager.cull_interval = 30
+    config.MappingKernelManager.cull_interval = _IDLE_CHECK
     config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
     Page.launch_instance([str(notebook)], config=config)
 

@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -16,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.app.page import MOST_KERNELS, write_page_notebook
+from lib.app.page import write_page_notebook
 from lib.app.upload import MOST_BYTES
 from lib.files import project_root
 from lib.network.engine import ENGINE, export_engine
 from lib.network.tower import TowerSettings, build_tower
-from tests.conftest import end_server, wait_for
+from tests.conftest import end_server, new_page, wait_for
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -71,10 +73,9 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def address(browser, root, tmp_path_factory):
-    """The page's address, as `make app` opens it in a browser; nothing of the user's is used."""
-    home = tmp_path_factory.mktemp("home")
+@contextmanager
+def serve(root, home, program):
+    """The page's address, as the app opens it in a browser; nothing of the user's is used."""
     log, opened, user_browser = home / "log", home / "opened", home / "browser"
     user_browser.write_text(f'#!/bin/sh\necho "$1" >{opened}.part && mv {opened}.part {opened}\n')
     user_browser.chmod(0o755)
@@ -82,7 +83,7 @@ def address(browser, root, tmp_path_factory):
     with log.open("w") as output:
         server = subprocess.Popen(
             [
-                *(sys.executable, "-m", "lib.app.page", "--port=8950"),
+                *(sys.executable, *program, "--port=8950"),
                 *("--run-dir", root / "run", "--gallery", root / "gallery"),
                 *("--folders-root", root / "home"),
             ],
@@ -99,6 +100,18 @@ def address(browser, root, tmp_path_factory):
         yield opened.read_text().strip()
     finally:
         end_server(server)
+
+
+@pytest.fixture(scope="module")
+def address(browser, root, tmp_path_factory):
+    """Of a server as `make app` starts it."""
+    with serve(root, tmp_path_factory.mktemp("home"), ["-m", "lib.app.page"]) as address:
+        yield address
+
+
+def changed(**constants):
+    """The program of the app with other constants."""
+    return ["-c", f"import lib.app.page as page; vars(page).update({constants}); page.main()"]
 
 
 class App:
@@ -127,16 +140,35 @@ class App:
         api.expect(votes).to_contain_text(f"landmark {landmark:03}", timeout=60_000)
 
 
+@pytest.fixture(scope="module")
+def shared_page(browser, address):
+    """To open the app takes seconds, so most tests share one page."""
+    with new_page(browser) as page:
+        yield page
+        page.goto("about:blank")  # it would complain about the end of the server
+
+
 @pytest.fixture
-def app(page, address):
-    """The app; at the end nothing of the machine may be on the page."""
-    app = App(page).open(address)
+def own_page(shared_page):
+    """For tests that need the app as it is at first, or leave its controls changed."""
+    shared_page.goto("about:blank")  # to leave the page ends its kernel; close() does not tell it
+    yield
+    shared_page.goto("about:blank")
+
+
+@pytest.fixture
+def app(shared_page, address, request):
+    """The app; after each test nothing of the machine may be on the page."""
+    app = App(shared_page)
+    if shared_page.url == "about:blank" or request.session.testsfailed:
+        app.open(address)
     yield app
-    content = page.content()
-    page.goto("about:blank")  # to leave the page ends its kernel; close() does not tell the page
+    content = shared_page.content()
     assert "Traceback" not in content and "/tmp/" not in content and str(Path.home()) not in content
+    assert shared_page.errors == []
 
 
+@pytest.mark.usefixtures("own_page")
 def test_a_photo_finds_its_landmark_and_the_controls_matter(app):
     requests = []
     app.page.on("request", lambda request: requests.append(request.url))
@@ -216,6 +248,7 @@ def test_two_people_at_once(app, browser, address):
     other.page.close()
 
 
+@pytest.mark.usefixtures("own_page")
 def test_a_page_whose_kernel_was_culled_starts_again(app):
     """It stayed, and answered to nothing."""
     app.input.set_input_files(photo_of(2))
@@ -269,6 +302,7 @@ def test_samples_what_matched_and_more_like_this(app):
     api.expect(pair).to_have_count(0)
 
 
+@pytest.mark.usefixtures("own_page")
 def test_a_folder_of_ones_own(app, root):
     folder = app.page.get_by_label("A folder of yours")
     button = app.page.get_by_role("button", name="Search in this folder")
@@ -298,6 +332,7 @@ def tab_to(page, locator):
     pytest.fail("Tab does not get there")
 
 
+@pytest.mark.usefixtures("own_page")
 def test_by_the_keyboard_alone(app):
     # From here on Playwright waits for file choosers; begun later, it may miss the first one.
     app.page.on("filechooser", lambda chooser: None)
@@ -321,6 +356,7 @@ def test_by_the_keyboard_alone(app):
     app.page.locator(".why img").first.wait_for()
 
 
+@pytest.mark.usefixtures("own_page")
 def test_usable_for_everybody(app):
     """axe-core finds nothing serious, before and after an answer, and with a message of failure."""
     states = [
@@ -379,18 +415,28 @@ def kernel_of(content):
     return re.search(r'"kernelId": *"([^"]+)"', content)[1]
 
 
+def host_of(address):
+    return re.search(r"//([^/]+)/", address)[1]
+
+
+def connect(address, kernel, query="", **headers):
+    """Ask for a connection to a kernel; returns it, and the status of the answer."""
+    connection = http.client.HTTPConnection(host_of(address), timeout=60)
+    headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers |= {"Sec-WebSocket-Key": "A" * 22 + "=="}
+    connection.request("GET", f"/api/kernels/{kernel}/channels{query}", headers=headers)
+    return connection, connection.getresponse().status
+
+
 def test_no_other_site_gets_a_connection_to_the_kernel(app):
     """The user's cookies come with its request."""
     cookies = "; ".join(f"{c['name']}={c['value']}" for c in app.page.context.cookies())
-    host = re.search(r"//([^/]+)/", app.page.url)[1]
-    path = f"/api/kernels/{kernel_of(app.page.content())}/channels"
+    kernel = kernel_of(app.page.content())
     status = []
+    host = host_of(app.page.url)
     for origin in (f"http://{host}", "http://example.org", f"http://{host}.example.org", "null"):
-        connection = http.client.HTTPConnection(host, timeout=60)
-        headers = {"Origin": origin, "Cookie": cookies, "Sec-WebSocket-Key": "A" * 22 + "=="}
-        headers |= {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
-        connection.request("GET", path, headers=headers)
-        status.append(connection.getresponse().status)
+        connection, answer = connect(app.page.url, kernel, Origin=origin, Cookie=cookies)
+        status.append(answer)
         connection.close()
     assert status == [101, 403, 403, 403]
 
@@ -434,32 +480,84 @@ def test_a_page_can_send_no_code_to_the_kernel(app, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_page_that_is_reloaded_or_left_ends_its_kernel(app, address):
-    base, _, token = address.partition("?token=")
-    for leave in (app.page.reload, lambda: app.page.goto("about:blank")):
-        kernel = f"{base}api/kernels/{kernel_of(app.page.content())}?token={token}"
-        assert request(kernel)[0] == 200
-        leave()
-        wait_for(lambda at=kernel: request(at)[0] == 404, seconds=60)
+class Kernels:
+    """Those of a server."""
+
+    def __init__(self, address):
+        self.base, _, self.token = address.partition("?token=")
+
+    def request(self, kernel, method="GET"):
+        return request(f"{self.base}api/kernels/{kernel}?token={self.token}", method)
+
+    def lives(self, kernel):
+        status = self.request(kernel)[0]
+        assert status in (200, 404)
+        return status == 200
+
+    def wait_for_end(self, kernel):
+        wait_for(lambda: not self.lives(kernel), seconds=120)  # that of a vanished page lives on
 
 
-def test_one_page_too_many_is_told_so(address):
-    base, _, token = address.partition("?token=")
+LEAVE_AT_ONCE = """
+new MutationObserver((_, observer) => {
+  const config = document.getElementById("jupyter-config-data")?.textContent.trim();
+  if (!config?.endsWith("}")) return;
+  observer.disconnect();
+  location = `about:blank#${JSON.parse(config).kernelId}`;
+}).observe(document, { childList: true, subtree: true });
+"""
 
-    def end_kernel(content):
-        request(f"{base}api/kernels/{kernel_of(content)}?token={token}", "DELETE")
 
-    with ThreadPoolExecutor(MOST_KERNELS + 1) as pool:
-        answers = list(pool.map(request, [address] * (MOST_KERNELS + 1)))
-    refused = [content for status, _, content in answers if status == 503]
-    pages = [content for status, _, content in answers if status == 200]
-    for content in pages:
-        end_kernel(content)
-    assert refused and pages and len(refused) + len(pages) == len(answers)
-    assert all(content.startswith("Too many pages of the app are open") for content in refused)
-    status, _, content = request(address)
-    assert status == 200
-    end_kernel(content)
+def test_a_page_that_is_reloaded_or_left_ends_its_kernel(page, address):
+    """Also before its scripts are loaded, of which one does the same."""
+    kernels = Kernels(address)
+    App(page).open(address)
+    first = kernel_of(page.content())
+    assert kernels.lives(first)
+    page.add_init_script(LEAVE_AT_ONCE)
+    page.reload(wait_until="commit")
+    kernels.wait_for_end(first)
+    page.wait_for_url("about:blank#*", wait_until="commit")
+    second = page.url.partition("#")[2]
+    assert second and second != first
+    kernels.wait_for_end(second)
+
+
+def test_the_kernel_of_a_page_that_vanished_ends(root, tmp_path):
+    """Not before, however long it was idle before there was a page for it."""
+    idle = 3
+    with serve(root, tmp_path, changed(_IDLE=idle, _IDLE_CHECK=1)) as address:
+        kernels = Kernels(address)
+        kernel = kernel_of(request(address)[2])
+        connection, status = connect(address, kernel, f"?token={kernels.token}")
+        assert status == 101
+        time.sleep(idle + 2)
+        assert kernels.lives(kernel)
+        connection.close()
+        kernels.wait_for_end(kernel)
+        # Meanwhile one was made in advance, and had nothing to do.
+        start = time.monotonic()
+        kernels.wait_for_end(kernel_of(request(address)[2]))
+        assert time.monotonic() - start >= idle
+
+
+def test_one_page_too_many_is_told_so(root, tmp_path):
+    """Asked for together or one after the other, until one was ended, or left before it came."""
+    # A kernel that was made in advance would make a page that can't be left before it comes.
+    with serve(root, tmp_path, changed(MOST_KERNELS=2, READY=0)) as address:
+        kernels = Kernels(address)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(request, [address] * 3))
+        assert sorted(status for status, _, _ in answers) == [200, 200, 503]
+        refused = [content for status, _, content in [*answers, request(address)] if status == 503]
+        assert len(refused) == 2
+        assert all(text.startswith("Too many pages of the app are open") for text in refused)
+        page = next(content for status, _, content in answers if status == 200)
+        kernels.request(kernel_of(page), "DELETE")
+        left = urllib.request.urlopen(address, timeout=120)  # its first lines; the kernel starts
+        assert request(address)[0] == 503
+        left.close()
+        wait_for(lambda: request(address)[0] == 200, seconds=120)
 
 
 def test_in_jupyterlab(browser, page, root, tmp_path_factory):
