@@ -65,7 +65,12 @@ def show_path(path: Path) -> str:
         # realpath, as Path.resolve() raises on links that form a loop.
         path = Path(os.path.realpath(path))
         path = path.relative_to(project_root())
-    return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], Path(path).as_posix())
+    return show_name(Path(path).as_posix())
+
+
+def show_name(name: str) -> str:
+    """A file's or folder's name as text; line breaks and what is not UTF-8 are escaped."""
+    return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], name)
 
 
 def first_writable(*folders: Path) -> Path:

@@ -24,7 +24,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from lib.data.decoding import is_endless, reduction, resize
-from lib.files import read_table, show_path
+from lib.files import read_table, show_name, show_path
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -454,8 +454,9 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     """Read a labelled gallery: a folder with a subfolder of photos for each landmark.
 
     Returns:
-        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder; and
-        messages on unreadable photos and on what :func:`landmark_photos` left out.
+        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder, see
+        :func:`lib.files.show_name`; and messages on unreadable photos and on what
+        :func:`landmark_photos` left out.
 
     Raises:
         NoPhotosError: no subfolder holds a readable photo.
@@ -470,4 +471,4 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
             left_out,
         )
     skipped += left_out_lines(left_out)
-    return photos, np.array([path.parent.name for path in kept]), skipped
+    return photos, np.array([show_name(path.parent.name) for path in kept]), skipped
