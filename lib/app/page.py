@@ -108,10 +108,45 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     """
     # Voila finds templates and kernels by these variables.
     os.environ.update(JUPYTER_PATH=str(templates), JUPYTER_PREFER_ENV_PATH="1")
-    import tornado.web
-    from jupyter_core.utils import ensure_async
     from traitlets.config import Config
     from voila.app import Voila
+    from voila.tornado.handler import TornadoVoilaHandler
+
+    handler_of_pages = _page_handler()
+
+    class Page(Voila):
+        def launch_browser(self) -> None:
+            webbrowser.open(self.display_url)  # Voila's own method omits the token
+
+        def init_handlers(self) -> list:
+            return [
+                (url, handler_of_pages if handler is TornadoVoilaHandler else handler, *rest)
+                for url, handler, *rest in super().init_handlers()
+            ]
+
+    config = Config()
+    config.Voila.ip = "127.0.0.1"
+    config.Voila.port = port
+    config.Voila.open_browser = open_browser
+    config.Voila.auto_token = True
+    config.Voila.tornado_settings = {"allow_remote_access": False}
+    config.VoilaConfiguration.template = "search_app"
+    config.VoilaConfiguration.allow_template_override = "NO"
+    config.VoilaConfiguration.file_allowlist = []  # the page needs no files
+    config.VoilaConfiguration.preheat_kernel = True
+    config.VoilaConfiguration.default_pool_size = READY
+    config.MappingKernelManager.cull_idle_timeout = _IDLE
+    config.MappingKernelManager.cull_interval = _IDLE_CHECK
+    config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
+    Page.launch_instance([str(notebook)], config=config)
+
+
+def _page_handler() -> type:
+    """Make the class that answers a page's request: limits the pages, and ends left ones' kernels.
+
+    In a function, since Voila takes a second to import.
+    """
+    import tornado.web
     from voila.tornado.handler import TornadoVoilaHandler
 
     class PageHandler(TornadoVoilaHandler):
@@ -136,7 +171,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
                 if self.kernel is None:
                     PageHandler.waiting -= 1
                 elif self.left and self.kernel in self.kernel_manager:
-                    await ensure_async(self.kernel_manager.shutdown_kernel(self.kernel))
+                    await self.kernel_manager.shutdown_kernel(self.kernel)
 
         def write(self, chunk):
             found = self.kernel is None and re.search(r'"kernelId": *"([^"]+)"', str(chunk))
@@ -153,31 +188,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
             super().on_connection_close()
             self.left = True
 
-    class Page(Voila):
-        def launch_browser(self) -> None:
-            webbrowser.open(self.display_url)  # Voila's own method omits the token
-
-        def init_handlers(self) -> list:
-            return [
-                (url, PageHandler if handler is TornadoVoilaHandler else handler, *rest)
-                for url, handler, *rest in super().init_handlers()
-            ]
-
-    config = Config()
-    config.Voila.ip = "127.0.0.1"
-    config.Voila.port = port
-    config.Voila.open_browser = open_browser
-    config.Voila.auto_token = True
-    config.Voila.tornado_settings = {"allow_remote_access": False}
-    config.VoilaConfiguration.template = "search_app"
-    config.VoilaConfiguration.allow_template_override = "NO"
-    config.VoilaConfiguration.file_allowlist = []  # the page needs no files
-    config.VoilaConfiguration.preheat_kernel = True
-    config.VoilaConfiguration.default_pool_size = READY
-    config.MappingKernelManager.cull_idle_timeout = _IDLE
-    config.MappingKernelManager.cull_interval = _IDLE_CHECK
-    config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
-    Page.launch_instance([str(notebook)], config=config)
+    return PageHandler
 
 
 if __name__ == "__main__":
