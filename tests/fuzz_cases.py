@@ -1,6 +1,6 @@
 """The files that ``python -m tests.fuzz`` damages, made by the library itself, and their readers.
 
-Imports are inside the functions, so that a process loads only what its reader needs.
+Imports are inside the functions, so that a single reader loads only what it needs.
 """
 
 import contextlib
@@ -18,6 +18,15 @@ import numpy as np
 import yaml
 
 MODEL = "0" * 32
+
+# What readers import; a process that has it forks the others, see tests/fuzz.py.
+LIBRARIES = (
+    *("lib.app.upload", "lib.evaluation.ground_truth", "lib.network.engine", "scipy.io"),
+    *("lib.search.embedding", "lib.search.photo_index", "lib.training.checkpoint"),
+    *("tools.convert", "tools.labelled", "tools.pipeline"),
+)
+# Of some readers only every n-th file is tried: each file takes a process that imports SciPy.
+COSTLY = {"mat": 4}
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

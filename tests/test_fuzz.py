@@ -20,7 +20,7 @@ def test_the_same_seed_makes_the_same_files():
 
 @pytest.mark.long
 def test_no_reader_is_harmed_by_damaged_files():
-    """``python -m tests.fuzz`` tries 2,000 files for each reader."""
+    """``python -m tests.fuzz`` tries up to 2,000 files for each reader."""
     command = [sys.executable, "-m", "tests.fuzz", "--files", "60"]
     result = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -15,6 +15,7 @@ from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import only_writer, project_root
 from lib.network.pooling import gem
 from lib.network.tower import (
+    STAGES,
     TowerSettings,
     build_backbone,
     build_tower,
@@ -71,6 +72,8 @@ def test_its_world_is_not_the_demos():
 @pytest.mark.long
 def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.pretraining, "VALIDATION_LANDMARKS", 3)
+    # A small part of the ResNet50: most of the time goes into compiling it, five times.
+    monkeypatch.setitem(STAGES, 3, "conv2_block1_out")
     tower, curve = pretrain(TINY, tmp_path / "straight")
     assert curve["steps"].tolist() == [2, 4, 6]
     assert curve["image_size"].tolist() == [32, 32, 40]
@@ -104,10 +107,12 @@ def test_an_interrupted_pre_training_goes_on(tmp_path, monkeypatch):
         pretrain(TINY, tmp_path / "broken")
 
     save_backbone(tower, TINY, tmp_path / "half.weights.h5")
-    assert (tmp_path / "half.weights.h5").stat().st_size < 4e6
+    trained = tower.get_layer("trunk").get_layer("backbone")
+    # Two bytes a weight, and up to 2 kB a tensor for its place in the file.
+    largest = 2 * trained.count_params() + 2000 * len(trained.weights)
+    assert (tmp_path / "half.weights.h5").stat().st_size < largest
     settings = TowerSettings(40, 8, last_stage=3, weights=str(tmp_path / "half.weights.h5"))
     loaded = build_backbone(settings)
-    trained = tower.get_layer("trunk").get_layer("backbone")
     for a, b in zip(trained.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     # It became infinite without a word.
