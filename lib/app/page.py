@@ -10,17 +10,21 @@ requests for another host name are refused, and browsers can't send code to the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
 import webbrowser
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
 from lib.app.answer import JOBS, SearchError, open_gallery
-from lib.files import project_root, show_path
+from lib.files import only_writer, project_root, show_path
 from lib.network.engine import open_engine
 from lib.programs import UsageError, program
 
@@ -29,6 +33,7 @@ PORT = 8866
 READY = 1  # kernels started in advance
 MOST_KERNELS = 8  # of some 260 MB each, with those in advance; more pages are refused
 
+_FOLDER = "landmark_search_"  # prefix of a server's temporary folder
 _IDLE = 180  # seconds until a kernel ends whose page vanished without closing it
 _IDLE_CHECK = 30  # seconds between two looks for such kernels
 _FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
@@ -64,11 +69,24 @@ def main(arguments: list[str] | None = None) -> int:
         "folders_root": options.folders_root,
     }
     # Not shared between processes, since the notebook contains this one's gallery and folders.
-    with tempfile.TemporaryDirectory(prefix="search_app_") as folder:
-        page = Path(folder) / "search_app.ipynb"
+    with _own_folder() as folder:
+        page = folder / "search_app.ipynb"
         write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root)
         serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
     return 0
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder, locked while the page is served; removes those of killed servers."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # of another user
+            # A younger one may not be locked yet.
+            if time.time() - left.lstat().st_mtime > 60 and not left.is_symlink():
+                with only_writer(left, BlockingIOError()):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as name, only_writer(Path(name), busy=None):
+        yield Path(name)
 
 
 def write_page_notebook(
@@ -129,6 +147,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     config.Voila.port = port
     config.Voila.open_browser = open_browser
     config.Voila.auto_token = True
+    config.Voila.connection_dir_root = str(notebook.parent)  # kernels' files go with it
     config.Voila.tornado_settings = {"allow_remote_access": False}
     config.VoilaConfiguration.template = "search_app"
     config.VoilaConfiguration.allow_template_override = "NO"

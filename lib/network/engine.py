@@ -4,9 +4,10 @@
     engine = load_engine(Path("runs/latest/tower.engine"))     # about a second
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
-The file is a ZIP archive of OpenVINO's network and ``manifest.json``. Processors with bfloat16
-instructions compute in bfloat16 by default: twice as fast, with nearly the same ranking (``python
--m benchmarks.embedding``). :func:`keras_engine` is for a GPU or a machine without OpenVINO.
+The file is a ZIP archive of OpenVINO's network and ``manifest.json``, whose checksums find damage;
+they don't make a stranger's file safe. Processors with bfloat16 instructions compute in bfloat16 by
+default: twice as fast, with nearly the same ranking (``python -m benchmarks.embedding``).
+:func:`keras_engine` is for a GPU or a machine without OpenVINO.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import tempfile
 from dataclasses import replace
 
 import nbformat
@@ -16,6 +17,7 @@ from lib.app.answer import SearchError, landmark_of, open_gallery
 from lib.app.drop import PhotoDrop
 from lib.app.upload import MOST_BYTES
 from lib.app.widget import SAMPLES, SearchApp, _thumbnail
+from lib.files import only_writer
 from lib.network.engine import ENGINE
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 from tests.app.test_answer import colour, fake_engine
@@ -276,6 +278,24 @@ def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
     (first,), (second,) = (run_main(tmp_path, monkeypatch, f)[1] for f in (folder, other))
     assert first[0] != second[0] and str(other) not in first[1] and str(other) in second[1]
     assert not first[0].parent.exists() and not list(tmp_path.glob("*.ipynb"))
+
+
+def test_folders_of_killed_servers_are_removed(tmp_path, monkeypatch):
+    """Each left its notebook and its kernels' files in the system's temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("dead", "served", "young", "foreign"):
+        folder = tmp_path / (name if name == "foreign" else f"landmark_search_{name}")
+        (folder / "voila_x").mkdir(parents=True)
+        os.utime(folder, times=None if name == "young" else (0, 0))
+    (tmp_path / "landmark_search_link").symlink_to(tmp_path / "foreign")
+    with only_writer(tmp_path / "landmark_search_served", busy=None):
+        os.utime(tmp_path / "landmark_search_served", (0, 0))
+        with app_page._own_folder() as own:
+            left = {path.name.removeprefix("landmark_search_") for path in tmp_path.iterdir()}
+            assert left - {own.name.removeprefix("landmark_search_")} == {
+                *("served", "young", "foreign", "link")
+            }
+    assert not own.exists() and (tmp_path / "foreign" / "voila_x").is_dir()
 
 
 @pytest.mark.parametrize("fails", [JobBusyError("wait"), PermissionError("locked"), None])
