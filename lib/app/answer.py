@@ -38,6 +38,7 @@ KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
 _BATCH = 32  # photos between two reports of progress
+_KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
 
@@ -135,8 +136,8 @@ def open_gallery(
 ) -> Gallery:
     """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
-    Only photos that are new or changed are embedded. Stored embeddings of folders that are gone,
-    and those of other networks, are removed.
+    Only photos that are new or changed are embedded. Stored embeddings of other networks are
+    removed, and those of folders that are gone, a month after they were last used.
 
     Args:
         engine, on_progress: see :func:`lib.search.embedding.embed_job`.
@@ -158,6 +159,8 @@ def open_gallery(
     job = Path(jobs) / key.hexdigest()[:16]
     _remove_superseded(Path(jobs), engine)
     embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
+    with contextlib.suppress(OSError):
+        (job / JOB).touch()
     left_out = _sentences(source.left_out)
     if not names:
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")
@@ -171,9 +174,12 @@ def _remove_superseded(jobs: Path, engine: Engine) -> None:
         with contextlib.suppress(JobBusyError, OSError, ValueError, TypeError):
             job, at = dict(read_json(path)), os.path.realpath(path.parent)
             # Earlier versions made a job for each state of a folder, and did not name the folder.
-            folder = os.fsdecode(unquote_to_bytes(str(job.get("folder", "absent"))))
-            gone = not os.path.isdir(os.path.join(at, folder))
-            if gone or job.get("tower") != engine.fingerprint:
+            folder = os.fsdecode(unquote_to_bytes(str(job.get("folder"))))
+            # Not at once: it may lie on a drive that is not connected today.
+            gone = time.time() - path.stat().st_mtime > _KEPT and not os.path.isdir(
+                os.path.join(at, folder)
+            )
+            if gone or "folder" not in job or job.get("tower") != engine.fingerprint:
                 with only_writer(path.parent, JobBusyError()):
                     shutil.rmtree(path.parent)
 
