@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import os
 import re
 import sys
 from datetime import datetime
@@ -127,6 +128,9 @@ def read_execution(notebook: Path) -> Execution:
         state = "ran to its end"
         if errors:
             reason = (str(errors[0].evalue).splitlines() or [""])[0]
+            # People share the report: it need not say whose machine this is.
+            for folder, short in ((project_root(), "."), (os.path.expanduser("~"), "~")):
+                reason = reason.replace(f"{folder}{os.sep}", f"{short}{os.sep}")
             state = f"stopped: {errors[0].ename}: {reason}"
         elif papermill.get("start_time") and not papermill.get("end_time"):
             state = "was not run to its end"

@@ -44,7 +44,7 @@ _HEADER = struct.Struct("<QI")  # length of the message, checksum of these 8 byt
 _FOOTER = struct.Struct("<I")  # checksum of the message
 _FRAME = _HEADER.size + _FOOTER.size  # bytes that a record has besides its message
 _NOT_ZERO = re.compile(rb"[^\0]")
-_HOLE = 32  # so many zero bytes in a row are taken for a hole in the file
+_HOLE = 12  # no record begins with so many zero bytes
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -272,8 +272,8 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         offset = data.find(b"\0\0\0\0", start + 4) - 4
         if offset < 0:
             return len(data)
-        # No record begins with 12 zero bytes, since the checksum of the length 0 is not 0. So a
-        # record after a hole begins at the earliest with the last 8 bytes of the hole.
+        # As the checksum of the length 0 is not 0, a record after a hole begins at the earliest with
+        # the last 8 bytes of the hole.
         if data[offset : offset + _HOLE] == bytes(_HOLE):
             end = _NOT_ZERO.search(data, offset + _HOLE)
             if end is None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -242,6 +243,10 @@ def test_the_state_of_a_notebook_is_told(tmp_path):
     error = nbformat.v4.new_output("error", ename="OSError", evalue="disk\nfull", traceback=[])
     execute(path, outputs=[error])
     assert read_execution(path)[:2] == ("stopped: OSError: disk", 1.0)
+    reason = f"in {project_root() / 'runs'} and {Path.home() / 'my photos'}"
+    error = nbformat.v4.new_output("error", ename="OSError", evalue=reason, traceback=[])
+    execute(path, outputs=[error])
+    assert read_execution(path).state == "stopped: OSError: in ./runs and ~/my photos"
 
 
 def test_an_empty_folder_has_a_report(tmp_path):
