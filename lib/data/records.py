@@ -272,8 +272,8 @@ def _next_frame(data: mmap.mmap, start: int) -> int:
         offset = data.find(b"\0\0\0\0", start + 4) - 4
         if offset < 0:
             return len(data)
-        # As the checksum of the length 0 is not 0, a record after a hole begins at the earliest with
-        # the last 8 bytes of the hole.
+        # As the checksum of the length 0 is not 0, a record after a hole begins at the earliest
+        # with the last 8 bytes of the hole.
         if data[offset : offset + _HOLE] == bytes(_HOLE):
             end = _NOT_ZERO.search(data, offset + _HOLE)
             if end is None:
