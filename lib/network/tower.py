@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 import socket
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lib.files import replacing, show_error, show_path
+from lib.files import check_stored, replacing, show_error, show_path
 from lib.network.losses import MetricLoss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import GeM, make_pooling
@@ -387,6 +388,8 @@ def load_tower(path: Path) -> keras.Model:
         )
     _silence_retracing()
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # of zipfile, h5py, json or Keras
         raise ValueError(

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import keras
@@ -209,6 +210,10 @@ def test_files_that_are_no_tower_are_named(tmp_path):
         load_tower(tmp_path / "model.keras")
     (tmp_path / "model.keras").write_text("not a model")
     with pytest.raises(ValueError, match=r"model\.keras is not a saved tower"):
+        load_tower(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", bytes(10**8))  # 100 kB that become 100 MB
+    with pytest.raises(ValueError, match=r"model\.weights\.h5 is compressed or larger"):
         load_tower(tmp_path / "model.keras")
 
 
