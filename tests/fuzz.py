@@ -209,11 +209,8 @@ def main() -> int:
     if len(options.readers) > 1:  # imported once; from then on a child starts at once
         multiprocessing.set_forkserver_preload(list(fuzz_cases.LIBRARIES))
     with ThreadPoolExecutor(options.processes) as threads:
-        of_readers = [numbers[:: fuzz_cases.COSTLY.get(name, 1)] for name in options.readers]
         counts = threads.map(
-            lambda name, of: attack(name, options.seed, of, options.keep),
-            options.readers,
-            of_readers,
+            lambda name: attack(name, options.seed, numbers, options.keep), options.readers
         )
         columns = ("refused", "read", *FAULTS)
         print("".join(f"{column:>17}" for column in ("reader", "files", *columns)), flush=True)

@@ -25,8 +25,6 @@ LIBRARIES = (
     *("lib.search.embedding", "lib.search.photo_index", "lib.training.checkpoint"),
     *("tools.convert", "tools.labelled", "tools.pipeline"),
 )
-# Of some readers only every n-th file is tried: each file takes a process that imports SciPy.
-COSTLY = {"mat": 4}
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
