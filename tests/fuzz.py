@@ -215,8 +215,8 @@ def main() -> int:
         columns = ("refused", "read", *FAULTS)
         print("".join(f"{column:>17}" for column in ("reader", "files", *columns)), flush=True)
         faults = 0
-        for name, files, of in zip(options.readers, of_readers, counts, strict=True):
-            cells = (name, len(files), *(of[column] for column in columns))
+        for name, of in zip(options.readers, counts, strict=True):
+            cells = (name, len(numbers), *(of[column] for column in columns))
             print("".join(f"{cell:>17}" for cell in cells), flush=True)
             faults += sum(of[fault] for fault in FAULTS)
     print(f"{faults} faults; seed {options.seed}, {time.monotonic() - start:.0f} s")
