@@ -25,8 +25,7 @@ from lib.files import project_root
 from tests.conftest import end_server, free_port, wait_for
 from tools.pipeline import NOTEBOOKS
 
-# One after the other, as each takes all cores.
-pytestmark = [pytest.mark.rehearsal, pytest.mark.xdist_group("rehearsals")]
+pytestmark = pytest.mark.rehearsal
 
 ROOT = project_root()
 SHORT = {
