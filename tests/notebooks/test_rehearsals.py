@@ -1,7 +1,7 @@
 """The paths that users walk, with the documented commands and profiles, on small sets.
 
-Only the numbers of records, epochs and steps are reduced, by parameters. The two that most users
-walk are long tests as well, which `.ci/run` includes; `make rehearse` runs all.
+Only the numbers of records, epochs and steps are reduced, by parameters. The one that most users
+walk is a long test as well, which `.ci/run` includes; `make rehearse` runs all.
 """
 
 import contextlib
@@ -126,7 +126,6 @@ def real_data(kaggle):
     return kaggle / "runs" / "whole"
 
 
-@pytest.mark.long
 def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
     printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
