@@ -160,7 +160,7 @@ def open_gallery(
     _remove_superseded(Path(jobs), engine)
     embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
     with contextlib.suppress(OSError):
-        (job / JOB).touch()
+        (job / JOB).touch()  # its time is that of the last use
     left_out = _sentences(source.left_out)
     if not names:
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")

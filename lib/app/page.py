@@ -130,7 +130,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     from voila.app import Voila
     from voila.tornado.handler import TornadoVoilaHandler
 
-    handler_of_pages = _page_handler()
+    page_handler = _page_handler(TornadoVoilaHandler)
 
     class Page(Voila):
         def launch_browser(self) -> None:
@@ -138,7 +138,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
 
         def init_handlers(self) -> list:
             return [
-                (url, handler_of_pages if handler is TornadoVoilaHandler else handler, *rest)
+                (url, page_handler if handler is TornadoVoilaHandler else handler, *rest)
                 for url, handler, *rest in super().init_handlers()
             ]
 
@@ -160,15 +160,11 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     Page.launch_instance([str(notebook)], config=config)
 
 
-def _page_handler() -> type:
-    """Make the class that answers a page's request: limits the pages, and ends left ones' kernels.
-
-    In a function, since Voila takes a second to import.
-    """
+def _page_handler(voilas: type) -> type:
+    """Derive from Voila's handler one that limits the pages, and ends the kernels of left ones."""
     import tornado.web
-    from voila.tornado.handler import TornadoVoilaHandler
 
-    class PageHandler(TornadoVoilaHandler):
+    class PageHandler(voilas):
         kernels: ClassVar[set[str]] = set()  # those of pages
         waiting = 0  # pages whose kernel is not known yet
         kernel = None  # this page's

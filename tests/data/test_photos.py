@@ -496,7 +496,7 @@ def test_a_gallery_has_a_folder_per_landmark(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_landmarks_whose_folders_are_not_utf_8_have_names_that_can_be_written(tmp_path):
-    """Notebooks 04 and 06 could not be saved: their tables held half characters."""
+    """They were half characters, which no UTF-8 file can hold, and so no saved notebook."""
     for name in (b"caf\xe9", b"caf\xe8"):
         save(tmp_path / os.fsdecode(name) / "1.png")
     labels = read_gallery(tmp_path, 16)[1].tolist()
