@@ -1,6 +1,6 @@
 """What does a set of the size of Kaggle's take: seconds, bytes and memory, stage by stage?
 
-    python -m benchmarks.kaggle_size                    # 4 GB, deleted at the end
+    python -m benchmarks.kaggle_size                    # 5.4 GB, deleted at the end
     python -m benchmarks.kaggle_size --records 16000    # a tenth
     python -m benchmarks.kaggle_size --folder /data     # not in the system's temporary folder
 
@@ -65,7 +65,7 @@ RECORDS, FULL_SHARDS, SIZE, QUALITY = 162_626, 15, 128, 94
 CACHED = 2560  # pictures whose feature maps are computed
 UNIT = 10_000  # pictures that the time of the feature cache is given for
 FEWEST = 100  # records
-BYTES_PER_RECORD = 39_000  # at most
+BYTES_PER_RECORD = 34_000  # 33,184 were measured
 _FEW = 2_000  # up to so many records, starting processes takes longer than drawing them
 _TEXTURE = 1024  # side in pixels
 

@@ -1,7 +1,8 @@
 """The paths that users walk, with the documented commands and profiles, on small sets.
 
-Only the numbers of records, epochs and steps are reduced, by parameters. The one that most users
-walk is a long test as well, which `.ci/run` includes; `make rehearse` runs all.
+Only the numbers of records, epochs and steps are reduced, by parameters. Two are long tests as
+well, which `.ci/run` includes: the profile of the real data, and a few photos of one's own.
+`make rehearse` runs all.
 """
 
 import contextlib
@@ -21,8 +22,9 @@ from PIL import Image
 
 from lib.demo.data import DemoSettings, make_demo_data
 from lib.demo.world import draw_views
-from lib.files import project_root
+from lib.files import project_root, read_json
 from tests.conftest import end_server, free_port, wait_for
+from tests.interrupted import interrupt
 from tools.pipeline import NOTEBOOKS
 
 pytestmark = pytest.mark.rehearsal
@@ -94,7 +96,7 @@ def printed_by(notebook):
 
 
 def metrics_of(run):
-    return json.loads((run / "metrics.json").read_text())
+    return read_json(run / "metrics.json")
 
 
 def save_weights(path):
@@ -118,14 +120,26 @@ def kaggle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real_data(kaggle):
-    """The run of the whole profile, by the command of README."""
+    """The run of the whole profile, by the command of README, which is interrupted twice."""
     short = SHORT | {"weights": "resnet50.weights.h5", "batch_size": 4}
     profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text()) | short
     (kaggle / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
-    python(kaggle, "-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole")
-    return kaggle / "runs" / "whole"
+    command = ["-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole"]
+    run = kaggle / "runs" / "whole"
+    # In training, and in the descriptors of views.
+    interrupted = [("02_triplet_training", 21, "Ctrl-C"), ("04_faiss_evaluation", 25, "machine")]
+    for name, cell, way in interrupted if sys.platform.startswith("linux") else ():
+        where = {"cwd": kaggle, "env": environment(kaggle)}
+        shown = interrupt(
+            [sys.executable, *command], run / f"{name}.ipynb", cell, 0.5, way, **where
+        )
+        assert way == "machine" or shown.splitlines()[-1].startswith("Stopped: "), shown[-3000:]
+    shown = python(kaggle, *command)
+    assert "report.html" in shown and "Traceback" not in shown
+    return run
 
 
+@pytest.mark.long
 def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
     printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
@@ -133,9 +147,26 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     for name in NOTEBOOKS:  # they are shared, with no word of the machine's folders
         assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
     metrics = metrics_of(real_data)
+    sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
+    assert set(metrics) == sections | {"index", "search_app"}
     assert metrics["data"]["records"] > 200
-    assert metrics["test_set"]["ground_truth"] and metrics["post_processing"]
-    assert metrics["training"]["epochs"] == 3
+    assert metrics["test_set"]["ground_truth"] and metrics["training"]["epochs"] == 3
+    tuned, flat = (metrics["index"][name]["recall@10"] for name in ("tuned", "flat"))
+    assert 0.85 < tuned <= 1 == flat
+    assert metrics["post_processing"]["as trained"]["gain"]["value"] == 0
+    for name in ("trained", "untrained", "colour_histogram", "raw_pixels"):
+        interval = metrics["unseen"]["map"][name]
+        assert 0 < interval["low"] <= interval["value"] <= interval["high"] <= 1
+        ranks = metrics["test_set"]["positive_ranks"][name]
+        assert len(ranks) == 4 and ranks == sorted(ranks) and 1 <= ranks[0] <= ranks[-1] <= 99
+    pages = [f"{name}.{kind}" for name in NOTEBOOKS for kind in ("ipynb", "html")]
+    for name in (*pages, "report.html", "model.keras", "gallery.index/manifest.json"):
+        assert (real_data / name).is_file(), name
+    assert (real_data / "history.csv").is_file()
+    assert read_json(real_data / "environment.json")["profile"] == "short.yaml"
+    assert "Missing in this run" not in (real_data / "report.html").read_text()
+    assert not [*real_data.rglob(".part-*")]
+    assert len([*(real_data / "figures").glob("*.png")]) >= 10
     # Without a ground truth, the same test set is searched in, and nothing is said of positives.
     shutil.copytree(real_data, kaggle / "runs" / "unlabelled")
     (kaggle / "Test_set" / "ground_truth.csv").rename(kaggle / "ground_truth.csv")

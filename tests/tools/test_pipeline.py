@@ -1,6 +1,8 @@
-"""The whole chain of notebooks through papermill, on a tiny setting, and its profiles."""
+"""What ends a run of all notebooks, in one line, and its profiles.
 
-import json
+Whole runs are in tests/notebooks/test_rehearsals.py.
+"""
+
 import subprocess
 import sys
 import time
@@ -12,39 +14,11 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.files import project_root
 from lib.runs import record_metrics
-from tests.interrupted import interrupt
 from tools import pipeline
 from tools.pipeline import NOTEBOOKS, ProfileError, main, notebook_parameters, read_profile
 
-# The chain takes longest: a group of its own, so that it runs beside all the others.
-pytestmark = pytest.mark.xdist_group("notebooks")
-
 ROOT = project_root()
 PATHS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
-
-TINY = {
-    "image_size": 32,
-    "batch_size": 8,
-    "steps_per_epoch": 3,
-    "head_epochs": 1,
-    "last_block_epochs": 1,
-    "random_epochs": 2,
-    "cached_variants": 1,
-    "ladder_seeds": [],
-    "validation_limit": 40,
-    "ablation_triplets": 16,
-    "ablation_steps": 2,
-    "seeds": [1],
-    "image_sizes": [32],
-    "view_sizes": [[24, 32]],
-    "tuning_landmarks": 20,
-    "learning_landmarks": 20,
-    "known_landmarks": 200,
-    "made_up_photos": 3000,
-    "target_recall": 0.9,
-    "memory_share": 0.5,
-    "tuning_sample": 1000,
-}
 
 
 def test_profiles_name_only_parameters_that_exist():
@@ -141,48 +115,6 @@ def test_a_run_folder_is_of_one_pipeline_at_a_time(tmp_path, capsys, monkeypatch
         assert f"another pipeline writes into {tmp_path / 'run'}" in printed
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for kernels in /proc")
-def test_the_chain_is_interrupted_and_goes_on_and_keeps_its_results(tmp_path, capsys):
-    profile = tmp_path / "tiny.yaml"
-    profile.write_text(json.dumps(TINY | {"weights": "absent.weights.h5"}))  # goes on without
-    arguments = [str(profile), "--run-dir", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "tools.pipeline", *arguments]
-    # In training, and in the descriptors of views.
-    interrupted = [("02_triplet_training", 21, "Ctrl-C"), ("04_faiss_evaluation", 25, "machine")]
-    for name, cell, way in interrupted:
-        interrupt(command, tmp_path / "run" / f"{name}.ipynb", cell, 0.5, way, cwd=ROOT)
-    status = main(arguments)
-    printed = capsys.readouterr()
-    assert status == 0, printed.err[-3000:]
-    folder = tmp_path / "run"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
-    sections |= {"index", "search_app"}
-    assert set(metrics) == sections
-    assert (
-        0.85 < metrics["index"]["tuned"]["recall@10"] <= 1 == metrics["index"]["flat"]["recall@10"]
-    )
-    assert metrics["post_processing"]["as trained"]["gain"]["value"] == 0
-    assert metrics["training"]["epochs"] == 2
-    assert metrics["training"]["tower"]["weights"] == ""
-    for name in ("trained", "untrained", "colour_histogram", "raw_pixels"):
-        interval = metrics["unseen"]["map"][name]
-        assert 0 < interval["low"] <= interval["value"] <= interval["high"] < 1
-        ranks = metrics["test_set"]["positive_ranks"][name]
-        assert len(ranks) == 4 and ranks == sorted(ranks) and 1 <= ranks[0] <= ranks[-1] <= 99
-    assert metrics["unseen"]["map"]["colour_histogram"]["value"] < 0.15
-    for name in (*(f"{n}.ipynb" for n in NOTEBOOKS), *(f"{n}.html" for n in NOTEBOOKS)):
-        assert (folder / name).is_file(), name
-    for name in ("report.html", "model.keras", "gallery.index/manifest.json", "history.csv"):
-        assert (folder / name).is_file(), name
-    assert json.loads((folder / "environment.json").read_text())["profile"] == "tiny.yaml"
-    assert "Missing in this run" not in (folder / "report.html").read_text()
-    assert not [*folder.rglob(".part-*")]
-    assert len(list((folder / "figures").glob("*.png"))) >= 10
-    assert "report.html" in printed.out and "Traceback" not in printed.err
-
-
 needs_no_data = pytest.mark.skipif(
     any((ROOT / "Dataset").glob("*.tfrec")), reason="Dataset/ holds the real shards"
 )
@@ -204,16 +136,12 @@ def test_gldv2_without_data_stops_in_seconds_with_the_instruction(tmp_path):
 
 @pytest.mark.long
 def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tmp_path):
-    parameters = TINY | {"weights": "absent.weights.h5", "weights_required": True}
+    parameters = {"weights": "absent.weights.h5", "weights_required": True}
     with pytest.raises(PapermillExecutionError) as caught:
         papermill.execute_notebook(
             str(PATHS[1]),
             str(tmp_path / "out.ipynb"),
-            {
-                name: parameters[name]
-                for name in parameters
-                if name in notebook_parameters(PATHS[1])
-            },
+            parameters,
             kernel_name="python3",
             cwd=str(PATHS[1].parent),
             progress_bar=False,
