@@ -79,8 +79,11 @@ def first_writable(*folders: Path) -> Path:
 
 
 def show_error(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type if there is no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message, or the error's type if there is no message.
+
+    It is cut after 500 letters: libraries quote what a damaged file holds.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from lib.files import (
     read_json,
     remove_half_written,
     replacing,
+    show_error,
     show_path,
     write_json,
 )
@@ -150,3 +151,10 @@ def test_a_lock_keeps_others_out_until_its_holder_is_done(tmp_path):
     assert subprocess.run(command, cwd=project_root()).returncode == 0  # ends without letting go
     with only_writer(tmp_path, KeyError("busy")):
         pass
+
+
+def test_the_message_of_an_error_is_one_short_line():
+    """zipfile's quoted 10,000 letters of a damaged file."""
+    assert show_error(ValueError("\n first\nsecond")) == "first"
+    assert show_error(KeyError()) == "KeyError"
+    assert len(show_error(ValueError("x" * 10_000))) == 500

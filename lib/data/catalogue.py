@@ -176,7 +176,7 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
     try:
         save_catalogue(catalogue, path)
     except OSError as error:  # such as a read-only folder
-        print(f"{show_path(path)} can't be kept ({error}): it will be made again each time")
+        print(f"{show_path(path)} can't be kept ({show_error(error)}): made again each time")
     return catalogue
 
 

@@ -24,7 +24,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from lib.data.decoding import is_endless, reduction, resize
-from lib.files import read_table, show_name, show_path
+from lib.files import read_table, show_error, show_name, show_path
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -202,7 +202,9 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise anything
-        raise PhotoError(f"{show_path(path)} is not a readable picture ({error})") from None
+        raise PhotoError(
+            f"{show_path(path)} is not a readable picture ({show_error(error)})"
+        ) from None
 
 
 def square_of(image: Image.Image, image_size: int) -> np.ndarray:

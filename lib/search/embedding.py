@@ -39,6 +39,7 @@ from lib.files import (
     read_json,
     remove_half_written,
     replacing,
+    show_error,
     show_path,
     write_json,
 )
@@ -146,7 +147,9 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
         try:
             return decode(read_picture(places[number]), image_size)
         except (OSError, ValueError) as error:
-            raise PhotoError(f"picture {names[number]} can't be read ({error})") from None
+            raise PhotoError(
+                f"picture {names[number]} can't be read ({show_error(error)})"
+            ) from None
 
     return PhotoSource(names, read, hashlib.sha256(b"".join(hashes)).hexdigest())
 

@@ -39,6 +39,7 @@ from lib.files import (
     read_json,
     remove_half_written,
     replacing,
+    show_error,
     show_path,
     write_json,
 )
@@ -298,7 +299,9 @@ def _whole_files(cache: FeatureCache) -> dict[str, dict]:
     try:
         listed = read_json(path)["files"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"{show_path(path)} is damaged ({error}): the feature cache is built anew")
+        print(
+            f"{show_path(path)} is damaged ({show_error(error)}): the feature cache is built anew"
+        )
         return {}
     whole = {}
     for name, entry in tqdm(listed, desc="checking features", unit=" files", leave=False):
