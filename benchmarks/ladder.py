@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import pandas as pd
 
 from lib.data.photos import read_gallery
 from lib.files import project_root, show_path, write_json
+from lib.programs import program
 from lib.studies.fixes import (
     FIXES,
     FROZEN,
@@ -103,7 +105,8 @@ def make_result(
     }
 
 
-def main() -> None:
+@program()
+def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="of the result; by default the folder's")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
 
     settings = replace(LadderSettings(), seeds=tuple(range(arguments.seeds)))
     name = arguments.name or arguments.photos.resolve().name
@@ -130,7 +133,8 @@ def main() -> None:
     best = summary["map"]
     gains = {"original": best[FULL] - best[ORIGINAL], "frozen_trunk": best[FULL] - best[FROZEN]}
     print(json.dumps({f"full_vs_{name}": round(gain, 4) for name, gain in gains.items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

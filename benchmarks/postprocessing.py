@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +35,8 @@ import numpy as np
 
 from lib.data.photos import read_gallery
 from lib.files import project_root, show_path, write_json
-from lib.network.tower import TowerSettings, WeightsUnavailableError, build_tower
+from lib.network.tower import TowerSettings, build_tower
+from lib.programs import program
 from lib.studies.fixes import landmark_folds
 from lib.studies.postprocessing import (
     AS_TRAINED,
@@ -78,7 +80,8 @@ def make_folds(photos: Photos, n_folds: int) -> list[Fold]:
     return folds
 
 
-def main() -> None:
+@program()
+def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.25, help="of a MobileNet")
     parser.add_argument("--name", default="", help="of the result; by default the folder's")
     parser.add_argument("--folds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
 
     settings = TowerSettings(
         OPTIONS.image_size,
@@ -96,10 +99,7 @@ def main() -> None:
         width=arguments.width if arguments.backbone.startswith("MobileNet") else 1.0,
         weights=arguments.weights,
     )
-    try:
-        tower = build_tower(settings)
-    except WeightsUnavailableError as error:
-        parser.exit(1, f"{error}\n")
+    tower = build_tower(settings)
     _, labels, skipped = read_gallery(arguments.photos, 32)
     for message in skipped:
         print("skipped:", message)
@@ -140,6 +140,7 @@ def main() -> None:
     print(shown.round(3).to_string())
     print(show_path(path), "written")
     print(json.dumps({n: round(summary["map"][n], 4) for n in (AS_TRAINED, CHOSEN)}))
+    return 0
 
 
 def _sha256(weights: str) -> str | None:
@@ -147,4 +148,4 @@ def _sha256(weights: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,7 +33,7 @@ _NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def project_root(start: Path | None = None) -> Path:
-    """The folder that holds ``environment.yml``, found by walking up from ``start``.
+    """The folder with ``environment.yml`` and ``lib``, found by walking up from ``start``.
 
     JupyterLab, nbval and papermill start a kernel in different folders; this makes them agree.
 
@@ -41,14 +41,15 @@ def project_root(start: Path | None = None) -> Path:
         start: None: the working directory or, if it is in no project, this file.
 
     Raises:
-        FileNotFoundError: none of these folders, nor one above them, holds the file.
+        FileNotFoundError: none of these folders, nor one above them, holds both.
     """
     starts = [start] if start else [Path(os.curdir), Path(__file__)]
     for place in starts:
         with contextlib.suppress(OSError):  # the working directory was deleted
             place = Path(place).resolve()
             for folder in (place, *place.parents):
-                if (folder / "environment.yml").is_file():
+                # Other projects have an environment.yml, too.
+                if all((folder / name).is_file() for name in ("environment.yml", "lib/files.py")):
                     return folder
     hint = "work inside the project's folder"
     raise FileNotFoundError(f"no environment.yml in {starts[0]} or above it: {hint}")

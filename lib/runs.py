@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.files import only_writer, project_root, read_json, write_json
+from lib.files import only_writer, project_root, read_json, show_path, write_json
 
 
 def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
@@ -53,5 +53,7 @@ def record_metrics(run: Path, **sections: Any) -> Path:
     path = Path(run) / "metrics.json"
     with only_writer(path.parent, busy=None):
         metrics = read_json(path) if path.is_file() else {}
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{show_path(path)} is no record of metrics: delete it")
         write_json(path, metrics | sections)
     return path

@@ -158,3 +158,9 @@ def test_the_message_of_an_error_is_one_short_line():
     assert show_error(ValueError("\n first\nsecond")) == "first"
     assert show_error(KeyError()) == "KeyError"
     assert len(show_error(ValueError("x" * 10_000))) == 500
+
+
+def test_another_project_around_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    (tmp_path / "environment.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert (project_root() / "lib" / "files.py").is_file()

@@ -4,6 +4,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+import pytest
+
 from lib.files import read_json
 from lib.runs import new_run, record_metrics
 
@@ -32,3 +34,9 @@ def test_runs_of_the_same_second_are_different_and_latest_is_the_newest(tmp_path
     assert (first.name, second.name) == ("2026-05-04_03-02-01", "2026-05-04_03-02-01-2")
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert not (tmp_path / "latest").readlink().is_absolute()  # the folder may be moved
+
+
+def test_metrics_that_are_none_are_named(tmp_path):
+    (tmp_path / "metrics.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"metrics\.json is no record of metrics: delete it"):
+        record_metrics(tmp_path, data={})

@@ -189,7 +189,13 @@ def convert(
             (target_dir / name).unlink()
         todo = {name: rows for name, rows in shards.items() if name not in done}
         if not todo and COMPLETE in names:
-            return _read_complete(target_dir)[1]
+            files, report = _read_complete(target_dir)
+            cut = [n for n in done if (target_dir / n).stat().st_size != files[n]["bytes"]]
+            if not cut:
+                return report
+            for name in cut:  # made anew
+                (target_dir / name).unlink()
+            todo, done = {name: shards[name] for name in cut}, done - {*cut}
         (target_dir / COMPLETE).unlink(missing_ok=True)  # a file was deleted after completion
         _open_skipped(target_dir / SKIPPED, photos.absent, done)
         _write_shards(target_dir, todo, photos, settings)

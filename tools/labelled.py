@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.data.photos import landmark_photos, left_out_lines
+from lib.data.photos import NoPhotosError, landmark_name, landmark_photos, left_out_lines
 from lib.files import read_table, show_path
 
 _LARGEST_LIST = 2**31  # bytes; that of Google Landmarks v2 has 500 MB
@@ -56,7 +57,10 @@ def read_folder(folder: Path) -> LabelledPhotos:
     Raises:
         ConversionError: no photos.
     """
-    found, left_out = landmark_photos(folder)
+    try:
+        found, left_out = landmark_photos(folder)
+    except NoPhotosError as error:
+        raise ConversionError(str(error)) from None
     paths = [path for path in found if _is_text(f"{path.parent.name}/{path.name}")]
     if len(paths) < len(found):
         left_out["photos whose names are not UTF-8"] = len(found) - len(paths)
@@ -64,10 +68,13 @@ def read_folder(folder: Path) -> LabelledPhotos:
         message = f"{show_path(folder)} has no subfolders with photos: give each landmark one, or "
         message += "name the CSV file with the labels"
         raise ConversionError("; ".join([message, *left_out_lines(left_out)]))
-    rows = [(f"{p.parent.name}/{p.name}", p.parent.name) for p in paths]
+    rows = [(f"{p.parent.name}/{p.name}", landmark_name(p.parent.name)) for p in paths]
     table = pd.DataFrame(rows, columns=["image_id", "landmark_id"])
     # Of type object, as pandas' own type for text takes no folders whose names are not UTF-8.
     table["path"] = pd.Series(list(map(str, paths)), dtype=object)
+    # Two folders may be one landmark's.
+    order = np.argsort(pd.factorize(table["landmark_id"])[0], kind="stable")
+    table = table.iloc[order].reset_index(drop=True)
     return LabelledPhotos(table, table.iloc[:0], left_out)
 
 
@@ -91,7 +98,8 @@ def read_csv(labels: Path, image_root: Path) -> LabelledPhotos:
     where, ids, landmarks = show_path(labels), [], []
     for _, (image_id, landmark_id) in rows():
         ids.append(image_id.strip())
-        landmarks.append(sys.intern(landmark_id.strip()))  # most are repeated
+        landmark_id = unicodedata.normalize("NFC", landmark_id.strip())
+        landmarks.append(sys.intern(landmark_id))  # most are repeated
     table = pd.DataFrame({"image_id": ids, "landmark_id": landmarks}, dtype=str)
     wrong = (table == "").any(axis=1) | table["image_id"].duplicated()
     if wrong.any():

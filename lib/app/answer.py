@@ -27,7 +27,13 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
-from lib.data.photos import NoPhotosError, PhotoError, left_out_lines, read_photo
+from lib.data.photos import (
+    NoPhotosError,
+    PhotoError,
+    landmark_name,
+    left_out_lines,
+    read_photo,
+)
 from lib.files import only_writer, read_json
 from lib.network.engine import Engine
 from lib.search.embedding import JOB, JobBusyError, embed_job, photos_below, place_of
@@ -107,7 +113,7 @@ def landmark_of(name: str) -> str:
 
     It is the whole way to the folder: "Paris/old" and "Rome/old" are two landmarks.
     """
-    return name.rpartition("/")[0]
+    return landmark_name(name.rpartition("/")[0])
 
 
 def folder_below(root: Path, typed: str) -> Path:

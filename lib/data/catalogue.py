@@ -194,7 +194,7 @@ def build_catalogue(shards: Sequence[Path]) -> Catalogue:
     total = sum(map(len, frames))
     where = f"the {len(shards)} shards of {show_path(shards[0].parent)}"
     if not total:
-        raise CatalogueError(f"{where} are empty: fetch them again")
+        raise CatalogueError(f"{where} are empty: fetch or convert them again")
     rows, problems = [], []
     with (
         process_pool() as pool,
@@ -211,7 +211,9 @@ def build_catalogue(shards: Sequence[Path]) -> Catalogue:
             bar.update(len(found) // 3 + len(failed))
     if not rows:
         reasons = "; ".join(f"{problem}: {detail}" for *_, problem, detail in problems[:3])
-        raise CatalogueError(f"no usable record in {where} ({reasons}): fetch them again")
+        raise CatalogueError(
+            f"no usable record in {where} ({reasons}): fetch or convert them again"
+        )
     rows = pd.DataFrame(rows, columns=_COLUMNS).astype({"perceptual_hash": np.uint64})
     return identify(Catalogue(shards, rows, pd.DataFrame(problems, columns=_PROBLEMS)))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import threading
 import unicodedata
 from collections import Counter
@@ -27,15 +28,16 @@ from lib.data.decoding import is_endless, reduction, resize
 from lib.files import read_table, show_error, show_name, show_path
 
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo"),
     *(".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
 )
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 _JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
-_UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them
+_UNREAD_SUFFIXES = (  # of photos that Pillow can't read, or not as a camera shows them
     *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+    *(".zip", ".rar", ".7z", ".tar", ".tgz", ".gz"),  # that photos may be in
 )
 
 GROUND_TRUTH = "ground_truth.csv"
@@ -92,13 +94,17 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
 
     Files and folders are sorted by name. Hidden names (with a leading dot) and files that are not
     photos are ignored. Left out and counted are links to folders (which could form loops), links
-    to files outside of ``folder``, unreadable folders and files, and photos in formats that are not
-    supported.
+    to files outside of ``folder``, unreadable folders and files, archives, and photos in formats
+    that are not supported.
 
     Args:
-        folder: may be absent; then there are no photos.
         subfolders: whether to search subfolders at any depth.
+
+    Raises:
+        NoPhotosError: there is no such folder.
     """
+    if not os.path.isdir(folder):
+        raise NoPhotosError(f"there is no folder {show_path(Path(folder))}")
     root = os.path.realpath(folder)  # Path.resolve() raises on links that form a loop
     paths, left_out, folders = [], Counter(), [Path(folder)]
     while folders:
@@ -125,7 +131,9 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
                 elif kind in _UNREAD_SUFFIXES:
                     left_out[f"{kind} files"] += 1
                 elif kind not in SUFFIXES:
-                    continue
+                    # Such as a download that was broken off, or a photo without its suffix.
+                    if not kind or any(suffix in entry.name.lower() for suffix in SUFFIXES):
+                        left_out["files without the suffix of a photo"] += 1
                 elif not entry.is_file():
                     left_out["files that are absent"] += 1
                 elif entry.is_symlink() and not path.resolve().is_relative_to(root):
@@ -149,6 +157,11 @@ def landmark_photos(folder: Path) -> FoundPhotos:
     if len(kept) < len(paths):
         left_out["photos that are not in a landmark's folder itself"] = len(paths) - len(kept)
     return FoundPhotos(kept, left_out)
+
+
+def landmark_name(folder: str) -> str:
+    """The landmark that a folder's name says: one, however its accents are encoded."""
+    return show_name(unicodedata.normalize("NFC", folder))
 
 
 def left_out_lines(left_out: dict[str, int]) -> list[str]:
@@ -259,9 +272,9 @@ def _in_turn(image: Image.Image) -> contextlib.AbstractContextManager:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture to 8-bit RGB and apply its EXIF orientation.
 
-    16 bits are rounded to 8, and the first frame of an animation is taken. Transparency becomes
-    white, or black in a picture that could not be seen on white, such as a white logo. A JPEG file
-    may lack the marker at its end.
+    16 bits are rounded to 8, numbers from 0 to 1 become 0 to 255, and the first frame of an
+    animation is taken. Transparency becomes white, or black in a picture that could not be seen on
+    white, such as a white logo. A JPEG file may lack the marker at its end.
     """
     try:
         image.load()
@@ -277,7 +290,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # invalid EXIF is ignored
         # Not ImageOps.exif_transpose: it rewrites all EXIF data, and fails if any of it is odd.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if image.mode.startswith("I"):  # 16 bits of grey, maybe stored in 32
+    if image.mode == "F":  # mostly from 0 to 1
+        grey = np.nan_to_num(np.asarray(image))
+        grey = (grey * (255 if grey.max() <= 1 else 1)).clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    elif image.mode.startswith("I"):  # 16 bits of grey, maybe stored in 32
         # Rounds v / 257; the clip prevents an overflow of 16 bits.
         grey = (np.asarray(image).clip(0, 65407) + 128) // 257
         image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -372,7 +389,10 @@ def read_test_set(folder: Path, image_size: int) -> TestSet:
         TestSetError: no readable photo, or a ground truth that does not match the photos.
     """
     folder = Path(folder)
-    found, left_out = find_photos(folder, subfolders=False)
+    try:
+        found, left_out = find_photos(folder, subfolders=False)
+    except NoPhotosError as error:
+        raise TestSetError(f"{error}. Test_set/README.md says what belongs there.") from None
     photos, paths, skipped = read_photos(found, image_size)
     skipped += left_out_lines(left_out)
     names = [path.name for path in paths]
@@ -406,6 +426,12 @@ def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str,
     found = list(folder.iterdir())
     files = sorted(path for path in found if path.name.casefold() == GROUND_TRUTH)
     if not files:
+        for path in found:
+            is_list = re.sub("[^a-z]", "", path.name.casefold()).startswith("groundtruth")
+            if is_list and path.suffix.lower() not in SUFFIXES:
+                raise TestSetError(
+                    f"{show_path(path)} is not read: save it as CSV, named {GROUND_TRUTH}"
+                )
         return None
     where = show_path(files[-1])  # capitals come first, so it is the usual name if that exists
     alike: dict[str, list[str]] = {}
@@ -420,7 +446,7 @@ def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str,
         fits = alike.get(_folded(image), [])
         if image in fits or (readable is None and not fits):
             fits = [image]
-        role, shown, problem = role.strip(' "').lower(), repr(image[:200]), None
+        role, shown, problem = role.strip().strip('"').strip().lower(), repr(image[:200]), None
         if role not in ROLES:
             problem = f"role {role[:200]!r} is none of {', '.join(ROLES)}"
         elif len(fits) > 1:
@@ -456,9 +482,8 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
     """Read a labelled gallery: a folder with a subfolder of photos for each landmark.
 
     Returns:
-        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), the name of each photo's subfolder, see
-        :func:`lib.files.show_name`; and messages on unreadable photos and on what
-        :func:`landmark_photos` left out.
+        photos, uint8 (n, s, s, 3) RGB; labels, str (n,), see :func:`landmark_name`; and messages on
+        unreadable photos and on what :func:`landmark_photos` left out.
 
     Raises:
         NoPhotosError: no subfolder holds a readable photo.
@@ -473,4 +498,4 @@ def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray,
             left_out,
         )
     skipped += left_out_lines(left_out)
-    return photos, np.array([show_name(path.parent.name) for path in kept]), skipped
+    return photos, np.array([landmark_name(path.parent.name) for path in kept]), skipped

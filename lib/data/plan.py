@@ -17,6 +17,7 @@ import numpy as np
 from lib.data.catalogue import Catalogue, split_landmarks
 from lib.data.sampling import SamplingError, usable_triplets
 
+_DRAWS = 10  # of landmarks to hold back, of which the best is taken
 _PASSES = 4  # over all triplets in an epoch, at most: more would only repeat them
 
 
@@ -55,10 +56,7 @@ def hold_back(catalogue: Catalogue, share: float) -> Split:
     asked = round(share * groups)
     for held in sorted(range(groups + 1), key=lambda held: abs(held - asked)):
         exact = share if held == asked else held / groups
-        part = split_landmarks(catalogue, {"train": 1 - exact, "validation": exact}, seed=0)
-        split = Split(part == "train", part == "validation")
-        of_validation = np.isin(pairs, group[split.validation]).sum()
-        if min(of_validation, len(pairs) - of_validation) >= 2 and _trainable(catalogue, split):
+        if split := _draw_split(catalogue, exact, pairs):
             if held != asked:
                 print(
                     f"{held} of {groups} landmarks are held back, as validation_share = {share} "
@@ -73,8 +71,26 @@ def hold_back(catalogue: Catalogue, share: float) -> Split:
     return Split(everything, everything)
 
 
-def _trainable(catalogue: Catalogue, split: Split) -> bool:
-    return len(usable_triplets(catalogue, split.train)) > 0
+def _draw_split(catalogue: Catalogue, share: float, pairs: np.ndarray) -> Split | None:
+    """Hold back a share of the landmarks; None if one side lacks pairs, or there is no triplet.
+
+    Where landmarks have very different numbers of photos, a draw may hold back the large ones. The
+    first is taken that leaves half as many triplets as expected, or else the best of some.
+    """
+    group = catalogue.pictures["group"].to_numpy()
+    # Of a triplet, both landmarks must be trained on.
+    enough, best, most = (1 - share) ** 2 * len(catalogue.triplets) / 2, None, 0
+    for seed in range(_DRAWS):
+        part = split_landmarks(catalogue, {"train": 1 - share, "validation": share}, seed)
+        split = Split(part == "train", part == "validation")
+        of_validation = np.isin(pairs, group[split.validation]).sum()
+        if min(of_validation, len(pairs) - of_validation) >= 2:
+            usable = len(usable_triplets(catalogue, split.train))
+            if usable > most:
+                best, most = split, usable
+            if usable >= enough:
+                break
+    return best
 
 
 def fit_batches(

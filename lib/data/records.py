@@ -101,11 +101,19 @@ def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list
         numbers: of the shards to list; None lists all.
 
     Raises:
-        DatasetNotFoundError: there are no shards, or one of ``numbers`` is missing.
+        DatasetNotFoundError: there are no shards, one of ``numbers`` is missing, or two have the
+            same number.
     """
     dataset_dir = Path(dataset_dir)
-    found = {shard_number(path): path for path in sorted(dataset_dir.glob("*.tfrec"))}
-    found.pop(None, None)
+    found: dict[int, Path] = {}
+    for path in sorted(dataset_dir.glob("*.tfrec")):
+        number = shard_number(path)
+        if number in found:
+            raise DatasetNotFoundError(
+                f"{show_path(path)} and {found[number].name} have the same number: remove one"
+            )
+        if number is not None:
+            found[number] = path
     numbers = sorted(found) if numbers is None else list(numbers)
     missing = [shard_name(n) for n in numbers if n not in found]
     if found and not missing:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.files import read_table, show_error, show_path
+from lib.files import read_table, show_path
 
 REVISITED_FILES = (
     "http://cmp.felk.cvut.cz/revisitop/data/datasets/roxford5k/gnd_roxford5k.mat",
@@ -236,7 +236,7 @@ def read_revisited(path: Path) -> dict[str, GroundTruth]:
 
 
 def _load_mat(path: Path) -> dict[str, Any]:
-    if path.suffix != ".mat":
+    if path.suffix.lower() != ".mat":
         raise GroundTruthError(
             "only .mat files are read, for a pickle can run any program: download "
             + " or ".join(REVISITED_FILES)
@@ -255,7 +255,7 @@ def _load_mat(path: Path) -> dict[str, Any]:
         if read.returncode == 0:
             return json.loads(read.stdout)
     except (OSError, subprocess.TimeoutExpired, RecursionError) as error:
-        raise GroundTruthError(f"it can't be read ({show_error(error)})") from None
+        raise GroundTruthError(f"it can't be read ({error})") from None
     lines = read.stderr.decode(errors="replace").split("\n")
     reason = next((line for line in reversed(lines) if line), f"signal {-read.returncode}")
     raise GroundTruthError(f"it can't be read ({reason[:200]}): download it again")

@@ -178,13 +178,16 @@ def recall_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -
     return _divide(np.bincount(query[rank < k], minlength=len(count)), n_positives)
 
 
-def hit_at(hits: np.ndarray, k: int) -> np.ndarray:
+def hit_at(hits: np.ndarray, k: int, n_positives: np.ndarray | None = None) -> np.ndarray:
     """Tell whether a hit is among the first k ranks, float64 (q,), 0 or 1.
+
+    If the numbers of positives are given, a query without any has NaN, as in the other measures.
 
     The mean is metric learning's recall@k (Oh Song, Xiang, Jegelka, Savarese, "Deep Metric Learning
     via Lifted Structured Feature Embedding", CVPR 2016).
     """
-    return np.atleast_2d(np.asarray(hits, dtype=bool))[:, :k].any(axis=1).astype(np.float64)
+    found = np.atleast_2d(np.asarray(hits, dtype=bool))[:, :k].any(axis=1).astype(np.float64)
+    return found if n_positives is None else np.where(np.asarray(n_positives) > 0, found, np.nan)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -209,9 +212,9 @@ LANDMARKS: Protocol = {"AP@100": lambda hits, n: average_precision(hits, n, k=10
 GENERAL: Protocol = {
     "AP": average_precision,
     "AP@R": lambda hits, n: average_precision(hits, n, k=n),
-    "hit@1": lambda hits, n: hit_at(hits, 1),
-    "hit@5": lambda hits, n: hit_at(hits, 5),
-    "hit@10": lambda hits, n: hit_at(hits, 10),
+    "hit@1": lambda hits, n: hit_at(hits, 1, n),
+    "hit@5": lambda hits, n: hit_at(hits, 5, n),
+    "hit@10": lambda hits, n: hit_at(hits, 10, n),
     "recall@10": lambda hits, n: recall_at(hits, 10, n),
 }
 

@@ -12,6 +12,7 @@ default: twice as fast, with nearly the same ranking (``python -m benchmarks.emb
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -89,8 +90,14 @@ def keras_engine(tower: keras.Model) -> Engine:
     )
 
 
-def export_engine(tower: keras.Model, path: Path) -> None:
+def export_engine(tower: keras.Model, path: Path, model: Path | None = None) -> None:
     """Write a tower as one file, atomically, on Keras' TensorFlow or PyTorch backend.
+
+    Args:
+        tower: from :func:`lib.network.tower.build_tower`.
+        path: of the file.
+        model: the file that the tower was loaded from, by which :func:`open_engine` finds out
+            whether it was trained anew since.
 
     Raises:
         EngineError: the exported network's embeddings differ from the tower's; nothing is written.
@@ -105,6 +112,7 @@ def export_engine(tower: keras.Model, path: Path) -> None:
             "fingerprint": fingerprint(tower),
             "image_size": tower.input_shape[1],
             "dimension": tower.output_shape[-1],
+            "model": checksum(model) if model else "",
             "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
         }
         with zipfile.ZipFile(part, "w") as archive:
@@ -125,7 +133,7 @@ def export_engine(tower: keras.Model, path: Path) -> None:
 
 
 def open_engine(run: Path) -> Engine:
-    """Load a run's exported tower, after exporting it if it is absent or older than the model.
+    """Load a run's exported tower, after exporting it if it is absent or of another model.
 
     Raises:
         FileNotFoundError: the run has neither an exported tower nor a model.
@@ -137,14 +145,22 @@ def open_engine(run: Path) -> Engine:
             f"there is no trained model in {show_path(run)}: run `make demo` first, or set run_dir "
             "to a run that has one"
         )
-    changed = model.stat().st_mtime_ns if model.is_file() else 0
-    if not engine.is_file() or engine.stat().st_mtime_ns < changed:
+    if model.is_file() and _model_of(engine) != checksum(model):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import load_tower  # loads Keras
 
         print("exporting the trained network", file=sys.stderr)
-        export_engine(load_tower(model), engine)
+        export_engine(load_tower(model), engine, model)
     return load_engine(engine)
+
+
+def _model_of(engine: Path) -> str | None:
+    """The checksum of the model that was exported; None if the file says none."""
+    # A damaged file raises anything.
+    with contextlib.suppress(Exception), zipfile.ZipFile(engine) as archive:
+        check_stored(archive)
+        return json.loads(archive.read(_MANIFEST))["model"]
+    return None
 
 
 def load_engine(path: Path, precision: str = "auto", threads: int | None = None) -> Engine:

@@ -387,7 +387,7 @@ def test_shards_without_one_usable_record_are_refused(tmp_path):
     with pytest.raises(CatalogueError, match=r"no usable record in the 1 shards.*not a JPEG"):
         build_catalogue([shard])
     shard.write_bytes(b"")
-    with pytest.raises(CatalogueError, match="are empty: fetch them again"):
+    with pytest.raises(CatalogueError, match="are empty: fetch or convert them"):
         build_catalogue([shard])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from lib.app.answer import landmark_of
 from lib.app.labeller import Labels, read_labels, write_labels
 from lib.app.upload import UploadError, read_upload
 from lib.data.catalogue import inspect_picture
@@ -69,7 +70,8 @@ def test_listing_is_sorted_and_ignores_what_is_no_photo(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     assert [p.name for p in list_photos(tmp_path)] == ["a.jpeg", "b.JPG", "c.png"]
-    assert list_photos(tmp_path / "absent") == []
+    with pytest.raises(NoPhotosError, match=r"there is no folder .*absent"):
+        list_photos(tmp_path / "absent")
 
 
 def test_links_neither_loop_nor_lead_outside(tmp_path):
@@ -490,8 +492,11 @@ def test_a_gallery_has_a_folder_per_landmark(tmp_path):
     photos, labels, skipped = read_gallery(tmp_path, 16)
     assert photos.shape == (3, 16, 16, 3)
     assert labels.tolist() == ["bridge", "tower", "tower"] and len(skipped) == 1
-    with pytest.raises(NoPhotosError, match="folder of photos for each landmark"):
+    with pytest.raises(NoPhotosError, match=r"there is no folder .*absent"):
         read_gallery(tmp_path / "absent", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NoPhotosError, match="folder of photos for each landmark"):
+        read_gallery(tmp_path / "empty", 16)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -509,3 +514,45 @@ def test_jpeg_quality_is_read_from_the_file(tmp_path, quality):
     assert jpeg_quality(Image.open(tmp_path / "a.jpg")) == quality
     save(tmp_path / "a.png")
     assert jpeg_quality(Image.open(tmp_path / "a.png")) is None
+
+
+def test_archives_and_files_without_their_suffix_are_counted(tmp_path):
+    """A folder with photos.zip and a photo without suffix was called empty."""
+    for name in ("photos.zip", "IMG_0001", "b.jpg.download", "c.jpg~", "notes.txt"):
+        (tmp_path / name).touch()
+    save(tmp_path / "a.pjpeg", format="JPEG")
+    paths, left_out = find_photos(tmp_path)
+    assert [path.name for path in paths] == ["a.pjpeg"]
+    assert left_out == {".zip files": 1, "files without the suffix of a photo": 3}
+
+
+def test_numbers_from_0_to_1_are_grey_levels(tmp_path):
+    Image.fromarray(np.tile(np.linspace(0, 1, 16, dtype=np.float32), (16, 1))).save(
+        tmp_path / "a.tif"
+    )
+    photo = read_photo(tmp_path / "a.tif", 16)
+    assert photo[0, 0].tolist() == [0, 0, 0] and photo[0, 15].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("encode", [str, lambda name: unicodedata.normalize("NFD", name)])
+def test_a_landmark_is_one_however_its_accent_is_written(tmp_path, encode):
+    """A Mac's and a Linux machine's folders of one name were each other's negatives."""
+    for name in ("Caf\xe9", encode("Caf\xe9"), "Dom"):
+        save(tmp_path / name / f"{len(name)}.jpg")
+        save(tmp_path / name / f"{len(name)} b.jpg")
+    _, labels, _ = read_gallery(tmp_path, 8)
+    assert set(labels) == {"Caf\xe9", "Dom"} == {landmark_of(encode("Caf\xe9/1")), "Dom"}
+    photos = read_folder(tmp_path)
+    assert photos.table["landmark_id"].is_monotonic_increasing
+    assert photos.landmark.max() == 1 and len(photos.landmark) == len(labels)
+
+
+@pytest.mark.parametrize(
+    "name", ["ground_truth.csv.txt", "Ground-Truth.xlsx", "ground_truth(1).csv"]
+)
+def test_a_ground_truth_of_another_name_is_not_passed_over(tmp_path, name):
+    """It was: another photo became the query, and nothing was judged."""
+    save(tmp_path / "a.jpg")
+    (tmp_path / name).write_text("image,role\na.jpg,query\n")
+    with pytest.raises(TestSetError, match=r"is not read: save it as CSV, named ground_truth\.csv"):
+        read_test_set(tmp_path, 8)

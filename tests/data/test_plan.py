@@ -10,6 +10,7 @@ from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.plan import fit_batches, hold_back
 from lib.data.sampling import SamplingError
 from tests.data.test_sampling import catalogue_of
+from tools.convert import plan_triplets
 
 
 def landmarks_of_two(n):
@@ -77,3 +78,14 @@ def test_few_triplets_are_not_repeated_hundreds_of_times(capsys):
     assert "20 triplets to train on: 4 batches of 20 an epoch, not 100 of 32" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("counts", [(12, 10, 2, 2, 2, 2), (10, 3, 3, 3, 3), (15, 2, 2, 2)])
+def test_the_landmarks_with_most_photos_are_not_all_held_back(counts):
+    """Of 30 triplets one was left to train on: the first draw held back the large landmarks."""
+    landmark = np.repeat(np.arange(len(counts)), counts)
+    plan = plan_triplets(landmark, seed=0)
+    used, rows = np.unique(plan, return_inverse=True)
+    catalogue = catalogue_of(landmark[used], rows.reshape(plan.shape))
+    split = hold_back(catalogue, 0.2)
+    assert len(DatasetHandler(catalogue, DataSettings(), split.train).triplets) > len(plan) / 4

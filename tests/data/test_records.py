@@ -244,3 +244,11 @@ def test_a_frame_is_as_the_format_says(shard):
     (length,) = struct.unpack("<Q", content[:8])
     assert content[12 : 12 + length] == serialize_triplet(SOME[0])
     assert offsets(shard)[1] == 12 + length + 4
+
+
+def test_two_shards_of_one_number_are_refused(tmp_path):
+    """One of them was passed over in silence."""
+    for name in ("train1.tfrec", "train01.tfrec"):
+        write_shard(tmp_path / name, SOME)
+    with pytest.raises(DatasetNotFoundError, match=r"train1\.tfrec and train01\.tfrec have the"):
+        find_shards(tmp_path)

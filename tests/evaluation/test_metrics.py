@@ -524,3 +524,10 @@ def test_compare_wants_the_same_queries():
             compare(a, b)
     with pytest.raises(ValueError, match="no query has a positive"):
         compare([np.nan], [np.nan])
+
+
+def test_every_measure_leaves_out_a_query_that_has_nothing_to_find():
+    """hit@k counted it as a miss, beside an AP that left it out."""
+    hits = np.array([[True, False], [False, False]])
+    for name, measure in GENERAL.items():
+        assert np.isnan(measure(hits, hits.sum(axis=1))).tolist() == [False, True], name

@@ -11,7 +11,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from lib.files import project_root
+from lib.files import checksum, project_root
 from lib.network import engine as engines
 from lib.network.engine import EngineError, export_engine, keras_engine, load_engine
 from lib.network.openvino import fast_precision, import_openvino
@@ -256,15 +256,20 @@ def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
     monkeypatch.setattr(engines, "load_engine", lambda path: path)
     monkeypatch.setattr(
-        engines, "export_engine", lambda tower, path: (exported.append(tower), path.touch())
+        engines, "export_engine", lambda *arguments: (exported.append(model), export(*arguments))
     )
     model, engine = tmp_path / "model.keras", tmp_path / engines.ENGINE
-    model.touch()
+    model.write_text("one")
+
+    def export(_, path, of):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("manifest.json", json.dumps({"model": checksum(of)}))
+
     for _ in range(2):
         engines.open_engine(tmp_path)
     assert exported == [model]
-    later = engine.stat().st_mtime_ns + 1
-    os.utime(model, ns=(later, later))
+    model.write_text("two")
+    os.utime(model, (0, 0))  # as a backup has it: older than what was exported
     engines.open_engine(tmp_path)
     assert exported == [model, model]
     model.unlink()

@@ -66,8 +66,10 @@ def test_all_photos_below_a_folder_are_embedded_by_name(tmp_path, tower):
 
 
 def test_a_folder_without_a_readable_photo_is_named(tmp_path, tower):
-    with pytest.raises(NoPhotosError, match="holds no photos"):
+    with pytest.raises(NoPhotosError, match=r"there is no folder .*absent"):
         embed_folder(tower, tmp_path / "absent")
+    with pytest.raises(NoPhotosError, match="holds no photos"):
+        embed_folder(tower, tmp_path)
     (tmp_path / "a.jpg").write_text("no photo")
     with pytest.raises(NoPhotosError, match=r"none of the photos.*a\.jpg is not a readable"):
         embed_folder(tower, tmp_path)

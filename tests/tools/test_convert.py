@@ -127,7 +127,7 @@ def test_a_folder_per_landmark(tmp_path):
 def test_folders_that_can_not_be_used(tmp_path):
     with pytest.raises(ConversionError, match="has no subfolders with photos"):
         read_folder(tmp_path)
-    with pytest.raises(ConversionError, match="has no subfolders with photos"):
+    with pytest.raises(ConversionError, match=r"there is no folder .*absent"):
         read_folder(tmp_path / "absent")
     folder = os.fsencode(tmp_path / "a")
     os.mkdir(folder)
@@ -846,3 +846,14 @@ def test_the_module_is_light_and_runs_as_a_command(tmp_path):
     done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_shard_that_was_cut_off_since_is_made_anew(tmp_path):
+    """The same command said that all was done."""
+    photos = make_photos(tmp_path / "photos", [2, 2, 2])
+    report = convert(photos, tmp_path / "out", SETTINGS)
+    whole = content_of(tmp_path / "out")
+    shard = next((tmp_path / "out").glob("*.tfrec"))
+    os.truncate(shard, 100)
+    assert convert(photos, tmp_path / "out", SETTINGS) == report
+    assert content_of(tmp_path / "out") == whole
