@@ -34,10 +34,9 @@ SUFFIXES = (
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 _JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
-_UNREAD_SUFFIXES = (  # of photos that Pillow can't read, or not as a camera shows them
-    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
-    *(".zip", ".rar", ".7z", ".tar", ".tgz", ".gz"),  # that photos may be in
+_UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them; archives
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".tar", ".tgz", ".gz"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".zip", ".rar", ".7z"),
 )
 
 GROUND_TRUTH = "ground_truth.csv"
