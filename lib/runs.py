@@ -13,7 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.files import only_writer, project_root, read_json, show_path, write_json
+from lib.files import (
+    only_writer,
+    project_root,
+    read_json,
+    remove_half_written,
+    show_path,
+    write_json,
+)
 
 
 def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now) -> Path:
@@ -34,7 +41,7 @@ def new_run(runs: Path | None = None, now: Callable[[], datetime] = datetime.now
 
 
 def open_run(run_dir: str, *, start_new: bool = False) -> Path:
-    """Return the folder that a notebook writes to.
+    """Return the folder that a notebook writes to, without what killed notebooks left half-written.
 
     Args:
         run_dir: a folder relative to the project's root (made if absent), or "" for the newest run.
@@ -45,6 +52,7 @@ def open_run(run_dir: str, *, start_new: bool = False) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     elif start_new or not run.is_dir():
         return new_run()
+    remove_half_written(run, subfolders=True)
     return run.resolve()
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from lib.files import read_json
-from lib.runs import new_run, record_metrics
+from lib.runs import new_run, open_run, record_metrics
 
 
 def test_metrics_of_one_notebook_leave_those_of_the_others(tmp_path):
@@ -40,3 +40,12 @@ def test_metrics_that_are_none_are_named(tmp_path):
     (tmp_path / "metrics.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"metrics\.json is no record of metrics: delete it"):
         record_metrics(tmp_path, data={})
+
+
+def test_an_opened_run_has_nothing_half_written(tmp_path):
+    """Figures of killed notebooks stayed half-written beside the whole ones."""
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / ".part-0a1b2c3d-04_worst.png").touch()
+    (tmp_path / "figures" / "04_worst.png").touch()
+    run = open_run(str(tmp_path))
+    assert [path.name for path in run.rglob("*.png")] == ["04_worst.png"]
