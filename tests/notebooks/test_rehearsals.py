@@ -222,7 +222,7 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     python(project, "-m", "tools.convert", "photos/", "Dataset/own", "--size", 256)
     short = SHORT | {"image_size": 64, "view_sizes": [[64, 96]], "weights": weights}
     del short["steps_per_epoch"]  # the plan's
-    names = ["02_triplet_training", "04_faiss_evaluation"]
+    names = ["02_triplet_training", "04_faiss_evaluation", "05_index_at_scale"]
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
     metrics = metrics_of(project / "runs" / "own")
