@@ -255,16 +255,15 @@ def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
     exported = []
     monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
     monkeypatch.setattr(engines, "load_engine", lambda path: path)
-    monkeypatch.setattr(
-        engines, "export_engine", lambda *arguments: (exported.append(model), export(*arguments))
-    )
+
+    def export(tower, path, model):
+        exported.append(tower)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("manifest.json", json.dumps({"model": checksum(model)}))
+
+    monkeypatch.setattr(engines, "export_engine", export)
     model, engine = tmp_path / "model.keras", tmp_path / engines.ENGINE
     model.write_text("one")
-
-    def export(_, path, of):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("manifest.json", json.dumps({"model": checksum(of)}))
-
     for _ in range(2):
         engines.open_engine(tmp_path)
     assert exported == [model]
