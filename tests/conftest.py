@@ -39,6 +39,13 @@ def shards(small_world) -> list[Path]:
     return sorted((small_world / "Dataset" / "demo_world").glob("train*.tfrec"))
 
 
+def be_a_project(root: Path) -> None:
+    """Make a folder one that `project_root` takes for the project's."""
+    (root / "lib").mkdir()
+    for name in ("environment.yml", "lib/files.py"):
+        (root / name).touch()
+
+
 @pytest.fixture(autouse=True)
 def same_draws_each_time():
     """Keras takes seeds that nobody gives it from Python's generator, and shuffles by NumPy's."""

@@ -23,7 +23,7 @@ from lib.app.upload import MOST_BYTES
 from lib.files import project_root
 from lib.network.engine import ENGINE, export_engine
 from lib.network.tower import TowerSettings, build_tower
-from tests.conftest import end_server, new_page, wait_for
+from tests.conftest import be_a_project, end_server, new_page, wait_for
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -59,7 +59,7 @@ def photo_of(landmark):
 def root(tmp_path_factory):
     """A project's folder with a run, a gallery, and folders of somebody's own photos."""
     root = tmp_path_factory.mktemp("project")
-    (root / "environment.yml").touch()
+    be_a_project(root)
     (root / "run").mkdir()
     tower = build_tower(TowerSettings(image_size=32, last_stage=3, embedding_size=16, weights=""))
     export_engine(tower, root / "run" / ENGINE)

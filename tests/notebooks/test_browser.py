@@ -26,7 +26,7 @@ from lib.app.picture_map import framed, picture_map
 from lib.files import project_root
 from lib.network.tower import TowerSettings, build_tower, save_tower
 from lib.training.stages import MODEL
-from tests.conftest import end_server, free_port, wait_for
+from tests.conftest import be_a_project, end_server, free_port, wait_for
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 
@@ -73,7 +73,7 @@ def scene(number: int, landmark: int) -> np.ndarray:
 def project(tmp_path_factory):
     """A project's folder with photos, the first is landmark 0's, and two notebooks."""
     root = tmp_path_factory.mktemp("project")
-    (root / "environment.yml").touch()
+    be_a_project(root)
     (root / "Test_set").mkdir()
     landmark = np.arange(PHOTOS) % LANDMARKS
     photos = np.stack([scene(i, k) for i, k in enumerate(landmark)])
@@ -155,7 +155,7 @@ def test_notebook_04_down_to_its_grid(browser, page, small_world, tmp_path):
     """Opened in JupyterLab, with a small run and a small world; its user looks for the grid."""
     shutil.copytree(small_world, tmp_path / "project")
     root = tmp_path / "project"
-    (root / "environment.yml").touch()
+    be_a_project(root)
     (root / "run").mkdir()
     for seed, name in enumerate((MODEL, "untrained.keras")):
         keras.utils.set_random_seed(seed)
