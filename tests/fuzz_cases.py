@@ -222,6 +222,17 @@ def engine(folder: Path) -> Case:
     return Case([folder / "tower.engine"], read, EngineError)
 
 
+def torch_tensors(folder: Path) -> Case:
+    from lib.network.torch_file import read_tensors
+    from tests.torch_format import torch_file
+
+    storages = {"a": np.arange(60, dtype=np.float32), "b": np.array([3])}
+    views = {f"t{i}": ("a", i, (3, 4), (i + 1, 10)) for i in range(5)} | {"n": ("b", 0, (), ())}
+    (folder / "tensors.pth").write_bytes(torch_file(storages, views))
+    read = lambda path: sum(x.sum() for x in read_tensors(path).values())  # noqa: E731
+    return Case([folder / "tensors.pth"], read, ValueError, exact=False)
+
+
 def checkpoint(folder: Path) -> Case:
     import keras
 
@@ -378,5 +389,5 @@ manifest = functools.partial(index, signed=True)
 READERS = (
     *("photo", "upload", "converted_photo", "shard", "record", "catalogue", "index", "manifest"),
     *("engine", "checkpoint", "test_set_csv", "landmarks_csv", "labels_csv", "mat", "profile"),
-    *("embedding_job", "conversion"),
+    *("embedding_job", "conversion", "torch_tensors"),
 )

