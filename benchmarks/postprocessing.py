@@ -4,8 +4,8 @@
 
 PHOTOS holds a folder of photos for each landmark, FILE the ImageNet weights, without top, of Keras'
 MobileNet of width 0.25 for 224 pixels (``mobilenet_2_5_224_tf_no_top.h5``); ``--backbone`` and
-``--width`` name another network, and FILE may be the word imagenet. Nothing is trained: a photo's
-descriptor is GeM (p = 3) of the last feature map.
+``--width`` name another network, and FILE may be the word imagenet, or packaged for an
+EfficientNet-Lite. Nothing is trained: a photo's descriptor is GeM (p = 3) of the last feature map.
 
 The protocol is that of INRIA Holidays: the first photo of each landmark is a query, all other
 photos are its gallery. The landmarks are dealt into folds; settings are chosen, and whitenings
@@ -85,8 +85,8 @@ def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="or: imagenet")
-    parser.add_argument("--backbone", default="MobileNet", help="of keras.applications")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="or: imagenet, packaged")
+    parser.add_argument("--backbone", default="MobileNet", help="of lib.network.tower")
     parser.add_argument("--width", type=float, default=0.25, help="of a MobileNet")
     parser.add_argument("--name", default="", help="of the result; by default the folder's")
     parser.add_argument("--folds", type=int, default=5)
@@ -144,7 +144,9 @@ def main(given: list[str] | None = None) -> int:
 
 
 def _sha256(weights: str) -> str | None:
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights != "imagenet" else None
+    if weights in ("imagenet", "packaged"):
+        return None
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 It is EfficientNet (Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
 Networks", ICML 2019) without squeeze-and-excitation and with ReLU6 in place of swish; stem, head,
 first and last stage are not scaled. (TensorFlow's ``tpu/models/official/efficientnet/lite``.)
-Everything here has the form of a module of ``keras.applications``. A last feature map is 0 to 6.
+The functions are those of a module of ``keras.applications``. The feature maps go from 0 to 6.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def EfficientNetLite0(
 
     Raises:
         ImportError: the package with the weights is not installed.
-        OSError, ValueError: its file can't be read or is damaged.
+        OSError, ValueError: its file can't be read or is damaged; other ``weights``.
     """
     return _build("EfficientNetLite0", 1.0, 1.0, include_top, weights, input_shape)
 
@@ -104,7 +104,7 @@ def _build(name, width, depth, include_top, weights, input_shape) -> keras.Model
 
 def _round_to_8(channels: float) -> int:
     """The nearest multiple of 8, unless it is more than a tenth less: then the next one."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
+    rounded = int(channels + 4) // 8 * 8
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
