@@ -21,7 +21,7 @@ import logging
 import socket
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keras
@@ -122,6 +122,19 @@ class TowerSettings:
             raise ValueError(
                 f"image_size must be at least {2**self.last_stage}, got {self.image_size}"
             )
+
+
+def other_weights(settings: TowerSettings) -> TowerSettings:
+    """The settings to go on with where a tower's weights can't be had.
+
+    In place of ImageNet weights from a download, EfficientNet-Lite0 with those of its package; else
+    (or for photos below 32 pixels, which are too small for it) random weights.
+    """
+    if settings.weights != "imagenet" or settings.image_size < 32:
+        return replace(settings, weights="")
+    return replace(
+        settings, backbone="EfficientNetLite0", width=1.0, last_stage=5, weights="packaged"
+    )
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")

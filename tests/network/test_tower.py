@@ -28,6 +28,7 @@ from lib.network.tower import (
     gem_exponent,
     layers_of,
     load_tower,
+    other_weights,
     resized,
     save_tower,
     to_float16,
@@ -276,6 +277,16 @@ def test_weights_that_can_not_be_had_are_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(WeightsUnavailableError, match=r"ImageNet weights .* not be fetched") as e:
         build_tower(TowerSettings(32, 8, last_stage=3, weights="imagenet"))
     assert "\n" not in str(e.value)
+
+
+def test_where_weights_can_not_be_had_a_package_has_some():
+    wanted = TowerSettings(64, 8, last_stage=4)
+    instead = other_weights(wanted)
+    assert (instead.backbone, instead.weights) == ("EfficientNetLite0", "packaged")
+    assert (instead.image_size, instead.embedding_size, instead.last_stage) == (64, 8, 5)
+    assert build_tower(instead).output_shape == (None, 8)
+    for without in (replace(wanted, weights="a.weights.h5"), TowerSettings(16, last_stage=3)):
+        assert other_weights(without) == replace(without, weights="")
 
 
 FRESH_PROCESS = """
