@@ -60,7 +60,7 @@ class Rate(NamedTuple):
 def repeated(source: PhotoSource, n: int) -> PhotoSource:
     """So many pictures, the given ones again and again under new names."""
     names, read = [f"{i}-{source.names[i % len(source)]}" for i in range(n)], source.read
-    return PhotoSource(names, lambda i, size: read(i % len(source), size), source.digest)
+    return PhotoSource(names, lambda i, *how: read(i % len(source), *how), source.digest)
 
 
 def measure_embedding(catalogue: Catalogue, folder: Path, n: int) -> dict[str, Rate]:

@@ -87,7 +87,7 @@ def upload(folder: Path) -> Case:
     from lib.app.upload import UploadError, read_upload
 
     def read(path: Path):
-        return read_upload(path.read_bytes(), 32).square.shape
+        return read_upload(path.read_bytes(), 32).pixels.shape
 
     return Case(make_pictures(folder), read, UploadError)
 
@@ -327,7 +327,7 @@ def embedding_job(folder: Path) -> Case:
         vectors = photos[:, 0, 0].astype(np.float32) + 1
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def picture(number: int, size: int) -> np.ndarray:
+    def picture(number: int, size: int, squash: bool) -> np.ndarray:
         return np.full((size, size, 3), [number, 20, 255 - number], np.uint8)
 
     source = PhotoSource([f"{i}.jpg" for i in range(20)], picture, MODEL)

@@ -235,7 +235,8 @@ class Search:
             SearchError: it can no longer be read.
         """
         try:
-            return read_photo(self.gallery.path(name), self.engine.image_size)
+            engine = self.engine
+            return read_photo(self.gallery.path(name), engine.image_size, engine.squashes)
         except PhotoError:
             raise SearchError("This photo can no longer be read.") from None
 

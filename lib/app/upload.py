@@ -1,7 +1,7 @@
 """Reads uploaded photos: checks them before decoding, and refuses them in plain words.
 
     upload = read_upload(content, engine.image_size)
-    upload.square, upload.picture
+    upload.pixels, upload.picture
 
 Any bytes give a photo or an :class:`UploadError`.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lib.data.photos import open_picture, picture_of, square_of
+from lib.data.photos import Box, open_picture, picture_of, pixels_of
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 100_000_000
@@ -33,12 +33,15 @@ class UploadError(ValueError):
 class Upload(NamedTuple):
     """A photo in two sizes."""
 
-    square: np.ndarray  # uint8 (s, s, 3) RGB, the network's input
+    pixels: np.ndarray  # uint8 (h, w, 3) RGB, the engine's input
     picture: np.ndarray  # uint8 (h, w, 3) RGB for display, upright, with the aspect ratio kept
 
 
-def read_upload(content: bytes, image_size: int) -> Upload:
-    """Read a picture file; ``image_size`` is the side of the network's input in pixels.
+def read_upload(
+    content: bytes, image_size: int, squash: bool = True, crop: Box | None = None
+) -> Upload:
+    """Read a picture file for an engine and for display; the arguments are those of
+    :func:`lib.data.photos.read_photo`. The picture for display is not cropped.
 
     Raises:
         UploadError: too many bytes or pixels, not a picture, or a damaged one.
@@ -47,17 +50,17 @@ def read_upload(content: bytes, image_size: int) -> Upload:
         raise UploadError(too_large(len(content)))
     try:
         with open_picture(io.BytesIO(content)) as image:
-            pixels = image.width * image.height
-            if pixels > MOST_PIXELS:
+            count = image.width * image.height
+            if count > MOST_PIXELS:
                 raise UploadError(
-                    f"This picture has {pixels / 1e6:.0f} megapixels; "
+                    f"This picture has {count / 1e6:.0f} megapixels; "
                     f"up to {MOST_PIXELS / 1e6:.0f} can be searched with."
                 )
-            square = square_of(image, image_size)
+            pixels = pixels_of(image, image_size, squash, crop)
             if image.format not in _SHRUNK:
-                return Upload(square, np.asarray(picture_of(image, SHOWN)))
+                return Upload(pixels, np.asarray(picture_of(image, SHOWN)))
         with open_picture(io.BytesIO(content)) as image:
-            return Upload(square, np.asarray(picture_of(image, SHOWN)))
+            return Upload(pixels, np.asarray(picture_of(image, SHOWN)))
     except UploadError:
         raise
     except UnidentifiedImageError:

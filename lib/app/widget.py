@@ -133,12 +133,13 @@ class SearchApp(widgets.VBox):
 
     @_guarded
     def _on_photo(self, content: bytes) -> None:
-        self._ask(read_upload(content, self.search.engine.image_size))
+        engine = self.search.engine
+        self._ask(read_upload(content, engine.image_size, engine.squashes))
 
     @_guarded
     def _on_gallery_photo(self, name: str) -> None:
-        square = self.search.photo(name)
-        self._ask(Upload(square, _picture(self.search.gallery, name, SHOWN)), name)
+        pixels = self.search.photo(name)
+        self._ask(Upload(pixels, _picture(self.search.gallery, name, SHOWN)), name)
 
     @_guarded
     def _on_control(self) -> None:
@@ -150,7 +151,7 @@ class SearchApp(widgets.VBox):
         from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
 
         name, (query, _) = self.answer.names[rank], self._query
-        heats = self.search.why(query.square, self.search.photo(name))
+        heats = self.search.why(query.pixels, self.search.photo(name))
         pictures = query.picture, _picture(self.search.gallery, name, SIDE)
         figures = ""
         titles = ("your photo", f"result {rank + 1}")
@@ -228,7 +229,7 @@ class SearchApp(widgets.VBox):
         """Search with a photo, and show the answer; the name is that of a photo of the gallery."""
         self._query = query, name
         question = Question(self._k.value, self._kind.value, self._rerank.value)
-        self.answer = answer = self.search.answer(query.square, question, name)
+        self.answer = answer = self.search.answer(query.pixels, question, name)
         self._why.value = ""
         photo = _img(picture_uri(query.picture), "The photo that is searched with")
         self._shown.value = f'<div class="query">{photo}</div>{_vote_bars(answer.votes)}'

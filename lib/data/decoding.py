@@ -145,13 +145,15 @@ def reduction(width: int, height: int, image_size: int) -> int:
     return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
 
-def resize(pixels: np.ndarray, image_size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Squash uint8 (h, w, 3) to uint8 (image_size, image_size, 3), see :func:`decode`.
+def resize(
+    pixels: np.ndarray, size: int | tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
+    """Squash uint8 (h, w, 3) to a square or to (height, width), as :func:`decode` does.
 
     It averages areas if a side shrinks, and interpolates linearly else.
     """
     cv2 = _opencv()
-    height, width, _ = pixels.shape
-    shrinks = height > image_size or width > image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shrinks = pixels.shape[0] > height or pixels.shape[1] > width
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(pixels, (image_size, image_size), dst=out, interpolation=method)
+    return cv2.resize(pixels, (width, height), dst=out, interpolation=method)

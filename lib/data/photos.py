@@ -39,6 +39,9 @@ _UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows 
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".zip", ".rar", ".7z"),
 )
 
+# Left, top, right and bottom edge in pixels of the upright picture.
+Box = tuple[float, float, float, float]
+
 GROUND_TRUTH = "ground_truth.csv"
 ROLES = ("query", "positive", "distractor")
 
@@ -200,17 +203,24 @@ def _content(image: Image.Image) -> bytes:
     return image.fp.read(_MOST_BYTES)
 
 
-def read_photo(path: Path, image_size: int) -> np.ndarray:
-    """Read a picture file as uint8 (image_size, image_size, 3) RGB.
+def read_photo(
+    path: Path, image_size: int, squash: bool = True, crop: Box | None = None
+) -> np.ndarray:
+    """Read a picture file upright (:func:`upright_rgb`), as uint8 (h, w, 3) RGB.
 
-    It is turned upright (:func:`upright_rgb`) and squashed to a square, as in training.
+    Args:
+        image_size: h and w of a squashed square, as in training; else the longer side's pixels, at
+            most.
+        squash: whether to make it a square.
+        crop: the part to read; None: all.
 
     Raises:
-        PhotoError: it is damaged, in none of FORMATS, or too large (see :func:`open_picture`).
+        PhotoError: it is damaged, in none of FORMATS, or too large (see :func:`open_picture`), or
+            the crop lies outside of it.
     """
     try:
         with open_picture(path) as image:
-            return square_of(image, image_size)
+            return pixels_of(image, image_size, squash, crop)
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise anything
@@ -219,39 +229,62 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
         ) from None
 
 
-def square_of(image: Image.Image, image_size: int) -> np.ndarray:
-    """Decode an opened picture for the network, see :func:`read_photo`.
+def pixels_of(
+    image: Image.Image, image_size: int, squash: bool = True, crop: Box | None = None
+) -> np.ndarray:
+    """Decode an opened picture for a network, see :func:`read_photo`.
 
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    # The JPEG decoder shrinks it by the same factor as the training photos, see lib.data.decoding.
-    factor = reduction(*image.size, image_size)
-    image.draft(None, tuple(side // factor for side in image.size))
+    if not squash:
+        return np.asarray(picture_of(image, image_size, crop))
+    if crop is None:
+        # The JPEG decoder shrinks by the same factor as for training, see lib.data.decoding.
+        factor = reduction(*image.size, image_size)
+        image.draft(None, tuple(side // factor for side in image.size))
     with _in_turn(image):
-        image = upright_rgb(image)
+        image = _cropped(upright_rgb(image), crop)
         factor = min(image.size) // (2 * image_size)
         if image.width * image.height > _LARGE and factor > 1:
             image = image.reduce(factor)  # before the array below copies it
         return resize(np.asarray(image), image_size)
 
 
-def picture_of(image: Image.Image, longest: int) -> Image.Image:
-    """Decode an opened picture for display: upright RGB with its aspect ratio.
+def picture_of(image: Image.Image, longest: int, crop: Box | None = None) -> Image.Image:
+    """Decode an opened picture in its own shape: upright RGB with its aspect ratio.
 
     Args:
         image: from :func:`open_picture`.
         longest: the longer side has at most so many pixels; smaller pictures keep their size.
+        crop: the part to decode; None: all.
 
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    scale = 2 * longest / max(image.size)  # to twice the size; thumbnail() filters better
-    image.draft(None, tuple(max(round(side * scale), 1) for side in image.size))
+    if crop is None:
+        scale = 2 * longest / max(image.size)  # to twice the size; thumbnail() filters better
+        image.draft(None, tuple(max(round(side * scale), 1) for side in image.size))
     with _in_turn(image):
-        image = upright_rgb(image)
+        image = _cropped(upright_rgb(image), crop)
         image.thumbnail((longest, longest))
         return image
+
+
+def _cropped(image: Image.Image, crop: Box | None) -> Image.Image:
+    if crop is None:
+        return image
+    x0, y0, x1, y1 = (round(edge) for edge in crop)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
+    if x0 >= x1 or y0 >= y1:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"no pixel of its {size} lies in the box {show_box(crop)}")
+    return image.crop((x0, y0, x1, y1))
+
+
+def show_box(box: Box) -> str:
+    """A box as a command line takes it: "x0,y0,x1,y1"."""
+    return ",".join(f"{edge:g}" for edge in box)
 
 
 def _check_cost(image: Image.Image) -> None:

@@ -4,6 +4,15 @@
     engine = load_engine(Path("runs/latest/tower.engine"))     # about a second
     embeddings = engine.embed(photos)             # uint8 (n, 64, 64, 3) -> float32 (n, 128)
 
+    engine = packaged_engine(Path("runs/own_photos"))       # for any photographs
+    photos = [read_photo(path, engine.image_size, engine.squashes) for path in paths]
+    descriptors = engine.embed(photos)                      # of any shapes -> float32 (n, 1280)
+
+A tower that was trained on squashed squares embeds such squares. For photographs in their own
+shape, an engine has *views*: the photo is embedded at several sizes, each also mirrored, and its
+descriptor is the mean of theirs (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No
+Human Annotation", TPAMI 2018, "Multi-scale representation").
+
 The file is a ZIP archive of OpenVINO's network and ``manifest.json``, whose checksums find damage;
 they don't make a stranger's file safe. Processors with bfloat16 instructions compute in bfloat16 by
 default: twice as fast, with nearly the same ranking (``python -m benchmarks.embedding``).
@@ -13,12 +22,13 @@ default: twice as fast, with nearly the same ranking (``python -m benchmarks.emb
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +36,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lib.data.decoding import resize
 from lib.files import check_stored, checksum, replacing, show_error, show_path
 from lib.network.openvino import NETWORK_FILES, compile_network, export_network, import_openvino
 
@@ -35,9 +46,12 @@ if TYPE_CHECKING:  # an exported tower runs without Keras
 PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINE = "tower.engine"  # name of a run's exported tower
 
-_FORMAT = 1
+_FORMAT = 2
+_MOST_VIEWS = 16
 _MOST_SIZE = 4096  # side of a photo in pixels; no number of a file is believed unseen
 _BATCH = 64  # photos that go through the network together
+_BATCH_PIXELS = 16 * 224 * 224  # likewise, of views
+STRIDE = 32  # pixels of a photo's side that are one place of the last feature map
 _MANIFEST = "manifest.json"
 
 
@@ -50,10 +64,14 @@ class Engine:
     """Embeds photos with Keras or OpenVINO.
 
     Attributes:
-        compute: up to 64 photos, uint8 (n, s, s, 3), to embeddings, float32 (n, d).
-        image_size, dimension: s, in pixels, and d.
-        fingerprint: :func:`lib.network.tower.fingerprint` of the tower.
+        compute: a batch of photos, uint8 (n, h, w, 3), to embeddings, float32 (n, d).
+        image_size: in pixels; the side of the squashed photos or, with views, the longest side of
+            photos that :meth:`embed` can make use of.
+        dimension: d.
+        fingerprint: identifies the embeddings: equal if tower and views are.
         name: library and precision, such as "openvino bfloat16".
+        views: longest sides in pixels of the views of a photo in its own shape; () for one
+            squashed square of ``image_size``.
     """
 
     compute: Callable[[np.ndarray], np.ndarray]
@@ -61,36 +79,77 @@ class Engine:
     dimension: int
     fingerprint: str
     name: str
+    views: tuple[int, ...] = ()
 
-    def embed(self, photos: np.ndarray) -> np.ndarray:
-        """Embed photos, uint8 (n, s, s, 3) RGB -> float32 (n, d) of unit norm; thread-safe.
+    @property
+    def squashes(self) -> bool:
+        """Whether photos must be squashed to squares of ``image_size``."""
+        return not self.views
+
+    def embed(self, photos: Sequence[np.ndarray]) -> np.ndarray:
+        """Embed photos, uint8 (h, w, 3) RGB -> float32 (n, d) of unit norm; thread-safe.
 
         Raises:
-            ValueError: photos of another type or shape.
+            ValueError: photos of another type or, without views, of another shape.
         """
         size = self.image_size
-        if photos.dtype != np.uint8 or photos.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"photos must be uint8 (n, {size}, {size}, 3), not {photos.dtype} {photos.shape}"
-            )
-        parts = [self.compute(photos[i : i + _BATCH]) for i in range(0, len(photos), _BATCH)]
-        return np.concatenate([np.empty((0, self.dimension), np.float32), *parts])
+        for photo in photos:
+            square = (size, size, 3) if self.squashes else (*photo.shape[:2], 3)
+            if photo.dtype != np.uint8 or photo.shape != square:
+                wanted = f"({size}, {size}, 3)" if self.squashes else "(h, w, 3)"
+                raise ValueError(f"photos must be uint8 {wanted}, not {photo.dtype} {photo.shape}")
+        embeddings = np.zeros((len(photos), self.dimension), np.float32)
+        if self.squashes:
+            for i in range(0, len(photos), _BATCH):
+                embeddings[i : i + _BATCH] = self.compute(np.asarray(photos[i : i + _BATCH]))
+            return embeddings
+        for longest in self.views:
+            for rows, batch in _batches(photos, longest):
+                for view in (batch, batch[:, :, ::-1]):
+                    embeddings[rows] += self.compute(view)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
-def keras_engine(tower: keras.Model) -> Engine:
-    """A tower in memory, computing on the device of Keras' backend."""
-    from lib.network.tower import compute_precision, embed, fingerprint  # loads Keras
+def _batches(photos: Sequence[np.ndarray], longest: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Photos resized to a longest side, in batches of one shape, with the photos' numbers."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for number, photo in enumerate(photos):
+        # Multiples of the network's stride: no place of a map is computed of padding, and few
+        # shapes occur.
+        sides = (round(side * longest / max(photo.shape) / STRIDE) for side in photo.shape[:2])
+        shapes.setdefault(tuple(max(side, 1) * STRIDE for side in sides), []).append(number)
+    for (height, width), numbers in shapes.items():
+        most = max(1, _BATCH_PIXELS // (height * width))
+        for i in range(0, len(numbers), most):
+            rows = numbers[i : i + most]
+            yield rows, np.stack([resize(photos[row], (height, width)) for row in rows])
 
+
+def keras_engine(tower: keras.Model, views: tuple[int, ...] = ()) -> Engine:
+    """A tower in memory, computing on the device of Keras' backend; for views see Engine."""
+    from lib.network.tower import compute_precision, embed, resized  # loads Keras
+
+    at_any_size = resized(tower, None) if views else tower
     return Engine(
-        compute=lambda photos: embed(tower, photos),
-        image_size=tower.input_shape[1],
+        compute=lambda photos: embed(at_any_size, photos),
+        image_size=max(views, default=tower.input_shape[1]),
         dimension=tower.output_shape[-1],
-        fingerprint=fingerprint(tower),
+        fingerprint=_fingerprint(tower, views),
         name=f"keras {compute_precision(tower)}",
+        views=views,
     )
 
 
-def export_engine(tower: keras.Model, path: Path, model: Path | None = None) -> None:
+def _fingerprint(tower: keras.Model, views: tuple[int, ...]) -> str:
+    from lib.network.tower import fingerprint
+
+    own = fingerprint(tower)
+    return hashlib.sha256(f"{own} {views}".encode()).hexdigest() if views else own
+
+
+def export_engine(
+    tower: keras.Model, path: Path, model: Path | None = None, views: tuple[int, ...] = ()
+) -> None:
     """Write a tower as one file, atomically, on Keras' TensorFlow or PyTorch backend.
 
     Args:
@@ -98,20 +157,23 @@ def export_engine(tower: keras.Model, path: Path, model: Path | None = None) -> 
         path: of the file.
         model: the file that the tower was loaded from, by which :func:`open_engine` finds out
             whether it was trained anew since.
+        views: see :class:`Engine`.
 
     Raises:
         EngineError: the exported network's embeddings differ from the tower's; nothing is written.
     """
-    from lib.network.tower import embed, fingerprint, in_float32  # loads Keras
+    from lib.network.tower import in_float32, resized  # loads Keras
 
     tower_in_float32 = in_float32(tower)
+    own = keras_engine(tower_in_float32, views)
     with replacing(path) as part, tempfile.TemporaryDirectory() as folder:
-        export_network(tower_in_float32, Path(folder))
+        export_network(resized(tower_in_float32, None) if views else tower_in_float32, Path(folder))
         manifest = {
             "format": _FORMAT,
-            "fingerprint": fingerprint(tower),
-            "image_size": tower.input_shape[1],
-            "dimension": tower.output_shape[-1],
+            "fingerprint": own.fingerprint,
+            "image_size": own.image_size,
+            "views": views,
+            "dimension": own.dimension,
             "model": checksum(model) if model else "",
             "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
         }
@@ -121,9 +183,9 @@ def export_engine(tower: keras.Model, path: Path, model: Path | None = None) -> 
             archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
         # Large patches of random colours: noise would give nearly equal embeddings.
         patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
-        place = np.arange(manifest["image_size"]) * 5 // manifest["image_size"]
+        place = np.arange(own.image_size) * 5 // own.image_size
         photos = patches[:, place][:, :, place]
-        pairs = load_engine(part, "float32").embed(photos), embed(tower_in_float32, photos)
+        pairs = load_engine(part, "float32").embed(photos), own.embed(photos)
         cosine = float(np.einsum("nd,nd->n", *pairs).min())
         if not cosine >= 0.9999:
             raise EngineError(
@@ -190,15 +252,19 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
             raise ValueError(f"format {manifest['format']}, not {_FORMAT}")
         if manifest["files"] != found:
             raise ValueError("the network has another checksum than the manifest says")
-        size = manifest["image_size"]
-        if not 1 <= size <= _MOST_SIZE:
-            raise ValueError(f"image_size {size}")
+        size, views = manifest["image_size"], tuple(manifest["views"])
+        for side in (size, *views):
+            if not 1 <= side <= _MOST_SIZE:
+                raise ValueError(f"a side of {side} pixels")
+        if len(views) > _MOST_VIEWS:
+            raise ValueError(f"{len(views)} views")
         model = ov.Core().read_model(*network.values())
         shape = ov.PartialShape([-1, manifest["dimension"]])
         if not model.output(0).partial_shape.compatible(shape):
             raise ValueError(f"dimension {manifest['dimension']}, unlike the network's")
-        compute, name = compile_network(model, (size, size, 3), precision, threads)
-        return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name)
+        side = -1 if views else size
+        compute, name = compile_network(model, (side, side, 3), precision, threads)
+        return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name, views)
     except Exception as error:  # damage raises errors of zipfile, json and OpenVINO
         raise EngineError(
             f"{show_path(path)} is no exported tower, or a damaged one ({show_error(error)}): "

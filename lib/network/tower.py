@@ -182,7 +182,7 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
 
 
-def _build_trunk(image_size: int, preprocessing: Preprocessing, backbone: keras.Model):
+def _build_trunk(image_size: int | None, preprocessing: Preprocessing, backbone: keras.Model):
     photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
     return keras.Model(photos, backbone(preprocessing(photos)), name="trunk")
 
@@ -303,8 +303,8 @@ class Siamese(keras.Model):
         return sum(self.losses, self.metric_loss(y, y_pred))  # self.losses: regularization
 
 
-def resized(tower: keras.Model, image_size: int) -> keras.Model:
-    """A tower for photos of another size, with a copy of the weights."""
+def resized(tower: keras.Model, image_size: int | None) -> keras.Model:
+    """A tower for photos of another size (None: any), with a copy of the weights."""
     old = tower.get_layer("trunk")
     pixels = keras.Input((image_size, image_size, 3))
     backbone = keras.models.clone_model(old.get_layer("backbone"), input_tensors=pixels)

@@ -87,8 +87,9 @@ class PhotoSource:
 
     Attributes:
         names: one for each picture.
-        read: takes a picture's number and a side in pixels, and returns uint8 (side, side, 3) RGB.
-            Several threads call it. Raises PhotoError if the picture can't be read.
+        read: takes a picture's number, a side in pixels and whether to squash to a square, and
+            returns uint8 (h, w, 3) RGB, as :func:`lib.data.photos.read_photo` does. Several threads
+            call it. Raises PhotoError if the picture can't be read.
         digest: identifies the pictures; a job is resumed only if it is equal.
         left_out: how many files and folders were left out, by reason.
         states: name -> what changes whenever the picture does, if known.
@@ -96,7 +97,7 @@ class PhotoSource:
     """
 
     names: list[str]
-    read: Callable[[int, int], np.ndarray]
+    read: Callable[[int, int, bool], np.ndarray]
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
@@ -125,8 +126,8 @@ def photos_below(folder: Path) -> PhotoSource:
     identity = json.dumps([(name, states.get(name)) for name in names])
     digest = hashlib.sha256(identity.encode()).hexdigest()
 
-    def read(number: int, image_size: int) -> np.ndarray:
-        return read_photo(paths[number], image_size)
+    def read(number: int, image_size: int, squash: bool) -> np.ndarray:
+        return read_photo(paths[number], image_size, squash)
 
     return PhotoSource(names, read, digest, left_out, states, Path(folder))
 
@@ -143,8 +144,8 @@ def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -
     places = [catalogue.places[row] for row in rows]
     names = [image.hex() for image in hashes]
 
-    def read(number: int, image_size: int) -> np.ndarray:
-        try:
+    def read(number: int, image_size: int, squash: bool) -> np.ndarray:
+        try:  # a shard's pictures are squares
             return decode(read_picture(places[number]), image_size)
         except (OSError, ValueError) as error:
             raise PhotoError(
@@ -403,11 +404,11 @@ def _embed(
         if number in taken:
             return None
         try:
-            return source.read(number, engine.image_size)
+            return source.read(number, engine.image_size, engine.squashes)
         except PhotoError as error:
             return error
 
-    done, shape = len(source) - len(numbers), (engine.image_size, engine.image_size, 3)
+    done = len(source) - len(numbers)
     bar = tqdm(total=len(source), initial=done, desc="embedding", unit=" photos", disable=silent)
     with ThreadPoolExecutor(_THREADS) as threads, bar:
         ahead = threads.map(read, numbers[:batch_size])
@@ -417,8 +418,7 @@ def _embed(
             skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
             new = [i for i in good if pictures[i] is not None]
-            photos = np.array([pictures[i] for i in new], np.uint8).reshape(-1, *shape)
-            rows = dict(zip(new, engine.embed(photos), strict=True))
+            rows = dict(zip(new, engine.embed([pictures[i] for i in new]), strict=True))
             rows = [rows[i] if i in rows else taken[numbers[start + i]] for i in good]
             embeddings = np.array(rows, np.float32).reshape(-1, engine.dimension)
             names = [source.names[numbers[start + i]] for i in good]

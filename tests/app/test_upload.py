@@ -47,7 +47,7 @@ def test_an_upload_is_read_as_the_file_would_be(tmp_path, kind):
     content = encoded(noise(900, 600), kind)
     (tmp_path / "photo").write_bytes(content)
     found = read_upload(content, 32)
-    np.testing.assert_array_equal(found.square, read_photo(tmp_path / "photo", 32))
+    np.testing.assert_array_equal(found.pixels, read_photo(tmp_path / "photo", 32))
     assert found.picture.shape == (SHOWN * 2 // 3, SHOWN, 3) and found.picture.dtype == np.uint8
 
 
@@ -72,7 +72,7 @@ def test_too_many_bytes_are_not_even_looked_at():
 def test_a_bomb_is_refused_before_it_goes_off(side, message, monkeypatch):
     content = png_of(side, side)
     assert len(content) < 300_000 and side * side > MOST_PIXELS
-    monkeypatch.setattr(upload, "square_of", None)  # would be called to decode it
+    monkeypatch.setattr(upload, "pixels_of", None)  # would be called to decode it
     start = time.monotonic()
     with pytest.raises(UploadError, match=message):
         read_upload(content, 32)
@@ -102,4 +102,4 @@ def test_any_bytes_give_a_photo_or_a_friendly_line(data):
     except UploadError as error:
         assert str(error)[:5] == "This " and str(error)[-1] == "." and "0x" not in str(error)
     else:
-        assert found.square.shape == (32, 32, 3) and max(found.picture.shape) <= SHOWN
+        assert found.pixels.shape == (32, 32, 3) and max(found.picture.shape) <= SHOWN

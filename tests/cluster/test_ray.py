@@ -212,13 +212,13 @@ def slow_source(shards, begun: Path | None = None) -> PhotoSource:
     """
     source = photos_in_shards(build_catalogue([Path(shard) for shard in shards]))
 
-    def read(number: int, image_size: int) -> np.ndarray:
+    def read(number: int, image_size: int, squash: bool) -> np.ndarray:
         if begun:
             begun.touch()
         time.sleep(0.2)
         if number == 7:
             raise PhotoError("picture 7 can't be read")
-        return source.read(number, image_size)
+        return source.read(number, image_size, squash)
 
     return PhotoSource(source.names, read, source.digest)
 

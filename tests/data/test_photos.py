@@ -182,7 +182,7 @@ def test_a_jpeg_that_lacks_only_its_last_marker_is_read_everywhere(tmp_path, rng
             whole = read_photo(tmp_path / "whole.jpg", 16)
             np.testing.assert_array_equal(read_photo(path, 16), whole)
             upload = read_upload(path.read_bytes(), 16)
-            np.testing.assert_array_equal(upload.square, whole)
+            np.testing.assert_array_equal(upload.pixels, whole)
             assert upload.picture.shape == (120, 90, 3)
             assert encode_photo(path, 64, 94) == encode_photo(tmp_path / "whole.jpg", 64, 94)
 

@@ -234,7 +234,7 @@ def test_what_makes_no_sense_is_refused(exported, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="no exported tower"):
         load_engine(tmp_path / "absent")
     engine = load_engine(exported)
-    with pytest.raises(ValueError, match=r"must be uint8 \(n, 32, 32, 3\), not float64"):
+    with pytest.raises(ValueError, match=r"must be uint8 \(32, 32, 3\), not float64"):
         engine.embed(photos / 255)
     with pytest.raises(ValueError, match=r"not uint8 \(32, 32, 3\)"):
         engine.embed(photos[0])

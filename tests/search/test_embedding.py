@@ -200,7 +200,7 @@ def engine(tower) -> Engine:
 def numbered(n: int = 50, calls=None, digest: str = "some") -> PhotoSource:
     """Pictures whose colour is their number; each seventh can't be read."""
 
-    def read(number: int, size: int) -> np.ndarray:
+    def read(number: int, size: int, squash: bool = True) -> np.ndarray:
         if calls is not None:
             calls.append(number)
         if number % 7 == 3:
@@ -267,7 +267,7 @@ def test_a_finished_job_is_found_again(tmp_path, engine):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_a_job_without_a_readable_picture_has_no_rows(tmp_path, engine, n):
-    def read(number, size):
+    def read(number, size, squash=True):
         raise PhotoError("can't be read")
 
     found = embed_job(engine, PhotoSource(["a"] * n, read, "none"), tmp_path)
@@ -427,7 +427,7 @@ from lib.data.photos import PhotoError
 
 folder, n = Path(sys.argv[1]), 3000
 
-def read(number, size):
+def read(number, size, squash=True):
     if number % 7 == 3:
         raise PhotoError(f"number {number}")
     return np.full((size, size, 3), (number % 256, number // 256, 9), np.uint8)
