@@ -104,8 +104,8 @@ endef
 demo: setup ## Run notebooks 01-06 on generated data into runs/
 	$(PY) -m tools.pipeline
 
-app: setup ## Search with a photo: opens the search app, a page for this machine alone
-	$(PY) -m lib.app.page
+app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pictures: in your own photos
+	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
 # conftest.py and pyproject.toml hold the options of all these. 04 to 06 use the model that 02
 # trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03) and

@@ -6,6 +6,7 @@ def main(arguments: list[str] | None = None) -> int: ...
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -23,6 +24,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 class UsageError(ValueError):
     """A parameter has a value that it can't have; the message names it."""
+
+
+def typed_path(text: str) -> Path:
+    """A path as a person types it, for ``argparse``: with ``~``, and not empty by mistake."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{show_path(Path(text))}: no such user") from None
 
 
 def one_line(text: str) -> str:

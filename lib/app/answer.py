@@ -3,6 +3,7 @@
     engine = load_engine(run / ENGINE)
     gallery = open_gallery(engine, Path("Dataset/demo_world/unseen"), run / JOBS)
     search = Search(engine, gallery)
+    photo = search.read(Path("query.jpg"))
     answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
     answer.names, answer.similarities, answer.votes
 
@@ -19,15 +20,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
 from lib.data.photos import (
+    Box,
     NoPhotosError,
     PhotoError,
     landmark_name,
@@ -39,12 +41,18 @@ from lib.network.engine import Engine
 from lib.search.embedding import JOB, JobBusyError, embed_job, photos_below, place_of
 from lib.search.photo_index import IndexSettings, PhotoIndex
 
+if TYPE_CHECKING:
+    from lib.network.whitening import Whitening
+
 JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
 
 _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
+_LEAST_TO_WHITEN = 10  # photos
+_MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
+_SHRINKAGE = 0.3  # of the covariance that is whitened, see lib.network.whitening
 _NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
 
@@ -195,28 +203,41 @@ def _sentences(left_out: dict[str, int]) -> str:
 
 
 class Search:
-    """Searches a gallery with the engine that embedded it; each index is built at its first use."""
+    """Searches a gallery with the engine that embedded it; each index is built at its first use.
+
+    An engine with views was trained for other photos than these. So its descriptors are whitened,
+    by a whitening that is learned from the gallery itself, which needs no labels.
+    """
 
     def __init__(self, engine: Engine, gallery: Gallery):
         self.engine, self.gallery = engine, gallery
+        self._vectors, self._whitening = gallery.embeddings, None
+        if engine.views and len(gallery.names) >= _LEAST_TO_WHITEN:
+            self._vectors, self._whitening = _whitened(gallery.embeddings)
         self._index = cache(self._build_index)
+
+    def read(self, file: Path | BinaryIO, crop: Box | None = None) -> np.ndarray:
+        """Read a query photo, or a part of it, as :meth:`answer` needs it; raises PhotoError."""
+        return read_photo(file, self.engine.image_size, self.engine.squashes, crop)
 
     def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
         """Find the photos most similar to a photo.
 
         Args:
-            photo: uint8 (s, s, 3), see :func:`lib.app.upload.read_upload`.
+            photo: uint8 (h, w, 3), from :meth:`read` or :func:`lib.app.upload.read_upload`.
             question: how to search.
             without: the query's name if it is in the gallery; it is left out of the results.
         """
         start = time.perf_counter()
         index, gallery = self._index(question.kind), self.gallery
-        query = self.engine.embed(photo[None])
+        query = self.engine.embed([photo])
+        if self._whitening is not None:
+            query = self._whitening.apply(query)
         if question.rerank == "query expansion" and gallery.names != [without]:
             from lib.search.rerank import expand_queries  # here: it loads SciPy
 
             # The query must not expand itself.
-            others = gallery.embeddings[[name != without for name in gallery.names]]
+            others = self._vectors[[name != without for name in gallery.names]]
             query = expand_queries(query, others, k=_NEIGHBOURS)
         names, similarities = index.search(query, question.k + bool(without))
         found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
@@ -229,31 +250,35 @@ class Search:
         return Answer(names, similarities, shares, time.perf_counter() - start)
 
     def photo(self, name: str) -> np.ndarray:
-        """Read a photo of the gallery as the network's input, uint8 (s, s, 3).
+        """Read a photo of the gallery as the network's input, uint8 (h, w, 3).
 
         Raises:
             SearchError: it can no longer be read.
         """
         try:
-            engine = self.engine
-            return read_photo(self.gallery.path(name), engine.image_size, engine.squashes)
+            return self.read(self.gallery.path(name))
         except PhotoError:
             raise SearchError("This photo can no longer be read.") from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Explain what makes two photos, uint8 (s, s, 3), similar to the network.
+        """Explain what makes two photos, uint8 (h, w, 3), similar to the network.
 
         Returns a heat map of each, float32 (g, g), see
         :func:`lib.evaluation.explain.occlusion_heat`.
         """
         from lib.evaluation.explain import occlusion_heat  # here: it loads pandas and Matplotlib
 
-        embed = self.engine.embed
-        of_photo, of_other = embed(np.stack([photo, other]))
-        return occlusion_heat(embed, photo, of_other), occlusion_heat(embed, other, of_photo)
+        # Hundreds of covered photos are embedded: the smallest view must do.
+        embed = replace(self.engine, views=self.engine.views[:1]).embed
+        of_photo, of_other = embed([photo, other])
+        grid = min(8, *photo.shape[:2], *other.shape[:2])
+        return tuple(
+            occlusion_heat(embed, seen, target, grid)
+            for seen, target in ((photo, of_other), (other, of_photo))
+        )
 
     def _build_index(self, kind: str) -> PhotoIndex:
-        embeddings, names = self.gallery.embeddings, self.gallery.names
+        names = self.gallery.names
         # Faiss warns below 39 training vectors per list.
         lists = max(1, min(round(len(names) ** 0.5), len(names) // 39))
         settings = {
@@ -261,4 +286,19 @@ class Search:
             "inverted lists": IndexSettings(f"IVF{lists},Flat", f"nprobe={max(1, lists // 4)}"),
             "graph": IndexSettings("HNSW32", "efSearch=64"),
         }
-        return PhotoIndex.build(embeddings, names, self.engine.fingerprint, settings[kind])
+        return PhotoIndex.build(self._vectors, names, self.engine.fingerprint, settings[kind])
+
+
+def _whitened(embeddings: np.ndarray) -> tuple[np.ndarray, Whitening | None]:
+    """Embeddings (n, d) whitened by a whitening learned from them; as they are if all are equal."""
+    from lib.network.whitening import learn_pca_whitening  # here: it loads scikit-learn
+
+    step = -(-len(embeddings) // _MOST_TO_LEARN)
+    try:
+        whitening = learn_pca_whitening(embeddings[::step], shrinkage=_SHRINKAGE)
+    except ValueError:  # copies of one photo
+        return embeddings, None
+    blocks = (embeddings[i : i + 4096] for i in range(0, len(embeddings), 4096))
+    vectors = np.concatenate([whitening.apply(block) for block in blocks])
+    # The mean itself, as one of the photos, has no direction.
+    return (vectors, whitening) if vectors.any(axis=1).all() else (embeddings, None)

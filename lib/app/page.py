@@ -25,8 +25,8 @@ from typing import ClassVar
 
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import only_writer, project_root, show_path
-from lib.network.engine import open_engine
-from lib.programs import UsageError, program
+from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
+from lib.programs import UsageError, program, typed_path
 
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
@@ -43,6 +43,12 @@ _FULL = "Too many pages of the app are open: close one, wait a moment, then load
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
+    parser.add_argument(
+        "--photos",
+        type=typed_path,
+        metavar="FOLDER",
+        help="your photos, to be searched with a pre-trained network",
+    )
     parser.add_argument("--run-dir", default="runs/latest", help="the run with the trained model")
     parser.add_argument("--gallery", default="Dataset/demo_world/unseen", help="folder of photos")
     parser.add_argument(
@@ -54,18 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not 1 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: choose a number from 1 to 65535")
     root = project_root()
-    run, gallery = (root / options.run_dir).resolve(), root / options.gallery
-    engine = open_engine(run)
-    for option, folder in {"gallery": gallery, "folders-root": root / options.folders_root}.items():
+    run, gallery, option = (root / options.run_dir).resolve(), root / options.gallery, "--gallery"
+    if options.photos is not None:
+        gallery, option = options.photos.absolute(), "--photos"
+        run = root / OWN_PHOTOS
+    for name, folder in {option: gallery, "--folders-root": root / options.folders_root}.items():
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {show_path(folder)} (--{option})")
+            raise FileNotFoundError(f"there is no folder {show_path(folder)} ({name})")
+    engine = open_engine(run) if options.photos is None else packaged_engine(run)
     try:
         open_gallery(engine, gallery, run / JOBS)
     except SearchError as error:  # names no path
-        raise ValueError(f"{show_path(gallery)} (--gallery): {error}") from None
+        raise ValueError(f"{show_path(gallery)} ({option}): {error}") from None
     parameters = {
         "run_dir": str(run),
-        "gallery_dir": options.gallery,
+        "gallery_dir": str(gallery),
         "folders_root": options.folders_root,
     }
     # Not shared between processes, since the notebook contains this one's gallery and folders.

@@ -204,7 +204,7 @@ def _content(image: Image.Image) -> bytes:
 
 
 def read_photo(
-    path: Path, image_size: int, squash: bool = True, crop: Box | None = None
+    path: Path | BinaryIO, image_size: int, squash: bool = True, crop: Box | None = None
 ) -> np.ndarray:
     """Read a picture file upright (:func:`upright_rgb`), as uint8 (h, w, 3) RGB.
 

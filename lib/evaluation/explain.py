@@ -74,26 +74,27 @@ def occlusion_heat(
     covered photos are embedded in one batch. A part that already has that colour gets heat 0.
 
     Args:
-        embed: from uint8 (n, s, s, 3) to float32 (n, d) of unit norm, such as
+        embed: from uint8 (n, h, w, 3) to float32 (n, d) of unit norm, such as
             :meth:`lib.network.engine.Engine.embed`.
-        photo: uint8 (s, s, 3).
+        photo: uint8 (h, w, 3).
         target: float (d,) of unit norm, the embedding of the other photo.
-        grid: cells along each side, from 1 to s; otherwise a ValueError.
+        grid: cells along each side, from 1 to the shorter one; otherwise a ValueError.
 
     Returns:
         float32 (grid, grid): the fall of the cosine when the cell is covered; 0 if it rises.
     """
-    size = len(photo)
-    if not 1 <= grid <= size:
-        raise ValueError(f"grid must be from 1 to the photo's {size} pixels, got {grid}")
+    sides = photo.shape[:2]
+    if not 1 <= grid <= min(sides):
+        raise ValueError(f"grid must be from 1 to the photo's {min(sides)} pixels, got {grid}")
     colour = photo.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     covered = np.repeat(photo[None], grid * grid + 1, axis=0)  # the last one stays uncovered
-    cell = size / grid
     for number in range(grid * grid):
-        row, column = divmod(number, grid)
-        top, left = (max(round((i - 0.5) * cell), 0) for i in (row, column))
-        bottom, right = (round((i + 1.5) * cell) for i in (row, column))
-        covered[number, top:bottom, left:right] = colour
+        places = zip(divmod(number, grid), sides, strict=True)
+        rows, columns = (
+            slice(max(round((i - 0.5) * side / grid), 0), round((i + 1.5) * side / grid))
+            for i, side in places
+        )
+        covered[number, rows, columns] = colour
     similarities = np.asarray(embed(covered), np.float32) @ np.asarray(target, np.float32)
     return np.maximum(similarities[-1] - similarities[:-1], 0).reshape(grid, grid)
 

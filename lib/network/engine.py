@@ -45,8 +45,10 @@ if TYPE_CHECKING:  # an exported tower runs without Keras
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINE = "tower.engine"  # name of a run's exported tower
+OWN_PHOTOS = "runs/own_photos"  # in the project, for packaged_engine and embeddings made with it
 
 _FORMAT = 2
+_GEM_P, _VIEWS = 2.0, (160, 224, 320)  # of the packaged network
 _MOST_VIEWS = 16
 _MOST_SIZE = 4096  # side of a photo in pixels; no number of a file is believed unseen
 _BATCH = 64  # photos that go through the network together
@@ -148,15 +150,15 @@ def _fingerprint(tower: keras.Model, views: tuple[int, ...]) -> str:
 
 
 def export_engine(
-    tower: keras.Model, path: Path, model: Path | None = None, views: tuple[int, ...] = ()
+    tower: keras.Model, path: Path, origin: str = "", views: tuple[int, ...] = ()
 ) -> None:
     """Write a tower as one file, atomically, on Keras' TensorFlow or PyTorch backend.
 
     Args:
         tower: from :func:`lib.network.tower.build_tower`.
         path: of the file.
-        model: the file that the tower was loaded from, by which :func:`open_engine` finds out
-            whether it was trained anew since.
+        origin: what the tower is, such as its file's checksum, by which :func:`open_engine` finds
+            out whether it was trained anew since.
         views: see :class:`Engine`.
 
     Raises:
@@ -174,7 +176,7 @@ def export_engine(
             "image_size": own.image_size,
             "views": views,
             "dimension": own.dimension,
-            "model": checksum(model) if model else "",
+            "origin": origin,
             "files": {name: checksum(Path(folder) / name) for name in NETWORK_FILES},
         }
         with zipfile.ZipFile(part, "w") as archive:
@@ -207,21 +209,50 @@ def open_engine(run: Path) -> Engine:
             f"there is no trained model in {show_path(run)}: run `make demo` first, or set run_dir "
             "to a run that has one"
         )
-    if model.is_file() and _model_of(engine) != checksum(model):
+    if model.is_file() and _origin_of(engine) != (origin := checksum(model)):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import load_tower  # loads Keras
 
         print("exporting the trained network", file=sys.stderr)
-        export_engine(load_tower(model), engine, model)
+        export_engine(load_tower(model), engine, origin)
     return load_engine(engine)
 
 
-def _model_of(engine: Path) -> str | None:
-    """The checksum of the model that was exported; None if the file says none."""
+def packaged_engine(folder: Path) -> Engine:
+    """Load a network for photographs of anything, after exporting it if ``folder`` lacks it.
+
+    It is EfficientNet-Lite0 with the ImageNet weights of its Python package, GeM pooling with p = 2
+    and no projection. Exponent and views were chosen on three sets of photographs, see
+    ``benchmarks/README.md``.
+
+    Raises:
+        WeightsUnavailableError: the package is absent or damaged.
+        EngineError: the exported network is damaged.
+    """
+    engine, origin = folder / ENGINE, f"EfficientNetLite0, packaged, GeM {_GEM_P}, views {_VIEWS}"
+    if _origin_of(engine) != origin:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
+        from lib.network.tower import TowerSettings, build_tower  # loads Keras
+
+        print("exporting the pre-trained network", file=sys.stderr)
+        settings = TowerSettings(
+            image_size=max(_VIEWS),
+            embedding_size=0,
+            gem_p=_GEM_P,
+            backbone="EfficientNetLite0",
+            weights="packaged",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        export_engine(build_tower(settings), engine, origin, _VIEWS)
+    return load_engine(engine)
+
+
+def _origin_of(engine: Path) -> str | None:
+    """The origin of an exported tower; None if the file says none."""
     # A damaged file raises anything.
     with contextlib.suppress(Exception), zipfile.ZipFile(engine) as archive:
         check_stored(archive)
-        return json.loads(archive.read(_MANIFEST))["model"]
+        return json.loads(archive.read(_MANIFEST))["origin"]
     return None
 
 

@@ -11,7 +11,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from lib.files import checksum, project_root
+from lib.files import project_root
 from lib.network import engine as engines
 from lib.network.engine import EngineError, export_engine, keras_engine, load_engine
 from lib.network.openvino import fast_precision, import_openvino
@@ -256,10 +256,10 @@ def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.network.tower.load_tower", lambda path: path)
     monkeypatch.setattr(engines, "load_engine", lambda path: path)
 
-    def export(tower, path, model):
+    def export(tower, path, origin):
         exported.append(tower)
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("manifest.json", json.dumps({"model": checksum(model)}))
+            archive.writestr("manifest.json", json.dumps({"origin": origin}))
 
     monkeypatch.setattr(engines, "export_engine", export)
     model, engine = tmp_path / "model.keras", tmp_path / engines.ENGINE
