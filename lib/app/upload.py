@@ -62,7 +62,8 @@ def read_upload(content: bytes, image_size: int) -> Upload:
         raise
     except UnidentifiedImageError:
         raise UploadError(
-            "This is no picture that can be read. JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF can."
+            "This is no picture that can be read. "
+            "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP and TIFF can."
         ) from None
     except Image.DecompressionBombError:  # by Pillow before the check above, or later
         raise UploadError("This picture has far too many pixels to be searched with.") from None
