@@ -6,6 +6,7 @@ def main(arguments: list[str] | None = None) -> int: ...
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -23,6 +24,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 class UsageError(ValueError):
     """A parameter has a value that it can't have; the message names it."""
+
+
+def as_path(text: str) -> Path:
+    """Read a path for ``argparse``; an empty one, as of a variable that is not set, is refused.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, which ``Path`` takes for the working directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
+    return Path(text)
 
 
 def one_line(text: str) -> str:

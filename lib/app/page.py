@@ -26,7 +26,7 @@ from typing import ClassVar
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import only_writer, project_root, show_path
 from lib.network.engine import open_engine
-from lib.programs import UsageError, program
+from lib.programs import UsageError, as_path, program
 
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
@@ -43,8 +43,12 @@ _FULL = "Too many pages of the app are open: close one, wait a moment, then load
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
-    parser.add_argument("--run-dir", default="runs/latest", help="the run with the trained model")
-    parser.add_argument("--gallery", default="Dataset/demo_world/unseen", help="folder of photos")
+    parser.add_argument(
+        "--run-dir", type=as_path, default="runs/latest", help="the run with the trained model"
+    )
+    parser.add_argument(
+        "--gallery", type=as_path, default="Dataset/demo_world/unseen", help="folder of photos"
+    )
     parser.add_argument(
         "--folders-root", default="", help="own folders lie below it; default: home"
     )
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"{show_path(gallery)} (--gallery): {error}") from None
     parameters = {
         "run_dir": str(run),
-        "gallery_dir": options.gallery,
+        "gallery_dir": str(options.gallery),
         "folders_root": options.folders_root,
     }
     # Not shared between processes, since the notebook contains this one's gallery and folders.

@@ -58,7 +58,7 @@ from lib.data.records import (
     shard_number,
 )
 from lib.files import remove_half_written, replacing, show_error, show_path
-from lib.programs import program
+from lib.programs import as_path, program
 from lib.workers import process_pool
 
 CATALOGUE = "landmarks.parquet"
@@ -458,7 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lib.data.catalogue", description=f"Make {CATALOGUE} of a folder of shards."
     )
-    parser.add_argument("dataset_dir", type=Path, help="the folder with train00.tfrec ...")
+    parser.add_argument("dataset_dir", type=as_path, help="the folder with train00.tfrec ...")
     options = parser.parse_args(arguments)
     catalogue = open_catalogue(options.dataset_dir)
     print(catalogue.report().to_string())
