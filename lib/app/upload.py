@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lib.data.photos import open_picture, picture_of, square_of
+from lib.data.photos import FORMAT_NAMES, open_picture, picture_of, square_of
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 100_000_000
@@ -61,10 +61,7 @@ def read_upload(content: bytes, image_size: int) -> Upload:
     except UploadError:
         raise
     except UnidentifiedImageError:
-        raise UploadError(
-            "This is no picture that can be read. "
-            "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP and TIFF can."
-        ) from None
+        raise UploadError(f"This is no picture that can be read. {FORMAT_NAMES} can.") from None
     except Image.DecompressionBombError:  # by Pillow before the check above, or later
         raise UploadError("This picture has far too many pixels to be searched with.") from None
     except Exception as error:  # decoders raise errors of any type on damaged files

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lib.data.decoding import is_endless, reduction, resize
 from lib.files import show_error, show_name, show_path
@@ -32,6 +32,7 @@ SUFFIXES = (
 )
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
+FORMAT_NAMES = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP and TIFF"  # for people
 _JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
 UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them; archives
     *(".jxl", ".jp2", ".psd", ".svg", ".tar", ".tgz", ".gz"),
@@ -185,7 +186,12 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
             palette or more than 8 bits).
     """
     _register_heif()
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's message is the file's name
+        raise UnidentifiedImageError(
+            f"it is damaged, or none of {FORMAT_NAMES}, or of a rare kind, such as with 12 bits"
+        ) from None
     try:
         _check_cost(image)
     except BaseException:
@@ -281,7 +287,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except OSError:
-        if image.format not in _JPEG:
+        if image.format not in _JPEG or image.fp is None:  # no decoder reads this kind of JPEG
             raise
         content = _content(image) + b"\xff\xd9"
         simplejpeg.decode_jpeg(content, min_height=1, min_width=1)  # fails if more is missing

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -320,9 +321,31 @@ def test_postscript_named_like_a_photo_never_reaches_ghostscript(tmp_path, monke
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     )
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
-    with pytest.raises(PhotoError, match="cannot identify"):
+    with pytest.raises(PhotoError, match="none of JPEG, "):
         read_photo(tmp_path / "a.jpg", 8)
     assert encode_photo(tmp_path / "a.jpg", 8, 90).kind == "not a picture"
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "kind", "reason"),
+    [
+        (b"\xff\xc1", 12, "not a picture", "it is damaged, or none of .*, such as with 12 bits"),
+        (b"\xff\xc3", 8, "unreadable", "broken data stream .*"),  # lossless; it was a fault of ours
+    ],
+)
+def test_a_jpeg_that_no_decoder_reads_is_skipped_and_named_once(
+    tmp_path, marker, bits, kind, reason
+):
+    save(tmp_path / "a.jpg")
+    before, _, after = (tmp_path / "a.jpg").read_bytes().partition(b"\xff\xc0")
+    (tmp_path / "a.jpg").write_bytes(before + marker + after[:2] + bytes([bits]) + after[3:])
+    save(tmp_path / "b.jpg")
+    skipped = read_test_set(tmp_path, 16).skipped
+    assert len(skipped) == 1
+    assert re.fullmatch(rf"\S*a\.jpg is not a readable picture \({reason}\)", skipped[0])
+    assert encode_photo(tmp_path / "a.jpg", 16, 90).kind == kind
+    with pytest.raises(UploadError, match=r"^This (is no )?picture"):
+        read_upload((tmp_path / "a.jpg").read_bytes(), 16)
 
 
 def many_scans(side: int) -> bytes:
