@@ -52,6 +52,7 @@ from lib.data.records import (
     RecordError,
     find_shards,
     image_hash,
+    misnamed_shards,
     parse_triplet,
     read_message,
     scan_frames,
@@ -166,6 +167,8 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
     """
     path = Path(dataset_dir) / CATALOGUE
     shards = find_shards(dataset_dir)
+    if misnamed := misnamed_shards(dataset_dir):
+        print(f"Left out, as not named like a shard: {misnamed}")
     if path.is_file():
         try:
             return load_catalogue(path)
