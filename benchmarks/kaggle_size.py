@@ -57,6 +57,7 @@ from lib.data.catalogue import CATALOGUE, Catalogue, open_catalogue
 from lib.data.plan import Split, fit_batches, hold_back
 from lib.data.records import Triplet, find_shards, shard_name, write_shard
 from lib.files import project_root
+from lib.programs import as_path
 from lib.workers import process_pool
 
 # Keras is imported within the stages that need it, as each stage's memory is measured.
@@ -326,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kaggle_size")
     parser.add_argument("--records", type=int, default=RECORDS, help="a landmark has two")
     parser.add_argument("--cached", type=int, default=CACHED, help="pictures to measure with")
-    parser.add_argument("--folder", type=Path, help="the set's new folder is made in this one")
+    parser.add_argument("--folder", type=as_path, help="the set's new folder is made in this one")
     options = parser.parse_args()
     if options.records < FEWEST:
         parser.error(f"--records must be at least {FEWEST}, not {options.records}")

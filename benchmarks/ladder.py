@@ -38,7 +38,7 @@ import pandas as pd
 
 from lib.data.photos import read_gallery
 from lib.files import project_root, show_path, write_json
-from lib.programs import program
+from lib.programs import as_path, program
 from lib.studies.fixes import (
     FIXES,
     FROZEN,
@@ -109,8 +109,8 @@ def make_result(
 def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE")
+    parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="a folder per landmark")
+    parser.add_argument("--weights", type=as_path, required=True, metavar="FILE")
     parser.add_argument("--name", default="", help="of the result; by default the folder's")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5, help="how many")

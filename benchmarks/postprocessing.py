@@ -36,7 +36,7 @@ import numpy as np
 from lib.data.photos import read_gallery
 from lib.files import project_root, show_path, write_json
 from lib.network.tower import TowerSettings, build_tower
-from lib.programs import program
+from lib.programs import as_path, program
 from lib.studies.fixes import landmark_folds
 from lib.studies.postprocessing import (
     AS_TRAINED,
@@ -84,7 +84,7 @@ def make_folds(photos: Photos, n_folds: int) -> list[Fold]:
 def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
+    parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="a folder per landmark")
     parser.add_argument("--weights", required=True, metavar="FILE", help="or: imagenet, packaged")
     parser.add_argument("--backbone", default="MobileNet", help="of lib.network.tower")
     parser.add_argument("--width", type=float, default=0.25, help="of a MobileNet")

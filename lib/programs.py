@@ -26,14 +26,15 @@ class UsageError(ValueError):
     """A parameter has a value that it can't have; the message names it."""
 
 
-def typed_path(text: str) -> Path:
-    """A path as a person types it, for ``argparse``: with ``~``, and not empty by mistake."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{show_path(Path(text))}: no such user") from None
+def as_path(text: str) -> Path:
+    """Read a path for ``argparse``, with ``~``; an empty one, as of an unset variable, is refused.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, which ``Path`` takes for the working directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
+    return Path(os.path.expanduser(text))
 
 
 def one_line(text: str) -> str:

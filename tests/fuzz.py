@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.programs import as_path
 from tests import fuzz_cases
 from tests.fuzz_cases import READERS, Case
 
@@ -199,7 +200,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=2000, help="for each reader")
     parser.add_argument("--readers", nargs="+", choices=READERS, default=READERS)
     parser.add_argument("--only", type=int, help="the number of one file, as a fault names it")
-    parser.add_argument("--keep", type=Path, help="a folder to keep the damaged files in")
+    parser.add_argument("--keep", type=as_path, help="a folder to keep the damaged files in")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     numbers = range(options.files) if options.only is None else [options.only]

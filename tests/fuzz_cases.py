@@ -47,7 +47,10 @@ class Case(NamedTuple):
 
 def make_pictures(folder: Path) -> list[Path]:
     """A small picture in every format and in the odd ways of some of them."""
+    import pillow_heif
     from PIL import Image
+
+    pillow_heif.register_heif_opener()
 
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((80, 60))
@@ -67,6 +70,9 @@ def make_pictures(folder: Path) -> list[Path]:
         "a.webp": (clear, {"exif": exif}),
         "several.webp": (clear, several | {"lossless": True}),
         "a.avif": (rgb, {}),
+        "a.heic": (rgb, {"exif": exif}),
+        "several.heic": (clear, several | {"thumbnails": [32]}),
+        "deep.heic": (deep, {}),
         "several.gif": (clear, several),
         "a.bmp": (rgb, {}),
         "a.tif": (deep, {}),
@@ -258,7 +264,7 @@ def checkpoint(folder: Path) -> Case:
 
 
 def test_set_csv(folder: Path) -> Case:
-    from lib.data.photos import TestSetError, read_test_set
+    from lib.data.test_set import TestSetError, read_test_set
 
     files = make_pictures(folder)[:4]
     lines = [f"{path.name},{'distractor' if i else 'query'}" for i, path in enumerate(files)]

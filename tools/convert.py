@@ -48,7 +48,7 @@ from lib.files import (
     show_path,
     write_json,
 )
-from lib.programs import UsageError, program
+from lib.programs import UsageError, as_path, program
 from tools.labelled import ConversionError, LabelledPhotos, plan_triplets, read_csv, read_folder
 
 PLAN, SKIPPED, COMPLETE = "conversion.json", "skipped.csv", "shards.json"
@@ -421,10 +421,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.convert",
         description="Turn labelled photos into triplet shards. The same command continues.",
     )
-    parser.add_argument("photos", type=Path, help="a folder with a folder of photos per landmark")
-    parser.add_argument("target", type=Path, help="where the shards go")
     parser.add_argument(
-        "--labels", type=Path, help="Google Landmarks v2's train.csv, if PHOTOS are its images"
+        "photos", type=as_path, help="a folder with a folder of photos per landmark"
+    )
+    parser.add_argument("target", type=as_path, help="where the shards go")
+    parser.add_argument(
+        "--labels", type=as_path, help="Google Landmarks v2's train.csv, if PHOTOS are its images"
     )
     for field in fields(ConversionSettings):
         option = f"--{field.name.replace('_', '-')}"

@@ -32,7 +32,7 @@ from lib.data.records import (
     shard_name,
 )
 from lib.files import project_root, remove_half_written, replacing, show_path
-from lib.programs import program
+from lib.programs import as_path, program
 
 KAGGLE_SET = "mattbast/google-landmarks-2020-tfrecords"
 KAGGLE_PAGE = f"https://www.kaggle.com/datasets/{KAGGLE_SET}"
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.download", description=f"Fetch {KAGGLE_PAGE} and check it."
     )
-    parser.add_argument("--dataset-dir", type=Path, help="default: the project's folder Dataset")
+    parser.add_argument("--dataset-dir", type=as_path, help="default: the project's folder Dataset")
     parser.add_argument("--verify", action="store_true", help="check what is there, fetch nothing")
     options = parser.parse_args(arguments)
     dataset_dir = options.dataset_dir or project_root() / "Dataset"

@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 
 from lib.files import project_root, replacing, show_path
-from lib.programs import program
+from lib.programs import as_path, program
 
 START, END = "<!-- modules -->", "<!-- /modules -->"
 
@@ -73,7 +73,7 @@ def with_table(text: str, content: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.modules", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="a page with the two markers")
+    parser.add_argument("--write", type=as_path, metavar="FILE", help="a page with the two markers")
     page = parser.parse_args(arguments).write
     content = table(project_root())
     if page is None:

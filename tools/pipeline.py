@@ -27,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from lib.files import only_writer, project_root, replacing, show_path
-from lib.programs import UsageError, one_line, program
+from lib.programs import UsageError, as_path, one_line, program
 from lib.runs import open_run
 from tools.environment import record_environment
 from tools.report import NOTEBOOKS, write_report
@@ -160,7 +160,7 @@ def write_page(notebook: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for a wrong profile, 1 for what failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.pipeline", description=__doc__)
-    parser.add_argument("profile", nargs="?", type=Path, help="YAML file of notebook parameters")
+    parser.add_argument("profile", nargs="?", type=as_path, help="YAML file of notebook parameters")
     parser.add_argument("--run-dir", default="", help="folder for the results; default: a new one")
     options = parser.parse_args(arguments)
 

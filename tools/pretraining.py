@@ -51,7 +51,7 @@ from lib.network.tower import (
     embed,
     fast_policy,
 )
-from lib.programs import UsageError, program
+from lib.programs import UsageError, as_path, program
 from lib.training.stages import make_optimizer
 from lib.workers import process_pool
 
@@ -309,7 +309,7 @@ def draw_curve(curve: pd.DataFrame, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.pretraining", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/backbone"))
+    parser.add_argument("--run-dir", type=as_path, default=Path("runs/backbone"))
     for field in fields(PretrainingSettings):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)

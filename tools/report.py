@@ -25,7 +25,7 @@ import yaml
 
 from lib.app.web import data_uri
 from lib.files import project_root, read_json, replacing, show_path
-from lib.programs import program
+from lib.programs import as_path, program
 from tools.environment import ENVIRONMENT, environment
 from tools.tables import Table, cell_text, heading, is_leaf, is_nested, metric_tables
 
@@ -351,7 +351,7 @@ def _notebook_row(run: Path, name: str, execution: Execution) -> tuple[str, str,
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run; default: the newest")
+    parser.add_argument("run", nargs="?", type=as_path, help="folder of a run; default: the newest")
     options = parser.parse_args(arguments)
     report = write_report(options.run or project_root() / "runs" / "latest")
     print(f"Open {report.as_uri()} in a browser.")

@@ -28,7 +28,7 @@ from lib.app.answer import JOBS, Question, Search, SearchError, open_gallery
 from lib.data.photos import Box, PhotoError
 from lib.files import project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
-from lib.programs import UsageError, one_line, program, typed_path
+from lib.programs import UsageError, one_line, program, as_path
 
 
 @program()
@@ -37,12 +37,12 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.search", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("photos", type=typed_path, metavar="PHOTOS", help="folder to search in")
-    parser.add_argument("queries", type=typed_path, nargs="+", metavar="QUERY", help="a photo")
+    parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="folder to search in")
+    parser.add_argument("queries", type=as_path, nargs="+", metavar="QUERY", help="a photo")
     parser.add_argument("--k", type=int, default=10, help="photos to find; default: 10")
     parser.add_argument("--box", type=_box, help="search with a part of the query: x0,y0,x1,y1")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--run-dir", type=typed_path, help="a run with a trained network")
+    parser.add_argument("--run-dir", type=as_path, help="a run with a trained network")
     options = parser.parse_args(given)
     if options.k < 1:
         raise UsageError(f"--k {options.k}: choose 1 or more")

@@ -279,7 +279,7 @@ class Search:
 
     def _build_index(self, kind: str) -> PhotoIndex:
         names = self.gallery.names
-        # Faiss warns below 39 training vectors per list.
+        # Faiss warns below 39 training vectors for each of several lists.
         lists = max(1, min(round(len(names) ** 0.5), len(names) // 39))
         settings = {
             "exact": IndexSettings(),

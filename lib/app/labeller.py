@@ -2,7 +2,7 @@
 
 Labeller(Path("Test_set"), names, embeddings)  # the last line of a notebook's cell
 
-It reads and writes the ``ground_truth.csv`` of :func:`lib.data.photos.read_test_set`.
+It reads and writes the ``ground_truth.csv`` of :func:`lib.data.test_set.read_test_set`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib.app.web import counted, load, message, picture_uri, valid
-from lib.data.photos import GROUND_TRUTH, read_roles, read_test_set
+from lib.data.test_set import GROUND_TRUTH, read_roles, read_test_set
 from lib.files import replacing, show_path
 
 PAGE = 24  # photos per page
@@ -57,7 +57,7 @@ class Labels:
 
 
 def read_labels(folder: Path) -> Labels:
-    """Read the labels of a test set that :func:`lib.data.photos.read_test_set` has accepted.
+    """Read the labels of a test set that :func:`lib.data.test_set.read_test_set` has accepted.
 
     Positives whose photo can't be read now are included, so that saving does not lose them.
     """

@@ -26,7 +26,7 @@ from typing import ClassVar
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.files import only_writer, project_root, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
-from lib.programs import UsageError, program, typed_path
+from lib.programs import UsageError, as_path, program
 
 NOTEBOOK = "06_search_app.ipynb"
 PORT = 8866
@@ -45,12 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.app.page", description=__doc__)
     parser.add_argument(
         "--photos",
-        type=typed_path,
+        type=as_path,
         metavar="FOLDER",
         help="your photos, to be searched with a pre-trained network",
     )
-    parser.add_argument("--run-dir", default="runs/latest", help="the run with the trained model")
-    parser.add_argument("--gallery", default="Dataset/demo_world/unseen", help="folder of photos")
+    parser.add_argument(
+        "--run-dir", type=as_path, default="runs/latest", help="the run with the trained model"
+    )
+    parser.add_argument(
+        "--gallery", type=as_path, default="Dataset/demo_world/unseen", help="folder of photos"
+    )
     parser.add_argument(
         "--folders-root", default="", help="own folders lie below it; default: home"
     )

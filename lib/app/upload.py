@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lib.data.photos import Box, open_picture, picture_of, pixels_of
+from lib.data.photos import FORMAT_NAMES, Box, open_picture, picture_of, pixels_of
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 100_000_000
@@ -64,9 +64,7 @@ def read_upload(
     except UploadError:
         raise
     except UnidentifiedImageError:
-        raise UploadError(
-            "This is no picture that can be read. JPEG, PNG, WebP, AVIF, GIF, BMP and TIFF can."
-        ) from None
+        raise UploadError(f"This is no picture that can be read. {FORMAT_NAMES} can.") from None
     except Image.DecompressionBombError:  # by Pillow before the check above, or later
         raise UploadError("This picture has far too many pixels to be searched with.") from None
     except Exception as error:  # decoders raise errors of any type on damaged files

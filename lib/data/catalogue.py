@@ -52,13 +52,14 @@ from lib.data.records import (
     RecordError,
     find_shards,
     image_hash,
+    misnamed_shards,
     parse_triplet,
     read_message,
     scan_frames,
     shard_number,
 )
 from lib.files import remove_half_written, replacing, show_error, show_path
-from lib.programs import program
+from lib.programs import as_path, program
 from lib.workers import process_pool
 
 CATALOGUE = "landmarks.parquet"
@@ -166,6 +167,8 @@ def open_catalogue(dataset_dir: Path) -> Catalogue:
     """
     path = Path(dataset_dir) / CATALOGUE
     shards = find_shards(dataset_dir)
+    if misnamed := misnamed_shards(dataset_dir):
+        print(f"Left out, as not named like a shard: {misnamed}")
     if path.is_file():
         try:
             return load_catalogue(path)
@@ -458,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lib.data.catalogue", description=f"Make {CATALOGUE} of a folder of shards."
     )
-    parser.add_argument("dataset_dir", type=Path, help="the folder with train00.tfrec ...")
+    parser.add_argument("dataset_dir", type=as_path, help="the folder with train00.tfrec ...")
     options = parser.parse_args(arguments)
     catalogue = open_catalogue(options.dataset_dir)
     print(catalogue.report().to_string())

@@ -1,56 +1,53 @@
-"""Finds photos in folders and reads them upright in RGB; reads test sets and galleries.
+"""Finds photos in folders and reads them upright in RGB.
 
 paths, left_out = find_photos(Path("my photos"))
 photo = read_photo(paths[0], image_size=128)     # uint8 (128, 128, 3)
-test_set = read_test_set(Path("Test_set"), image_size=128)
-test_set.photos, test_set.names, test_set.query, test_set.positives
+photos, labels, messages = read_gallery(Path("a folder per landmark"), image_size=128)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lib.data.decoding import is_endless, reduction, resize
-from lib.files import read_table, show_error, show_name, show_path
+from lib.files import show_error, show_name, show_path
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo"),
-    *(".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".gif", ".bmp", ".tif", ".tiff"),
 )
 # Pillow opens more formats, some by starting other programs (Ghostscript for PostScript).
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
+FORMAT_NAMES = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP and TIFF"  # for people
 _JPEG = ("JPEG", "MPO")  # what Pillow calls a JPEG file with one picture, and with several
-_UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them; archives
-    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".tar", ".tgz", ".gz"),
+UNREAD_SUFFIXES = (  # photos that Pillow can't read, or not as a camera shows them; archives
+    *(".jxl", ".jp2", ".psd", ".svg", ".tar", ".tgz", ".gz"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".zip", ".rar", ".7z"),
 )
 
 # Left, top, right and bottom edge in pixels of the upright picture.
 Box = tuple[float, float, float, float]
 
-GROUND_TRUTH = "ground_truth.csv"
-ROLES = ("query", "positive", "distractor")
-
-_MOST_BYTES = 2**28  # of a JPEG file
+_MOST_BYTES = 2**28  # of a file that is looked into
 _PALE = 224  # a grey that is hardly seen on white
 _LARGE = 2**24  # pixels; only one thread at a time decodes such a photo, to save memory
 _one_large_photo = threading.Lock()
 _MOST_MEMORY = 2**30  # bytes that decoding a picture may take, however small its file is
-_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 17, "AVIF": 13}  # while decoding
+_BYTES_PER_PIXEL = {"JPEG": 6, "MPO": 6, "WEBP": 17, "AVIF": 13, "HEIF": 17}  # while decoding
 
 _TO_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,12 +70,6 @@ class NoPhotosError(ValueError):
     def __init__(self, message: str, left_out: dict[str, int] | None = None):
         self.left_out = left_out or {}
         super().__init__("; ".join([message, *left_out_lines(self.left_out)]))
-
-
-class TestSetError(ValueError):
-    """A test set or its ground truth can't be used; the message says what to change."""
-
-    __test__ = False  # pytest takes it for a test case otherwise
 
 
 # ---- finding
@@ -130,7 +121,7 @@ def find_photos(folder: Path, subfolders: bool = True) -> FoundPhotos:
                         left_out["links to folders"] += 1
                     elif subfolders:
                         below.append(path)
-                elif kind in _UNREAD_SUFFIXES:
+                elif kind in UNREAD_SUFFIXES:
                     left_out[f"{kind} files"] += 1
                 elif kind not in SUFFIXES:
                     # Such as a download that was broken off, or a photo without its suffix.
@@ -179,16 +170,31 @@ def list_photos(folder: Path) -> list[Path]:
 # ---- reading
 
 
+@functools.cache
+def _register_heif() -> None:
+    """Have Pillow read HEIC; not at import, as that would change the whole process."""
+    from pillow_heif import register_heif_opener  # here: it loads slowly
+
+    # With thumbnails, a small picture would come from another picture of the file.
+    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+
+
 def open_picture(file: Path | BinaryIO) -> Image.Image:
     """Open a picture file without decoding it; the caller closes it.
 
     Raises:
         OSError: it can't be read, or is in none of FORMATS.
         PIL.Image.DecompressionBombError: decoding would take many seconds or more than 1 GB (178
-            megapixels; 63 of WebP, 82 of AVIF, 76 of other pictures with transparency, a palette or
-            more than 8 bits).
+            megapixels; 63 of WebP and HEIC, 82 of AVIF, 76 of other pictures with transparency, a
+            palette or more than 8 bits).
     """
-    image = Image.open(file, formats=FORMATS)
+    _register_heif()
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's message is the file's name
+        raise UnidentifiedImageError(
+            f"it is damaged, or none of {FORMAT_NAMES}, or of a rare kind, such as with 12 bits"
+        ) from None
     try:
         _check_cost(image)
     except BaseException:
@@ -289,6 +295,9 @@ def show_box(box: Box) -> str:
 
 def _check_cost(image: Image.Image) -> None:
     pixels = image.width * image.height
+    if image.format == "HEIF":  # it is decoded whole, before it is cropped to its size
+        sizes = re.findall(rb"ispe\0{4}(....)(....)", _content(image), re.DOTALL)
+        pixels = max(pixels, *(int.from_bytes(w) * int.from_bytes(h) for w, h in sizes), 0)
     plain = image.mode in ("1", "L", "RGB") and not image.has_transparency_data
     if pixels * _BYTES_PER_PIXEL.get(image.format, 6 if plain else 14) > _MOST_MEMORY:
         raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} megapixels are too many")
@@ -311,7 +320,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except OSError:
-        if image.format not in _JPEG:
+        if image.format not in _JPEG or image.fp is None:  # no decoder reads this kind of JPEG
             raise
         content = _content(image) + b"\xff\xd9"
         simplejpeg.decode_jpeg(content, min_height=1, min_width=1)  # fails if more is missing
@@ -378,136 +387,6 @@ def jpeg_quality(image: Image.Image) -> int | None:
     scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
     expected = ((steps * scale[:, None] + 50) // 100).clip(1, 255)
     return int(quality[np.abs(found - expected).sum(axis=1).argmin()])
-
-
-# ---- test set and gallery
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """One query photo and a gallery.
-
-    Attributes:
-        photos: uint8 (n, s, s, 3) RGB, the query among them.
-        names: n file names, sorted.
-        query: index of the query photo.
-        positives: bool (n,), other photos of the query's landmark; None without ground truth.
-        skipped: a message for each file that could not be read, and for each reason for which
-            others were left out.
-    """
-
-    __test__ = False
-
-    photos: np.ndarray
-    names: list[str]
-    query: int
-    positives: np.ndarray | None
-    skipped: list[str]
-
-    @property
-    def gallery(self) -> np.ndarray:
-        """Indices of all photos but the query, int64 (n - 1,)."""
-        return np.delete(np.arange(len(self.names)), self.query)
-
-
-def read_test_set(folder: Path, image_size: int) -> TestSet:
-    """Read the photos of a test set and its ground truth.
-
-    ``ground_truth.csv`` has the columns ``image`` (a file name) and ``role`` (query, positive or
-    distractor), with exactly one query. Photos that it does not name are distractors. Without the
-    file, the first photo by name is the query, and the positives are unknown.
-
-    Raises:
-        TestSetError: no readable photo, or a ground truth that does not match the photos.
-    """
-    folder = Path(folder)
-    try:
-        found, left_out = find_photos(folder, subfolders=False)
-    except NoPhotosError as error:
-        raise TestSetError(f"{error}. Test_set/README.md says what belongs there.") from None
-    photos, paths, skipped = read_photos(found, image_size)
-    skipped += left_out_lines(left_out)
-    names = [path.name for path in paths]
-    if not names:
-        why = f": {'; '.join(skipped)}" if skipped else ""
-        raise TestSetError(
-            f"{show_path(folder)} holds no readable photo ({', '.join(SUFFIXES)}){why}. "
-            "Test_set/README.md says what belongs there."
-        )
-    roles = read_roles(folder, names)
-    if roles is None:
-        return TestSet(photos, names, query=0, positives=None, skipped=skipped)
-    role_of = [roles.get(name, "distractor") for name in names]
-    positives = np.array([role == "positive" for role in role_of])
-    return TestSet(photos, names, role_of.index("query"), positives, skipped)
-
-
-def read_roles(folder: Path, readable: Sequence[str] | None = None) -> dict[str, str] | None:
-    """Read the role of each photo that the ground truth of a test set names; None without one.
-
-    Names that differ only in case, spaces around them or the encoding of accents are the same if
-    just one photo has such a name.
-
-    Args:
-        folder: of the test set.
-        readable: names of the photos that can be read, the query among them; None: any names.
-
-    Raises:
-        TestSetError: the file can't be read, or does not fit; the message names the line.
-    """
-    found = list(folder.iterdir())
-    files = sorted(path for path in found if path.name.casefold() == GROUND_TRUTH)
-    if not files:
-        for path in found:
-            is_list = re.sub("[^a-z]", "", path.name.casefold()).startswith("groundtruth")
-            if is_list and path.suffix.lower() not in SUFFIXES:
-                raise TestSetError(
-                    f"{show_path(path)} is not read: save it as CSV, named {GROUND_TRUTH}"
-                )
-        return None
-    where = show_path(files[-1])  # capitals come first, so it is the usual name if that exists
-    alike: dict[str, list[str]] = {}
-    for path in found:
-        if path.suffix.lower() in (*SUFFIXES, *_UNREAD_SUFFIXES):
-            alike.setdefault(_folded(path.name), []).append(path.name)
-    roles: dict[str, str] = {}
-    queries = []
-    for line, (image, role) in read_table(
-        files[-1], ("image", "role"), TestSetError, "surrogateescape"
-    ):
-        fits = alike.get(_folded(image), [])
-        if image in fits or (readable is None and not fits):
-            fits = [image]
-        role, shown, problem = role.strip().strip('"').strip().lower(), repr(image[:200]), None
-        if role not in ROLES:
-            problem = f"role {role[:200]!r} is none of {', '.join(ROLES)}"
-        elif len(fits) > 1:
-            problem = f"{shown} fits {' and '.join(map(repr, fits))}: write the name as it is"
-        elif not fits:
-            hint = "" if image.isprintable() else ": save the list as 'CSV UTF-8'"
-            problem = f"{shown} does not exist in {show_path(folder)}{hint}"
-        elif fits[0] in roles:
-            problem = f"{shown} is listed twice"
-        elif role == "query" and readable is not None and fits[0] not in readable:
-            problem = f"{shown} can't be read in {show_path(folder)}"
-        if problem:
-            raise TestSetError(f"{where}, line {line}: {problem}")
-        roles[fits[0]] = role
-        queries += [str(line)] * (role == "query")
-    if len(queries) != 1:
-        found = f"lines {', '.join(queries[:9])} do" if queries else "no line does"
-        raise TestSetError(f"{where} must name exactly one query; {found}")
-    return roles
-
-
-def _folded(name: str) -> str:
-    """Equal for file names that people take for the same."""
-    raw = os.fsencode(name)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:  # older programs for Windows write this
-        text = raw.decode("cp1252", "replace")
-    return unicodedata.normalize("NFC", text.strip(' "\t\r\n').casefold())
 
 
 def read_gallery(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -29,7 +29,7 @@ import xxhash
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from lib.files import replacing, show_path
+from lib.files import replacing, show_name, show_path
 
 FEATURES = ("anchor_img", "positive_img", "negative_img")
 IMAGE_ID, LANDMARK_ID = "image/id", "landmark_id"
@@ -123,7 +123,18 @@ def find_shards(dataset_dir: Path, numbers: Iterable[int] | None = None) -> list
         nested = sorted({show_path(p.parent) for p in dataset_dir.glob("*/train*.tfrec")})
         hint = f" (there are some in {', '.join(nested)})" if nested else ""
         problem = f"no train*.tfrec in {show_path(dataset_dir)}{hint}"
+    if misnamed := misnamed_shards(dataset_dir):
+        problem += f"; not named like a shard: {misnamed}"
     raise DatasetNotFoundError(f"{problem}. {HOW_TO_GET_THE_DATA}.")
+
+
+def misnamed_shards(dataset_dir: Path) -> str:
+    """The first names of a folder that are nearly a shard's, such as "train00 (1).tfrec".
+
+    A browser names a second download so. These files are not read.
+    """
+    names = sorted(path.name for path in Path(dataset_dir).glob("[Tt]rain*.tfrec"))
+    return ", ".join(show_name(name) for name in names if shard_number(Path(name)) is None)[:200]
 
 
 def shard_name(number: int) -> str:

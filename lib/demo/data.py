@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lib.data.photos import GROUND_TRUTH
 from lib.data.records import Triplet, shard_name, write_shard
+from lib.data.test_set import GROUND_TRUTH
 from lib.demo import buildings, world
 from lib.demo.world import render_jpegs
 from lib.files import (

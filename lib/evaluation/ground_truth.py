@@ -245,6 +245,9 @@ def _load_mat(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise GroundTruthError(f"such a file has never more than {LARGEST / 1e6:.0f} MB")
+        with path.open("rb") as file:
+            if file.read(19) == b"MATLAB 7.3 MAT-file":  # HDF5, which SciPy does not read
+                raise GroundTruthError("it is of version 7.3: save it in MATLAB with '-v7'")
         read = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,

@@ -66,6 +66,8 @@ def train_and_add(
     with _refusing(f"make an index {settings.factory!r} of {n} x {vectors.shape[1]}"):
         index = empty_index(vectors.shape[1], settings)
         lists = faiss.try_extract_index_ivf(index)
+        if lists and lists.nlist == 1:  # the centre of all needs no more; Faiss warns of fewer
+            lists.cp.min_points_per_centroid = 1
         # k-means needs 40 to 256 vectors for each centroid; codebooks have up to 256 centroids.
         sample = max(65_536, 64 * lists.nlist if lists else 0)
         index.train(vectors[rows[np.sort(np.random.default_rng(0).permutation(n)[:sample])]])

@@ -306,7 +306,7 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
         f"IVF{lists},RaBitQfs": d / 8 + 24,
         "HNSW32": 4 * d + 272,
     }
-    if d % halves == 0:
+    if d % halves == 0 and n >= 624:  # k-means wants 39 vectors for each of its 16 centres
         kinds[f"IVF{lists},PQ{halves}x4fs"] = halves / 2 + 8
     if d >= 128 and n_full >= 1000:
         # The smallest. PCA, since OPQ's rotation would take minutes to learn.

@@ -150,13 +150,13 @@ def test_why_looks_at_both_photos(search, rng):
 
 def test_a_gallery_is_embedded_once_and_says_how_far_it_is(folder, tmp_path):
     (folder / "landmark_0" / "broken.jpg").write_text("no photo")
-    (folder / "landmark_0" / "phone.heic").touch()
+    (folder / "landmark_0" / "phone.jxl").touch()
     calls, reports = [], []
     first = open_gallery(
         fake_engine(calls), folder, tmp_path / "jobs", lambda *report: reports.append(report)
     )
     assert first.unreadable == 1 and sum(calls) == 100 and len(first.landmarks()) == 20
-    assert first.left_out == " Left out: 1 .heic files."
+    assert first.left_out == " Left out: 1 .jxl files."
     assert reports == [(32, 101), (64, 101), (96, 101), (101, 101)]
     again = open_gallery(fake_engine(calls), folder, tmp_path / "jobs")
     assert sum(calls) == 100 and again.names == first.names
@@ -240,11 +240,11 @@ def test_folders_without_photos_are_refused_without_a_path(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SearchError, match=r"^There are no photos in this folder"):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
-    (tmp_path / "empty" / "b.heic").touch()
-    with pytest.raises(SearchError, match=r"^There are no photos .* Left out: 1 \.heic files\.$"):
+    (tmp_path / "empty" / "b.jxl").touch()
+    with pytest.raises(SearchError, match=r"^There are no photos .* Left out: 1 \.jxl files\.$"):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
     (tmp_path / "empty" / "a.jpg").write_text("no photo")
-    with pytest.raises(SearchError, match=r"^None of the photos .* Left out: 1 \.heic files\.$"):
+    with pytest.raises(SearchError, match=r"^None of the photos .* Left out: 1 \.jxl files\.$"):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib.app.labeller import PAGE, Labeller, Labels, read_labels, write_labels
-from lib.data.photos import TestSetError, read_test_set
+from lib.data.test_set import TestSetError, read_test_set
 
 ODD = [
     'a "b", c.jpg',
@@ -251,11 +251,11 @@ def test_a_name_that_is_no_unicode_is_named(tmp_path):
 def test_what_cannot_be_read_is_named_and_keeps_its_role(folder):
     write_labels(folder, [], Labels("00.jpg", {"01.jpg", "02.jpg"}))
     (folder / "02.jpg").write_text("not a picture")
-    (folder / "phone.heic").touch()
+    (folder / "phone.jxl").touch()
     labeller = open_labeller(folder)
     text, _ = seen(labeller)
     assert "1 of the folder's files can't be read, others were left out" in text
-    assert "02.jpg" in text and "left out: 1 .heic files" in text
+    assert "02.jpg" in text and "left out: 1 .jxl files" in text
     assert "1 positive chosen" in text
     press(labeller, "03.jpg")
     button(labeller, "Save").click()

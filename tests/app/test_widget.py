@@ -196,12 +196,12 @@ def test_a_folder_of_ones_own(app, tmp_path):
         Image.fromarray(colour(number % 5, number)).save(
             tmp_path / "mine/harbour" / f"{number}.png"
         )
-    (tmp_path / "mine" / "phone.heic").touch()
+    (tmp_path / "mine" / "phone.jxl").touch()
     seen = []
     app._progress.observe(lambda change: seen.append(change.new), "value")
     app._folder.value = "mine"
     app._open.click()
-    assert "40 photos ready. Left out: 1 .heic files." in app._status.value
+    assert "40 photos ready. Left out: 1 .jxl files." in app._status.value
     assert app._where.value == "mine"
     assert ["of 40 photos" in text for text in seen] == [True, True, False]
     assert 'value="32"' in seen[0] and 'aria-label="Photos read"' in seen[0]

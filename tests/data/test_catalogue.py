@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import re
+import shutil
 import struct
 import time
 
@@ -425,6 +426,20 @@ def test_the_command_line_says_what_was_found_and_what_is_wrong(dataset_dir, cap
     assert re.search(r"cut off +1 +train01\.tfrec +\d", printed)
     assert main([str(dataset_dir / "absent")]) == 1
     assert "no train*.tfrec" in capsys.readouterr().err
+
+
+def test_a_second_download_of_a_shard_is_named_and_not_used(dataset_dir, capsys):
+    """A browser's "train00 (1).tfrec" was passed over in silence, even where it was alone."""
+    open_catalogue(dataset_dir)
+    shutil.copy(dataset_dir / "train00.tfrec", dataset_dir / "train00 (1).tfrec")
+    capsys.readouterr()
+    assert len(open_catalogue(dataset_dir).shards) == 3
+    printed = capsys.readouterr().out
+    assert printed == "Left out, as not named like a shard: train00 (1).tfrec\n"
+    for shard in dataset_dir.glob("train??.tfrec"):
+        shard.unlink()
+    assert main([str(dataset_dir)]) == 1
+    assert "not named like a shard: train00 (1).tfrec" in capsys.readouterr().err
 
 
 def test_a_folder_that_can_only_be_read_is_catalogued_all_the_same(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,26 +10,26 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, TiffImagePlugin
 
 from lib.app.answer import landmark_of
-from lib.app.labeller import Labels, read_labels, write_labels
 from lib.app.upload import UploadError, read_upload
 from lib.data.catalogue import inspect_picture
 from lib.data.photos import (
     NoPhotosError,
     PhotoError,
-    TestSetError,
     find_photos,
     jpeg_quality,
     landmark_photos,
     list_photos,
+    open_picture,
     read_gallery,
     read_photo,
-    read_test_set,
 )
 from lib.data.records import RecordError
+from lib.data.test_set import TestSetError, read_test_set
 from lib.files import project_root
 from lib.search.embedding import photos_below
 from tools.convert import encode_photo
@@ -38,6 +39,11 @@ from tools.labelled import ConversionError, read_folder
 def save(path, colour=(200, 30, 60), size=(40, 30), mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path, **options)
+
+
+def heif(array, mode, **options):
+    """A HEIC picture, to save or to add others to; numbers of 16 bits are kept with 10."""
+    return pillow_heif.from_bytes(mode, array.shape[1::-1], array.tobytes(), **options)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -57,6 +63,28 @@ def test_photos_are_turned_upright(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif)
     photo = read_photo(tmp_path / "a.jpg", 16)
     assert photo[12, 8, 0] > 200 > photo[3, 8, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_of_a_phone_is_turned_upright_once(tmp_path, orientation):
+    """HEIC keeps the orientation twice: in its own boxes, and in EXIF, which does not count."""
+    stored = np.zeros((64, 128, 3), np.uint8)
+    stored[:32, :64], stored[:32, 64:], stored[32:, :64] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    heif(stored, "RGB").save(tmp_path / "a.heic", exif=exif.tobytes(), quality=90)
+    content = (tmp_path / "a.heic").read_bytes()
+    assert (b"irot" in content or b"imir" in content) == (orientation > 1)
+    photo, expected = (read_photo(tmp_path / name, 32) for name in ("a.heic", "a.png"))
+    np.testing.assert_allclose(photo[4::8, 4::8], expected[4::8, 4::8], atol=12)
+    upload = read_upload(content, 32)
+    np.testing.assert_array_equal(upload.square, photo)
+    assert upload.picture.shape == ((128, 64, 3) if orientation > 4 else (64, 128, 3))
+    converted = Image.open(io.BytesIO(encode_photo(tmp_path / "a.heic", 128, 94)))
+    inside = slice(16, None, 32)  # not where colours meet
+    converted, shown = (np.asarray(x)[inside, inside] for x in (converted, upload.picture))
+    np.testing.assert_allclose(converted, shown, atol=12)
 
 
 def test_a_text_file_named_jpg_is_named(tmp_path):
@@ -101,7 +129,7 @@ def test_what_can_not_be_read_is_skipped_and_counted(tmp_path, monkeypatch):
     save(tmp_path / "locked" / "2.jpg")
     save(tmp_path / "deep" / "er" / "3.jpg")
     save(tmp_path / "4.jpg")
-    (tmp_path / "5.HEIC").touch()
+    (tmp_path / "5.JXL").touch()
     (tmp_path / "a" / "notes.txt").touch()
     listing = os.scandir
 
@@ -113,7 +141,7 @@ def test_what_can_not_be_read_is_skipped_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     paths, left_out = find_photos(tmp_path)
     assert [p.name for p in paths] == ["4.jpg", "1.jpg", "3.jpg"]
-    assert left_out == {".heic files": 1, "folders that can't be read": 1}
+    assert left_out == {".jxl files": 1, "folders that can't be read": 1}
     paths, left_out = landmark_photos(tmp_path)
     assert [p.name for p in paths] == ["1.jpg"]
     assert left_out["photos that are not in a landmark's folder itself"] == 2
@@ -239,15 +267,85 @@ def test_16_bits_are_rounded_alike_for_training_and_search(tmp_path):
     np.testing.assert_array_equal(photo[..., 0], np.round(values / 257).astype(np.uint8))
 
 
+@pytest.mark.parametrize("mode", ["RGB;16", "I;16", "L", "RGBA", "RGBa", "RGBA;16"])
+def test_a_heic_of_any_depth_is_read_as_it_looks(tmp_path, mode):
+    """In 10 bits from new phones, grey, or with transparency."""
+    depth = np.uint16 if "16" in mode else np.uint8
+    ramp = np.linspace(0, np.iinfo(depth).max, 64).astype(depth)
+    channels = {"I": 1, "L": 1}.get(mode[0], len(mode.partition(";")[0]))
+    array = np.repeat(np.broadcast_to(ramp, (64, 64))[..., None], channels, axis=2)
+    if channels == 4:
+        array[..., 3] = np.iinfo(depth).max
+        array[:32] = 0  # clear, so white
+    heif(array, mode).save(tmp_path / "a.heic", quality=95)
+    photo = read_photo(tmp_path / "a.heic", 64)
+    grey = np.linspace(0, 255, 64)
+    np.testing.assert_allclose(photo[48].mean(axis=1), grey, atol=8)
+    np.testing.assert_allclose(photo[16].mean(axis=1), 255 if channels == 4 else grey, atol=8)
+
+
+def test_of_several_pictures_in_a_heic_the_first_is_read_and_no_thumbnail(tmp_path):
+    """A thumbnail is another picture, which may be of a state before the photo was edited."""
+    grey = [np.full((256, 256, 3), value, np.uint8) for value in (40, 120, 200)]
+    pictures = heif(grey[0], "RGB")
+    for other in grey[1:]:
+        pictures.add_frombytes("RGB", (256, 256), other.tobytes())
+    pictures.save(tmp_path / "a.heif", primary_index=1, thumbnails=[64])
+    np.testing.assert_allclose(read_photo(tmp_path / "a.heif", 16), 120, atol=3)
+    with open_picture(tmp_path / "a.heif") as image:
+        image.draft(None, (64, 64))
+        assert image.size == (256, 256)
+
+
+def test_a_damaged_heic_is_named_and_no_other_format_is_opened(tmp_path, rng):
+    heif(rng.integers(0, 256, (64, 64, 3), np.uint8), "RGB").save(tmp_path / "a.hif")
+    content = (tmp_path / "a.hif").read_bytes()
+    for cut in (8, 20, 100, len(content) // 2, len(content) - 1):
+        (tmp_path / "a.hif").write_bytes(content[:cut])
+        with pytest.raises(PhotoError, match=r"a\.hif is not a readable picture"):
+            read_photo(tmp_path / "a.hif", 16)
+    save(tmp_path / "a.avif")
+    for path, brand in ((tmp_path / "a.avif", b"avif"), (tmp_path / "b.avif", b"mif1")):
+        path.write_bytes((tmp_path / "a.avif").read_bytes().replace(b"ftypavif", b"ftyp" + brand))
+        with open_picture(path) as image:
+            assert image.format == "AVIF"
+    for brand in (b"heic", b"mif1"):  # the second one is of AVIF, too
+        (tmp_path / "a.heic").write_bytes(content.replace(b"ftypheic", b"ftyp" + brand))
+        with open_picture(tmp_path / "a.heic") as image:
+            assert image.format == "HEIF"
+
+
 def test_postscript_named_like_a_photo_never_reaches_ghostscript(tmp_path, monkeypatch):
     # A folder, a conversion and a page opened it; only the upload had a list of formats.
     (tmp_path / "a.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     )
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
-    with pytest.raises(PhotoError, match="cannot identify"):
+    with pytest.raises(PhotoError, match="none of JPEG, "):
         read_photo(tmp_path / "a.jpg", 8)
     assert encode_photo(tmp_path / "a.jpg", 8, 90).kind == "not a picture"
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "kind", "reason"),
+    [
+        (b"\xff\xc1", 12, "not a picture", "it is damaged, or none of .*, such as with 12 bits"),
+        (b"\xff\xc3", 8, "unreadable", "broken data stream .*"),  # lossless; it was a fault of ours
+    ],
+)
+def test_a_jpeg_that_no_decoder_reads_is_skipped_and_named_once(
+    tmp_path, marker, bits, kind, reason
+):
+    save(tmp_path / "a.jpg")
+    before, _, after = (tmp_path / "a.jpg").read_bytes().partition(b"\xff\xc0")
+    (tmp_path / "a.jpg").write_bytes(before + marker + after[:2] + bytes([bits]) + after[3:])
+    save(tmp_path / "b.jpg")
+    skipped = read_test_set(tmp_path, 16).skipped
+    assert len(skipped) == 1
+    assert re.fullmatch(rf"\S*a\.jpg is not a readable picture \({reason}\)", skipped[0])
+    assert encode_photo(tmp_path / "a.jpg", 16, 90).kind == kind
+    with pytest.raises(UploadError, match=r"^This (is no )?picture"):
+        read_upload((tmp_path / "a.jpg").read_bytes(), 16)
 
 
 def many_scans(side: int) -> bytes:
@@ -267,8 +365,18 @@ def lossless_webp(side: int) -> bytes:
     return content[:21] + size + content[25:]
 
 
+def cropped_heic(side: int) -> bytes:
+    """A file that claims a large picture, of which a corner of 80 x 60 pixels is shown."""
+    heif(np.zeros((60, 80, 3), np.uint8), "RGB").save(file := io.BytesIO())
+    before, _, after = file.getvalue().partition(b"ispe\0\0\0\0")
+    return before + b"ispe\0\0\0\0" + 2 * side.to_bytes(4) + after[8:]
+
+
+BOMBS = {"scans": many_scans(4000), "webp": lossless_webp(9990), "heic": cropped_heic(9000)}
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("content", [many_scans(4000), lossless_webp(9990)], ids=["scans", "webp"])
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
 def test_small_files_that_take_minutes_or_gigabytes_are_refused(tmp_path, content):
     """The pixels alone were limited; scans of a JPEG file and the format's needs were not."""
     assert len(content) < 2_000_000
@@ -302,81 +410,15 @@ def test_importing_sets_nothing_global():
     assert subprocess.run([sys.executable, "-c", code], cwd=project_root()).returncode == 0
 
 
-def write_truth(folder, *rows):
-    (folder / "ground_truth.csv").write_text("\n".join(("image,role", *rows)))
-
-
-def test_a_test_set_with_ground_truth(tmp_path):
-    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
-        save(tmp_path / name)
-    write_truth(tmp_path, "c.jpg,query", "a.jpg,positive", "d.jpg,distractor")
-    test_set = read_test_set(tmp_path, 16)
-    assert test_set.photos.shape == (4, 16, 16, 3)
-    assert test_set.names[test_set.query] == "c.jpg"
-    np.testing.assert_array_equal(test_set.positives, [True, False, False, False])
-    np.testing.assert_array_equal(test_set.gallery, [0, 1, 3])
-
-
-def test_without_ground_truth_the_first_name_is_the_query(tmp_path):
-    for name in ("b.jpg", "a.jpg", "c.jpg"):
-        save(tmp_path / name)
-    test_set = read_test_set(tmp_path, 16)
-    assert (test_set.names[test_set.query], test_set.positives) == ("a.jpg", None)
-
-
-def test_a_text_file_among_the_photos_is_skipped_and_counted(tmp_path):
-    save(tmp_path / "b.jpg")
-    (tmp_path / "a.jpg").write_text("not a picture")
-    test_set = read_test_set(tmp_path, 16)
-    assert test_set.names == ["b.jpg"]
-    assert len(test_set.skipped) == 1 and "a.jpg" in test_set.skipped[0]
-
-
-def test_an_empty_test_set_says_what_belongs_there(tmp_path):
-    with pytest.raises(TestSetError, match=r"no readable photo.*Test_set/README\.md"):
-        read_test_set(tmp_path, 16)
-    (tmp_path / "a.jpg").write_text("not a picture")
-    with pytest.raises(TestSetError, match=r"no readable photo.*a\.jpg is not a readable"):
-        read_test_set(tmp_path, 16)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["a.jpg,positive"], "exactly one query; no line does"),
-        (["a.jpg,query", "b.jpg,query"], "exactly one query; lines 2, 3 do"),
-        (["a.jpg,query", "b.jpg,postive"], "line 3: role 'postive' is none of"),
-        (["a.jpg,query", "a.jpg,positive"], r"line 3: 'a\.jpg' is listed twice"),
-        (["a.jpg,query", "z.jpg,positive"], r"line 3: 'z\.jpg' does not exist"),
-        (["broken.jpg,query"], r"line 2: 'broken\.jpg' can't be read"),
-    ],
-)
-def test_a_ground_truth_that_does_not_fit_names_the_line(tmp_path, rows, message):
-    save(tmp_path / "a.jpg")
-    save(tmp_path / "b.jpg")
-    (tmp_path / "broken.jpg").write_text("")
-    write_truth(tmp_path, *rows)
-    with pytest.raises(TestSetError, match=message):
-        read_test_set(tmp_path, 16)
-
-
-@pytest.mark.parametrize("content", ["", "name,kind\na.jpg,query", "\x00\xff"])
-def test_a_ground_truth_that_is_no_such_table_is_named(tmp_path, content):
-    save(tmp_path / "a.jpg")
-    (tmp_path / "ground_truth.csv").write_text(content, encoding="latin-1")
-    with pytest.raises(TestSetError, match=r"ground_truth\.csv"):
-        read_test_set(tmp_path, 16)
-
-
 def test_every_reader_of_folders_says_what_it_leaves_out(tmp_path):
-    # The test set passed over HEIC photos and links in silence.
+    # The test set passed over photos of other formats and links in silence.
     (tmp_path / "outside.jpg").touch()
     folder = tmp_path / "photos"
     save(folder / "a.jpg")
-    (folder / "b.HEIC").touch()
+    (folder / "b.JXL").touch()
     (folder / "c.jpg").symlink_to(tmp_path / "outside.jpg")
     reasons = [
-        "left out: 1 .heic files",
+        "left out: 1 .jxl files",
         "left out: 1 links to files outside of the folder",
     ]
     assert read_test_set(folder, 8).skipped == reasons
@@ -390,99 +432,6 @@ def test_every_reader_of_folders_says_what_it_leaves_out(tmp_path):
         with pytest.raises(error) as raised:
             read(folder, 8)
         assert all(reason in str(raised.value) for reason in reasons)
-
-
-# What spreadsheets and people make of image,role / épée.jpg,query / b.JPG,positive / c.jpg,...
-PLAIN = "image,role\népée.jpg,query\nb.JPG,positive\nc.jpg,distractor\n"
-WRITTEN = {
-    "as it should be": PLAIN.encode(),
-    "Excel, CSV UTF-8": PLAIN.encode("utf-8-sig").replace(b"\n", b"\r\n"),
-    "Excel in Germany": PLAIN.replace(",", ";").encode("cp1252"),
-    "Excel, Unicode text": PLAIN.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
-    "big-endian": b"\xfe\xff" + PLAIN.encode("utf-16-be"),
-    "UTF-16 without its mark": PLAIN.encode("utf-16-le"),
-    "old Macs": PLAIN.replace("\n", "\r").encode(),
-    "no last line end": PLAIN.strip().encode(),
-    "sep": b"sep=;\r\n" + PLAIN.replace(",", ";").encode(),
-    "spaces": PLAIN.replace(",", " , ").replace("\n", " \n").encode(),
-    "quotes and spaces": 'image, role\n"épée.jpg" , "query"\n"b.JPG" , "positive"\n'.encode(),
-    "case": PLAIN.replace("image,role", "Image,ROLE").replace("query", "Query").encode(),
-    "case of endings": PLAIN.replace(".jpg", ".JPG").replace("b.JPG", "b.jpg").encode(),
-    "trailing commas": PLAIN.replace("\n", ",,\n").encode() + b",,,\n",
-    "an extra column": PLAIN.replace("role", "role,notes").encode(),
-    "columns in another order": 'no,role,"a, b",image\n1,query,"x\n\ny",épée.jpg\n'
-    "2,positive,,b.JPG\n".encode(),
-    "blank lines": b"\n \n" + PLAIN.replace("\n", "\n\n,\n").encode(),
-    "names in quotes with line ends": PLAIN.replace("b.JPG", '"b.JPG\n"').encode(),
-    "accents apart": unicodedata.normalize("NFD", PLAIN).encode(),
-}
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-@pytest.mark.parametrize("written", WRITTEN)
-def test_a_ground_truth_is_understood_as_spreadsheets_write_it(tmp_path, written, form):
-    query = unicodedata.normalize(form, "épée.jpg")
-    for name in (query, "b.JPG", "c.jpg"):
-        save(tmp_path / name, size=(4, 4), format="JPEG")
-    (tmp_path / "ground_truth.csv").write_bytes(WRITTEN[written])
-    test_set = read_test_set(tmp_path, 16)
-    assert test_set.names[test_set.query] == query and test_set.skipped == []
-    assert [n for n, p in zip(test_set.names, test_set.positives, strict=True) if p] == ["b.JPG"]
-    assert read_labels(tmp_path) == Labels(query, frozenset({"b.JPG"}))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        # The lines were counted as if none were blank, and as if no cell held a line end.
-        (b"image,role\n\na.jpg,query\n\nz.jpg,positive", r"line 5: 'z\.jpg' does not exist in"),
-        (b'image,role,n\na.jpg,query,"x\n\ny"\nb.jpg,good,', "line 5: role 'good' is none of"),
-        (b"\n\nimage,role\na.jpg,query\nb.jpg,query", "one query; lines 4, 5 do"),
-        (b"image;role\na.jpg;query\nA.JPG ;positive", r"line 3: 'A\.JPG ' is listed twice"),
-        (b"image,role\na.jpg,query\nx.JPG,positive", r"line 3: .* fits 'X\.jpg' and 'x\.jpg'"),
-        (b"image,role\na.jpg,query\nb,c.jpg,positive", "line 3: .* must be in quotation marks"),
-        (b'image,role\na.jpg,query\n"b.jpg,positive\n', "line 3: a quotation mark is not closed"),
-        (b'image,role,n\na.jpg,query,"x\nb.jpg,positive,\n', "line 2: a quotation mark is not"),
-        (b"image,role\nphone.heic,query", "line 2: 'phone\\.heic' can't be read"),
-        (b"image,role\na.jpg,query\n,positive", "line 3: '' does not exist"),
-        (b"image,role\na.jpg,query\nb.jpg\n", "line 3: role '' is none of query, positive"),
-        (b"a.jpg,query\nb.jpg,positive", r"line 1: the columns must be image,role, not a\.jpg,que"),
-        (b"image,role,role\na.jpg,query,", "line 1: the columns must be image,role, not image,"),
-        (
-            "image,role\na.jpg,query\n\xe9.jpg,positive".encode("cp1252"),
-            "line 3: .* as 'CSV UTF-8'",
-        ),
-        ("image,role\na.jpg,query\n".encode("utf-16")[:-1], "line 2: .* save it as 'CSV UTF-8'"),
-        (b"PK\3\4\0\0\xff\xfe", "line 1: the columns must be image,role"),
-        (b"image,role\na.jpg," + b"q" * 200_000, "line 2: it can't be read as a CSV file.*field"),
-    ],
-)
-def test_a_ground_truth_that_can_not_be_understood_names_its_true_line(tmp_path, content, message):
-    for name in ("a.jpg", "b.jpg", "X.jpg", "x.jpg"):
-        save(tmp_path / name, size=(4, 4))
-    (tmp_path / "phone.heic").touch()
-    (tmp_path / "ground_truth.csv").write_bytes(content)
-    with pytest.raises(TestSetError, match=rf"ground_truth\.csv.*{message}") as raised:
-        read_test_set(tmp_path, 16)
-    assert len(str(raised.value).encode()) < 1000 and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")])
-def test_a_ground_truth_that_is_no_file_is_named(tmp_path, make):
-    # Folders and broken links were taken for "no ground truth", a pipe waited for ever.
-    save(tmp_path / "a.jpg")
-    make(tmp_path / "ground_truth.csv")
-    with pytest.raises(TestSetError, match=r"(truth\.csv|gone) can't be read as a CSV file"):
-        read_test_set(tmp_path, 16)
-
-
-def test_a_ground_truth_may_have_capitals_in_its_name(tmp_path):
-    for name in ("a.jpg", "b.jpg"):
-        save(tmp_path / name)
-    (tmp_path / "Ground_Truth.CSV").write_text("image,role\nb.jpg,query")
-    assert read_test_set(tmp_path, 16).query == 1
-    write_labels(tmp_path, ["a.jpg", "b.jpg"], Labels("a.jpg"))  # the usual name is preferred
-    assert read_test_set(tmp_path, 16).query == 0
 
 
 def test_a_gallery_has_a_folder_per_landmark(tmp_path):
@@ -545,14 +494,3 @@ def test_a_landmark_is_one_however_its_accent_is_written(tmp_path, encode):
     photos = read_folder(tmp_path)
     assert photos.table["landmark_id"].is_monotonic_increasing
     assert photos.landmark.max() == 1 and len(photos.landmark) == len(labels)
-
-
-@pytest.mark.parametrize(
-    "name", ["ground_truth.csv.txt", "Ground-Truth.xlsx", "ground_truth(1).csv"]
-)
-def test_a_ground_truth_of_another_name_is_not_passed_over(tmp_path, name):
-    """It was: another photo became the query, and nothing was judged."""
-    save(tmp_path / "a.jpg")
-    (tmp_path / name).write_text("image,role\na.jpg,query\n")
-    with pytest.raises(TestSetError, match=r"is not read: save it as CSV, named ground_truth\.csv"):
-        read_test_set(tmp_path, 8)

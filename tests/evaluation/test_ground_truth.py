@@ -83,6 +83,13 @@ def test_a_mat_file_with_a_single_query(tmp_path):
         read_revisited(path)
 
 
+def test_a_file_of_matlab_s_new_format_is_told_from_a_damaged_one(tmp_path):
+    header = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(512) + b"\x89HDF\r\n\x1a\n"
+    (tmp_path / "gnd.mat").write_bytes(header)
+    with pytest.raises(GroundTruthError, match=r"gnd\.mat: it is of version 7\.3: save .*'-v7'$"):
+        read_revisited(tmp_path / "gnd.mat")
+
+
 def test_a_pickle_is_not_read(tmp_path):
     """A pickle runs what it says; the official .mat beside it holds the same."""
     mark = tmp_path / "executed"

@@ -232,7 +232,7 @@ def test_a_job_of_files_gives_what_the_folder_gives(tmp_path, engine, tower):
     for i in range(9):
         save(tmp_path / "photos" / f"{i % 3}" / f"{i}.png", (30 * i, 80, 9))
     (tmp_path / "photos" / "0" / "broken.jpg").write_text("no photo")
-    (tmp_path / "photos" / "0" / "phone.heic").touch()  # the job did not say that it is left out
+    (tmp_path / "photos" / "0" / "phone.jxl").touch()  # the job did not say that it is left out
     expected = embed_folder(tower, tmp_path / "photos")
     below = embed_job(engine, photos_below(tmp_path / "photos"), tmp_path / "a", 4)
     np.testing.assert_allclose(below.embeddings, expected.embeddings, atol=1e-6)
@@ -243,7 +243,7 @@ def test_a_job_of_files_gives_what_the_folder_gives(tmp_path, engine, tower):
     np.testing.assert_allclose(without.embeddings, expected.embeddings[1:], atol=1e-6)
     assert without.names == below.names[1:]
     assert len(without.skipped) == 3 and below.names[0] in without.skipped[0]
-    assert without.skipped[-1] == below.skipped[-1] == "left out: 1 .heic files"
+    assert without.skipped[-1] == below.skipped[-1] == "left out: 1 .jxl files"
 
 
 def test_pictures_of_shards_are_embedded_by_their_hash(small_world, tmp_path, engine):

@@ -161,6 +161,15 @@ def test_a_query_among_removed_photos_gets_k_results(rng):
         assert all(len(set(row)) == 10 and min(row) >= 300 for row in names)
 
 
+@pytest.mark.parametrize("n", [1, 38])
+def test_one_list_is_made_of_few_photos_without_a_warning(n, embeddings, capfd):
+    """Faiss asked for 39 photos on stderr, in the app and in the notebook on indexes."""
+    names = [str(i) for i in range(n)]
+    small = PhotoIndex.build(embeddings[:n], names, MODEL, IndexSettings("IVF1,Flat"))
+    assert small.search(embeddings[:1], 1)[0] == [["0"]]
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_asking_for_more_than_there_is_gives_all_once(index, embeddings):
     names, similarities = index.search(embeddings[:1], k=500)
     assert len(names[0]) == len(set(names[0])) == similarities.shape[1] == 50

@@ -124,6 +124,12 @@ def test_too_few_vectors_are_refused(world):
         tune(world[0][:99])
 
 
+def test_few_vectors_are_tuned_for_without_a_warning(world, capfd):
+    """Faiss asked for more of them on stderr, once for each piece of the product quantizer."""
+    tune(np.ascontiguousarray(world[0][:200]), 0.3)
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_the_frontier_is_drawn(tuned, tmp_path):
     plot_frontier(tuned.frontier, save=tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000

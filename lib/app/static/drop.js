@@ -22,7 +22,7 @@ function render({ model, el }) {
   text.innerHTML = "<b>Drop a photo here</b><br>paste it, or <u>choose a file</u>";
   const input = document.createElement("input");
   input.type = "file";
-  input.accept = "image/*";
+  input.accept = "image/*,.heic,.heif,.hif"; // some systems do not take these for images
   zone.append(text, input);
   el.append(zone);
 
