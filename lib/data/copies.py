@@ -33,8 +33,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import csr_array
 
 from lib.data.duplicates import near_duplicates
 
@@ -120,28 +119,35 @@ def _like_the_first(
     pairs: np.ndarray,
     similar: Callable[[int, np.ndarray], np.ndarray],
 ) -> list[np.ndarray]:
-    """Cut what the pairs connect into groups whose members are all similar to their first one.
+    """Grow groups along the pairs; all members are similar to their group's first one.
+
+    Each row that is in no group yet begins one. A pair leads from a member to another row, which
+    joins if it is similar to the first; so no more than the pairs are compared.
 
     Args:
-        rows: int (r,), in the order in which they become the first of a group.
+        rows: int (r,), in the order in which they begin groups, and in which members are listed.
         pairs: int (m, 2); those with other rows are ignored.
         similar: tells which of other rows, int (k,), are similar to one, bool (k,).
     """
-    if not len(rows):
-        return []
-    order = np.argsort(rows)
-    place = np.searchsorted(rows, pairs, sorter=order).clip(max=len(rows) - 1)
-    place = order[place]
-    a, b = place[(rows[place] == pairs).all(axis=1)].T
-    links = coo_array((np.ones(len(a)), (a, b)), shape=(len(rows), len(rows)))
-    component = connected_components(links, directed=False)[1]
-    by_component = np.argsort(component, kind="stable")
-    ends = np.cumsum(np.bincount(component))[:-1]
-    groups = []
-    for left in np.split(rows[by_component], ends):
-        while len(left) > 1:
-            alike = similar(left[0], left[1:])
-            if alike.any():
-                groups.append(np.concatenate([left[:1], left[1:][alike]]))
-            left = left[1:][~alike]
+    place = np.full(1 + max(rows.max(initial=-1), pairs.max(initial=-1)), -1)
+    place[rows] = np.arange(len(rows))
+    a, b = (ends := place[pairs])[(ends >= 0).all(axis=1)].T
+    both = np.concatenate([a, b]), np.concatenate([b, a])
+    links = csr_array((np.ones(len(both[0]), bool), both), shape=(len(rows), len(rows)))
+    free, groups = np.ones(len(rows), dtype=bool), []
+    for first in np.unique(both[0]).tolist():
+        if not free[first]:
+            continue
+        free[first] = False
+        members, refused, newest = [first], np.empty(0, int), [first]
+        while len(newest):
+            reached = np.setdiff1d(links[newest].indices, refused)
+            reached = reached[free[reached]]
+            alike = similar(rows[first], rows[reached])
+            newest = reached[alike]
+            refused = np.concatenate([refused, reached[~alike]])
+            free[newest] = False
+            members += newest.tolist()
+        if len(members) > 1:
+            groups.append(rows[sorted(members)])
     return groups
