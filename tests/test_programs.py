@@ -17,6 +17,7 @@ from lib.programs import UsageError, explain, program
 ROOT = project_root()
 PAGE, CATALOGUE = "lib.app.page", "lib.data.catalogue"
 CONVERT, DOWNLOAD, MODULES = "tools.convert", "tools.download", "tools.modules"
+DUPLICATES = "tools.duplicates"
 PIPELINE, PRETRAINING, REPORT = "tools.pipeline", "tools.pretraining", "tools.report"
 BROKEN, BYTES = "a\nb\x1b[31m", os.fsdecode(b"\xff\xfe")
 LONG = "n" * 300
@@ -102,6 +103,10 @@ def failure(name, arguments, capsys):
         (DOWNLOAD, ["--verify", "--dataset-dir", "@empty"], 1, "empty"),
         (DOWNLOAD, ["--verify", "--dataset-dir", "@file"], 1, "file"),
         (DOWNLOAD, ["--fast"], 2, "--fast"),
+        *((DUPLICATES, [f"@{x}"], 1, x) for x in ("none", "empty", "file", "loop", LONG)),
+        (DUPLICATES, [f"@{BROKEN}"], 1, "a\\nb\\x1b"),
+        (DUPLICATES, [f"@{BYTES}"], 1, "\\udcff"),
+        (DUPLICATES, [], 2, "PHOTOS"),
         *((MODULES, ["--write", f"@{x}"], 1, x) for x in ("none", "empty", "file", "latin.md")),
         (MODULES, ["--write", f"@{LONG}"], 1, LONG),
         (MODULES, ["--write", f"@{BYTES}"], 1, "\\udcff"),
@@ -173,6 +178,7 @@ def test_a_damaged_model_is_named(at, capsys):
     [
         (CONVERT, ["none", "out"]),
         (DOWNLOAD, ["--verify", "--dataset-dir", "none"]),
+        (DUPLICATES, ["none"]),
         (MODULES, ["--write", "none"]),
         (PAGE, ["--run-dir", "none"]),
         (PIPELINE, ["none"]),
@@ -239,6 +245,7 @@ def test_a_full_or_read_only_disk(at, monkeypatch, capsys, name, arguments, name
         (CONVERT, "read_folder", ["photos", "out"]),
         (CATALOGUE, "open_catalogue", ["shards"]),
         (DOWNLOAD, "download", []),
+        (DUPLICATES, "find_photos", ["photos"]),
         (MODULES, "table", []),
         (REPORT, "write_report", []),
         (PIPELINE, "read_profile", ["profile"]),

@@ -19,7 +19,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import nbformat
 import yaml
 
@@ -27,17 +26,10 @@ from lib.app.web import data_uri
 from lib.files import project_root, read_json, replacing, show_path
 from lib.programs import as_path, program
 from tools.environment import ENVIRONMENT, environment
+from tools.pages import PAGES, TEMPLATES
 from tools.tables import Table, cell_text, heading, is_leaf, is_nested, metric_tables
 
 REPORT = "report.html"
-TEMPLATES = Path(__file__).parent / "templates"
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
 
 
 class Notebook(NamedTuple):
@@ -299,7 +291,7 @@ def write_report(run: Path) -> Path:
         for name, execution in executions.items()
         if execution.parameters
     ]
-    page = _TEMPLATES.get_template("report.html.j2").render(
+    page = PAGES.get_template("report.html.j2").render(
         title=f"Image retrieval: run {run.name}",
         started=_started(run, recorded),
         results=_results(metrics, executions),

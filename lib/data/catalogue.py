@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -43,7 +42,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from lib.data.decoding import is_endless
-from lib.data.duplicates import near_duplicates
+from lib.data.duplicates import near_duplicates, perceptual_hash
 from lib.data.neighbours import pair_neighbours
 from lib.data.records import (
     FEATURES,
@@ -257,8 +256,7 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
     """Check a JPEG picture by decoding it, small and grey.
 
     Returns:
-        width and height in pixels, and the perceptual hash (pHash of the library ImageHash): 64
-        bits, of which few differ between pictures that look alike.
+        width and height in pixels, and :func:`lib.data.duplicates.perceptual_hash`.
 
     Raises:
         RecordError: it is not an RGB or grey JPEG picture, has more than 50 megapixels, or would
@@ -278,8 +276,7 @@ def inspect_picture(picture: bytes) -> tuple[int, int, int]:
         grey = simplejpeg.decode_jpeg(picture, "GRAY", min_height=32, min_width=32)
     except ValueError as error:
         raise RecordError("picture does not decode", str(error)) from None
-    bits = imagehash.phash(Image.fromarray(grey[..., 0])).hash
-    return width, height, int.from_bytes(np.packbits(bits).tobytes(), "big")
+    return width, height, perceptual_hash(Image.fromarray(grey[..., 0]))
 
 
 # ---- landmarks and splits

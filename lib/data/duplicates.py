@@ -5,7 +5,18 @@ pairs = near_duplicates(catalogue.pictures["perceptual_hash"].to_numpy())
 
 from __future__ import annotations
 
+import imagehash
 import numpy as np
+from PIL import Image
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """The pHash of the library ImageHash: 64 bits, of which few differ if pictures look alike.
+
+    A bit says whether a low frequency of the grey picture is above their median. So 32 bits are
+    set, but for a plain picture, many of whose frequencies are equal.
+    """
+    return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big")
 
 
 def near_duplicates(perceptual_hashes: np.ndarray, most: int = 3) -> np.ndarray:
