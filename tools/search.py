@@ -28,7 +28,7 @@ from lib.app.answer import JOBS, Question, Search, SearchError, open_gallery
 from lib.data.photos import Box, PhotoError
 from lib.files import project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
-from lib.programs import UsageError, one_line, program, as_path
+from lib.programs import UsageError, as_path, one_line, program
 
 
 @program()

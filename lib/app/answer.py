@@ -52,7 +52,7 @@ _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
-_SHRINKAGE = 0.3  # of the covariance that is whitened, see lib.network.whitening
+_SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
 _NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
 

@@ -68,10 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.photos is not None:
         gallery, option = options.photos.absolute(), "--photos"
         run = root / OWN_PHOTOS
+    else:
+        engine = open_engine(run)
     for name, folder in {option: gallery, "--folders-root": root / options.folders_root}.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {show_path(folder)} ({name})")
-    engine = open_engine(run) if options.photos is None else packaged_engine(run)
+    if options.photos is not None:
+        engine = packaged_engine(run)
     try:
         open_gallery(engine, gallery, run / JOBS)
     except SearchError as error:  # names no path

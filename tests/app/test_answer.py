@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib.app import answer
 from lib.app.answer import (
     KINDS,
     Gallery,
@@ -21,10 +22,12 @@ from lib.app.answer import (
     landmark_of,
     open_gallery,
 )
+from lib.data.decoding import resize
 from lib.data.photos import read_photo
 from lib.evaluation.explain import occlusion_heat
 from lib.files import only_writer
 from lib.network.engine import Engine
+from lib.network.whitening import learn_pca_whitening
 from lib.search.embedding import EmbeddingJobError
 from tests.conftest import unit
 
@@ -306,3 +309,38 @@ def test_threads_may_share_a_search(search):
     for thread in threads:
         thread.join()
     assert len(results) == 8 and len({tuple(names) for names in results}) == 1
+
+
+def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
+    """Photos that share a strong colour are told apart by what little differs."""
+    plain = fake_engine()
+    own = replace(plain, views=(SIZE,), compute=lambda photos: plain.compute(_squares(photos)))
+    gallery = open_gallery(own, folder, folder.parent / "jobs")
+    search = Search(own, gallery)
+    name = gallery.names[7]
+    photo = search.photo(name)
+    assert photo.shape == (16, 16, 3)
+    found = search.answer(photo, Question(k=1))
+    assert found.names == [name] and found.similarities[0] == pytest.approx(1, abs=1e-4)
+    whitening = learn_pca_whitening(np.asarray(gallery.embeddings), shrinkage=answer._SHRINKAGE)
+    expected = whitening.apply(gallery.embeddings)
+    similarities = expected @ expected[7]
+    best = [gallery.names[i] for i in np.argsort(-similarities)[:4]]
+    assert search.answer(photo, Question(k=4)).names == best
+    heats = search.why(photo, search.photo(gallery.names[8]))
+    assert [heat.shape for heat in heats] == [(8, 8)] * 2
+
+
+def test_copies_of_one_photo_are_not_whitened(tmp_path):
+    for number in range(answer._LEAST_TO_WHITEN):
+        Image.fromarray(colour(0, 0)).save(tmp_path / f"{number}.png")
+    plain = fake_engine()
+    own = replace(plain, views=(SIZE,), compute=lambda photos: plain.compute(_squares(photos)))
+    search = Search(own, open_gallery(own, tmp_path, tmp_path / "jobs"))
+    found = search.answer(search.photo("3.png"), Question(k=20), without="3.png")
+    assert len(found.names) == answer._LEAST_TO_WHITEN - 1
+    np.testing.assert_allclose(found.similarities, 1, atol=1e-5)
+
+
+def _squares(photos):
+    return np.stack([resize(photo, SIZE) for photo in photos])

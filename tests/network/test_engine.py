@@ -11,11 +11,20 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from lib.data.decoding import resize
 from lib.files import project_root
 from lib.network import engine as engines
 from lib.network.engine import EngineError, export_engine, keras_engine, load_engine
 from lib.network.openvino import fast_precision, import_openvino
-from lib.network.tower import TowerSettings, build_tower, embed, fingerprint, load_tower, save_tower
+from lib.network.tower import (
+    TowerSettings,
+    build_tower,
+    embed,
+    fingerprint,
+    load_tower,
+    resized,
+    save_tower,
+)
 
 SETTINGS = {"image_size": 32, "last_stage": 3, "embedding_size": 16}
 
@@ -206,7 +215,11 @@ def test_a_damaged_file_is_refused(exported, tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("image_size", 10**9), ("image_size", 0), ("image_size", "32"), ("dimension", 17)],
+    [
+        *(("image_size", value) for value in (10**9, 0, "32")),
+        *(("views", value) for value in ([5000], [0], [32] * 17, ["a"], 3)),
+        ("dimension", 17),
+    ],
 )
 def test_numbers_of_a_manifest_are_not_believed(exported, tmp_path, name, value):
     """They became the shapes of arrays."""
@@ -236,7 +249,7 @@ def test_what_makes_no_sense_is_refused(exported, photos, tmp_path):
     engine = load_engine(exported)
     with pytest.raises(ValueError, match=r"must be uint8 \(32, 32, 3\), not float64"):
         engine.embed(photos / 255)
-    with pytest.raises(ValueError, match=r"not uint8 \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"not uint8 \(32, 3\)"):
         engine.embed(photos[0])
 
 
@@ -273,3 +286,28 @@ def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
     assert exported == [model, model]
     model.unlink()
     assert engines.open_engine(tmp_path) == engine and len(exported) == 2
+
+
+def test_photos_in_their_own_shape(tmp_path, rng):
+    """Each view is embedded by the tower at that size; the mean of all is the descriptor."""
+    settings = TowerSettings(image_size=32, last_stage=3, embedding_size=0, weights="")
+    tower = build_tower(settings)
+    export_engine(tower, tmp_path / "a", views=(32, 64))
+    engine = load_engine(tmp_path / "a", "float32")
+    photos = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((64, 48), (20, 90), (7, 7))]
+    found = engine.embed(photos)
+    for photo, descriptor in zip(photos, found, strict=True):
+        expected = np.zeros(engine.dimension)
+        for longest in (32, 64):
+            sides = [round(longest * side / max(photo.shape) / 32) for side in photo.shape[:2]]
+            view = resize(photo, tuple(32 * max(side, 1) for side in sides))
+            at_size = resized(tower, None)
+            expected += embed(at_size, np.stack([view, view[:, ::-1]])).sum(axis=0)
+        np.testing.assert_allclose(descriptor, expected / np.linalg.norm(expected), atol=1e-4)
+    np.testing.assert_allclose(keras_engine(tower, (32, 64)).embed(photos), found, atol=1e-4)
+    assert engine.image_size == 64 and not engine.squashes
+    prints = {keras_engine(tower, views).fingerprint for views in ((), (32,), (32, 64))}
+    assert len(prints) == 3 and engine.fingerprint in prints
+    with pytest.raises(ValueError, match=r"must be uint8 \(h, w, 3\), not uint8 \(7, 7\)"):
+        engine.embed([photos[2][..., 0]])
+    assert engine.embed([]).shape == (0, engine.dimension)
