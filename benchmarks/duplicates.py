@@ -26,7 +26,7 @@ from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
 from lib.data.copies import BITS, PICTURE, SCENE
-from lib.data.photos import landmark_photos, open_picture, square_of, upright_rgb
+from lib.data.photos import landmark_photos, open_picture, pixels_of, upright_rgb
 from lib.network.engine import Engine
 from lib.programs import UsageError, program
 from tools.duplicates import inspect, make_engine
@@ -83,7 +83,7 @@ def describe(engine: Engine, files: Iterable[Path | BinaryIO]) -> Described:
     hashes, descriptors, photos = [], [np.empty((0, engine.dimension), np.float32)], []
     for file in files:
         with open_picture(file) as image:
-            photos.append(square_of(image, engine.image_size))
+            photos.append(pixels_of(image, engine.image_size))
         if not isinstance(file, Path):
             file.seek(0)
         with open_picture(file) as image:

@@ -52,8 +52,8 @@ _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
-_SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
-_NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
+SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
+NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
 
 class SearchError(ValueError):
@@ -238,7 +238,7 @@ class Search:
 
             # The query must not expand itself.
             others = self._vectors[[name != without for name in gallery.names]]
-            query = expand_queries(query, others, k=_NEIGHBOURS)
+            query = expand_queries(query, others, k=NEIGHBOURS)
         names, similarities = index.search(query, question.k + bool(without))
         found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
         names, similarities = [names[0][i] for i in found], similarities[0, found]
@@ -295,7 +295,7 @@ def _whitened(embeddings: np.ndarray) -> tuple[np.ndarray, Whitening | None]:
 
     step = -(-len(embeddings) // _MOST_TO_LEARN)
     try:
-        whitening = learn_pca_whitening(embeddings[::step], shrinkage=_SHRINKAGE)
+        whitening = learn_pca_whitening(embeddings[::step], shrinkage=SHRINKAGE)
     except ValueError:  # copies of one photo
         return embeddings, None
     blocks = (embeddings[i : i + 4096] for i in range(0, len(embeddings), 4096))

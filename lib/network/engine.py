@@ -48,7 +48,7 @@ ENGINE = "tower.engine"  # name of a run's exported tower
 OWN_PHOTOS = "runs/own_photos"  # in the project, for packaged_engine and embeddings made with it
 
 _FORMAT = 2
-_GEM_P, _VIEWS = 2.0, (160, 224, 320)  # of the packaged network
+GEM_P, VIEWS = 2.0, (160, 224, 320)  # of the packaged network
 _MOST_VIEWS = 16
 _MOST_SIZE = 4096  # side of a photo in pixels; no number of a file is believed unseen
 _BATCH = 64  # photos that go through the network together
@@ -229,21 +229,21 @@ def packaged_engine(folder: Path) -> Engine:
         WeightsUnavailableError: the package is absent or damaged.
         EngineError: the exported network is damaged.
     """
-    engine, origin = folder / ENGINE, f"EfficientNetLite0, packaged, GeM {_GEM_P}, views {_VIEWS}"
+    engine, origin = folder / ENGINE, f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"
     if _origin_of(engine) != origin:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import TowerSettings, build_tower  # loads Keras
 
         print("exporting the pre-trained network", file=sys.stderr)
         settings = TowerSettings(
-            image_size=max(_VIEWS),
+            image_size=max(VIEWS),
             embedding_size=0,
-            gem_p=_GEM_P,
+            gem_p=GEM_P,
             backbone="EfficientNetLite0",
             weights="packaged",
         )
         folder.mkdir(parents=True, exist_ok=True)
-        export_engine(build_tower(settings), engine, origin, _VIEWS)
+        export_engine(build_tower(settings), engine, origin, VIEWS)
     return load_engine(engine)
 
 

@@ -322,7 +322,7 @@ def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
     assert photo.shape == (16, 16, 3)
     found = search.answer(photo, Question(k=1))
     assert found.names == [name] and found.similarities[0] == pytest.approx(1, abs=1e-4)
-    whitening = learn_pca_whitening(np.asarray(gallery.embeddings), shrinkage=answer._SHRINKAGE)
+    whitening = learn_pca_whitening(np.asarray(gallery.embeddings), shrinkage=answer.SHRINKAGE)
     expected = whitening.apply(gallery.embeddings)
     similarities = expected @ expected[7]
     best = [gallery.names[i] for i in np.argsort(-similarities)[:4]]

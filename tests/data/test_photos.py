@@ -79,7 +79,7 @@ def test_a_photo_of_a_phone_is_turned_upright_once(tmp_path, orientation):
     photo, expected = (read_photo(tmp_path / name, 32) for name in ("a.heic", "a.png"))
     np.testing.assert_allclose(photo[4::8, 4::8], expected[4::8, 4::8], atol=12)
     upload = read_upload(content, 32)
-    np.testing.assert_array_equal(upload.square, photo)
+    np.testing.assert_array_equal(upload.pixels, photo)
     assert upload.picture.shape == ((128, 64, 3) if orientation > 4 else (64, 128, 3))
     converted = Image.open(io.BytesIO(encode_photo(tmp_path / "a.heic", 128, 94)))
     inside = slice(16, None, 32)  # not where colours meet

@@ -113,9 +113,9 @@ def test_plain_pictures_have_one_hash_but_are_not_the_same_picture(photos, tmp_p
 def test_files_that_can_not_be_read_are_named(photos, tmp_path, capsys):
     (photos / "broken <b>.jpg").write_bytes(b"\xff\xd8 broken off")
     (photos / "empty.png").touch()
-    (photos / "raw.heic").touch()
+    (photos / "raw.cr2").touch()
     *_, printed = found(photos, tmp_path / "out", capsys)
-    assert "can't be read: 2 photos: broken <b>.jpg, empty.png\nleft out: 1 .heic files" in printed
+    assert "can't be read: 2 photos: broken <b>.jpg, empty.png\nleft out: 1 .cr2 files" in printed
     page = (tmp_path / "out" / PAGE).read_text("utf-8")
     assert "<li>broken &lt;b&gt;.jpg</li>" in page and "broken <b>" not in page
 

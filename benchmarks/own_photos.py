@@ -1,0 +1,158 @@
+"""What the search in own photos finds, step by step, with a network that is only frozen.
+
+    python -m benchmarks.own_photos PHOTOS...
+
+Each PHOTOS holds a folder of photos for each landmark. The network is EfficientNet-Lite0 with the
+ImageNet weights of its package; nothing is trained. Each step adds to the one before; the step
+SEARCH is what ``make app PHOTOS=FOLDER`` and ``python -m tools.search`` do (:mod:`lib.app.answer`).
+Two more stand beside it:
+
+* the app's query expansion, added to SEARCH;
+* a cross-fitted whitening, in its place: the landmarks are dealt into five folds, and the whitening
+  of a query is learned from the photos of the other four. It needs labels, and it flatters: with
+  fewer photos than dimensions it shrinks whatever it has seen, and the query's landmark is the one
+  that it has not.
+
+Two protocols: every photo is a query, or the first photo of each landmark is (as in INRIA
+Holidays). Either searches among all other photos.
+
+Prints, for each folder, a table of mAP and recall@1 in per cent, and as its last line one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from lib.app.answer import NEIGHBOURS, SHRINKAGE
+from lib.data.photos import PhotoError, landmark_name, landmark_photos, read_photo
+from lib.evaluation.metrics import average_precision, hit_at, leave_one_out
+from lib.files import show_path
+from lib.network.engine import GEM_P, VIEWS, Engine, keras_engine
+from lib.network.tower import TowerSettings, build_tower
+from lib.network.whitening import learn_pca_whitening
+from lib.programs import as_path, program
+from lib.search.rerank import expand_queries
+from lib.studies.fixes import landmark_folds
+
+STEPS = {  # exponent of GeM, and views
+    "a squashed square of 224 pixels, GeM p = 3": (3.0, ()),
+    "GeM p = 2": (GEM_P, ()),
+    "own shape, longest side 224, also mirrored": (GEM_P, (224,)),
+    "longest sides 160, 224 and 320": (GEM_P, VIEWS),
+}
+SEARCH = "whitened by the folder itself"
+EXPANDED = "query expansion"
+CROSS_FITTED = "cross-fitted whitening"
+
+_BATCH = 64
+_FOLDS = 5
+_CROSS_SHRINKAGE = 0.1
+
+
+def packaged(gem_p: float, views: tuple[int, ...]) -> Engine:
+    """The packaged network with an exponent and views; () for a squashed square of 224 pixels."""
+    settings = TowerSettings(
+        image_size=max(views, default=224),
+        embedding_size=0,
+        gem_p=gem_p,
+        backbone="EfficientNetLite0",
+        weights="packaged",
+    )
+    return keras_engine(build_tower(settings), views)
+
+
+def describe(engine: Engine, paths: list[Path], name: str) -> np.ndarray:
+    """Descriptors of photos, float32 (n, d)."""
+    found = []
+    with tqdm(total=len(paths), desc=name, unit=" photos", leave=False) as bar:
+        for start in range(0, len(paths), _BATCH):
+            batch = paths[start : start + _BATCH]
+            photos = [read_photo(path, engine.image_size, engine.squashes) for path in batch]
+            found.append(engine.embed(photos))
+            bar.update(len(batch))
+    return np.concatenate(found)
+
+
+def search_expanded(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Hits of queries that are moved towards their neighbours."""
+    hits = np.zeros((len(labels), len(labels) - 1), dtype=bool)
+    for row in range(len(labels)):
+        others = np.arange(len(labels)) != row
+        query = expand_queries(vectors[[row]], vectors[others], NEIGHBOURS)[0]
+        ranks = np.argsort(-(vectors[others] @ query), kind="stable")
+        hits[row] = labels[others][ranks] == labels[row]
+    return hits
+
+
+def search_cross_fitted(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Hits where the whitening of a query is learned from photos of other landmarks."""
+    hits = np.zeros((len(labels), len(labels) - 1), dtype=bool)
+    for own in landmark_folds(labels, _FOLDS, seed=0):
+        whitened = learn_pca_whitening(vectors[~own], shrinkage=_CROSS_SHRINKAGE).apply(vectors)
+        hits[own] = leave_one_out(whitened, labels)[own]
+    return hits
+
+
+def quality(hits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """mAP and recall@1 of both protocols, in per cent."""
+    asked = hits.any(axis=1)  # a landmark of one photo has nothing to be found
+    first = np.isin(np.arange(len(labels)), np.unique(labels, return_index=True)[1])
+    row = {}
+    for protocol, chosen in (("every photo", asked), ("first photo", asked & first)):
+        row[f"mAP, {protocol}"] = 100 * float(average_precision(hits[chosen]).mean())
+        row[f"recall@1, {protocol}"] = 100 * float(hit_at(hits[chosen], 1).mean())
+    return row
+
+
+def measure(folder: Path) -> pd.DataFrame:
+    """The table of a folder: a row for each step."""
+    paths = []
+    for path in landmark_photos(folder).paths:
+        try:
+            read_photo(path, 32)
+        except PhotoError as error:
+            print("skipped:", error)
+        else:
+            paths.append(path)
+    labels = np.array([landmark_name(path.parent.name) for path in paths])
+    rows = {}
+    for step, recipe in STEPS.items():
+        vectors = describe(packaged(*recipe), paths, step)
+        rows[step] = leave_one_out(vectors, labels)
+    whitened = learn_pca_whitening(vectors, shrinkage=SHRINKAGE).apply(vectors)
+    rows[SEARCH] = leave_one_out(whitened, labels)
+    rows[EXPANDED] = search_expanded(whitened, labels)
+    rows[CROSS_FITTED] = search_cross_fitted(vectors, labels)
+    return pd.DataFrame.from_dict(
+        {step: quality(hits, labels) for step, hits in rows.items()}, orient="index"
+    )
+
+
+@program()
+def main(given: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("photos", type=as_path, nargs="+", metavar="PHOTOS")
+    found = {}
+    for folder in parser.parse_args(given).photos:
+        table = measure(folder)
+        print(show_path(folder))
+        print(table.round(1).to_string(), end="\n\n")
+        found[folder.name] = table[["mAP, every photo", "mAP, first photo"]].loc[SEARCH].to_dict()
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
