@@ -38,7 +38,7 @@ from lib.data.photos import (
 )
 from lib.files import only_writer, read_json
 from lib.network.engine import Engine
-from lib.search.embedding import JOB, JobBusyError, embed_job, photos_below, place_of
+from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
 from lib.search.photo_index import IndexSettings, PhotoIndex
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def open_gallery(
 ) -> Gallery:
     """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
-    Only photos that are new or changed are embedded. Stored embeddings of other networks are
-    removed, and those of folders that are gone, a month after they were last used.
+    Only photos that are new or changed are embedded. Stored embeddings of other networks or earlier
+    versions are removed, and those of folders that are gone, a month after they were last used.
 
     Args:
         engine, on_progress: see :func:`lib.search.embedding.embed_job`.
@@ -193,7 +193,8 @@ def _remove_superseded(jobs: Path, engine: Engine) -> None:
             gone = time.time() - path.stat().st_mtime > _KEPT and not os.path.isdir(
                 os.path.join(at, folder)
             )
-            if gone or "folder" not in job or job.get("tower") != engine.fingerprint:
+            other = job.get("tower") != engine.fingerprint or job.get("format") != FORMAT
+            if gone or other or "folder" not in job:
                 with only_writer(path.parent, JobBusyError()):
                     shutil.rmtree(path.parent)
 

@@ -10,7 +10,8 @@ A job writes to a folder, and resumes there after an interruption. The folder ho
 which identifies the job; ``embeddings.npy``, float32 (n, d); and ``progress.jsonl``, with names,
 states, messages and a checksum for each batch. When photos of a folder were added, changed or
 removed, its job starts anew, but first copies its rows to one file, ``taken.bin``, from which it
-takes those of the photos that are as before.
+takes those of the photos that are as before: of the same name, size and time, or, as photos are
+moved, renamed and copied, of the same content.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from lib.data.decoding import decode
 from lib.data.photos import NoPhotosError, PhotoError, find_photos, left_out_lines, read_photo
 from lib.data.records import read_picture
 from lib.files import (
+    checksum,
     naming,
     only_writer,
     read_json,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:  # not needed with an exported engine
 JOB, EMBEDDINGS, PROGRESS = "job.json", "embeddings.npy", "progress.jsonl"
 TAKEN = "taken.bin"  # rows of the job before, until the new one is finished
 
-_FORMAT = 1
+FORMAT = 2  # of a job
 _HEADER = 128  # bytes of an .npy file before its rows
 _THREADS = os.cpu_count() or 1
 
@@ -93,6 +95,8 @@ class PhotoSource:
         digest: identifies the pictures; a job is resumed only if it is equal.
         left_out: how many files and folders were left out, by reason.
         states: name -> what changes whenever the picture does, if known.
+        content: takes a picture's number and returns a checksum of its file, without spaces. Raises
+            OSError.
         folder: of the photos; a job of the same folder takes over the rows of unchanged pictures.
     """
 
@@ -101,6 +105,7 @@ class PhotoSource:
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
+    content: Callable[[int], str] | None = None
     folder: Path | None = None
 
     def __len__(self) -> int:
@@ -129,7 +134,10 @@ def photos_below(folder: Path) -> PhotoSource:
     def read(number: int, image_size: int, squash: bool) -> np.ndarray:
         return read_photo(paths[number], image_size, squash)
 
-    return PhotoSource(names, read, digest, left_out, states, Path(folder))
+    def content(number: int) -> str:
+        return checksum(paths[number])
+
+    return PhotoSource(names, read, digest, left_out, states, content, Path(folder))
 
 
 def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -> PhotoSource:
@@ -185,7 +193,7 @@ def embed_job(
     """Embed pictures to a folder; a job that was interrupted resumes where it stopped.
 
     Damaged rows are computed anew. A picture that can't be read does not stop the others. If photos
-    of a folder were added, changed or removed since, only the new and changed ones are embedded.
+    of a folder were added, changed or removed since, only those of new content are embedded.
 
     Args:
         engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
@@ -221,7 +229,7 @@ def place_of(photos: Path, job: Path) -> str:
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
     """The content of ``job.json``; a job is resumed only if all of it is equal."""
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "tower": engine.fingerprint,
         "engine": engine.name,  # includes the precision
         "image_size": engine.image_size,
@@ -284,6 +292,33 @@ def _set_aside(folder: Path, dimension: int) -> None:
     (folder / PROGRESS).unlink()
 
 
+class _Before:
+    """The rows of the job before, for the pictures that are the same now."""
+
+    def __init__(self, source: PhotoSource, rows: dict[tuple[str, str | None], np.ndarray]):
+        self.states: dict[str, str] = {}  # name -> state and content of each picture looked at
+        self._source, self._rows, self._of_content = source, {}, {}
+        for (name, state), row in rows.items():
+            if state:
+                state, _, content = state.rpartition(" ")
+                self._rows[name, state] = content, row
+                self._of_content[content] = row
+        self._of_content.pop("", None)
+
+    def row(self, number: int) -> np.ndarray | None:
+        """The row of a picture, by name and state, else by content; several threads call it."""
+        name = self._source.names[number]
+        if (state := self._source.states.get(name)) is None:
+            return None
+        content, row = self._rows.get((name, state), ("", None))
+        if row is None and self._source.content is not None:
+            with contextlib.suppress(OSError):  # the message comes when it is read
+                content = self._source.content(number)
+            row = self._of_content.get(content)
+        self.states[name] = f"{state} {content}"
+        return row
+
+
 def _taken(folder: Path, dimension: int) -> dict[tuple[str, str | None], np.ndarray]:
     """Name and state -> row of float32 (d,), as the job before set them aside."""
     if not (folder / TAKEN).exists():
@@ -309,15 +344,13 @@ def _go_on(
             _write_header(rows, (0, engine.dimension))
         left = range(len(names) + len(skipped), len(source))
         silent = on_progress is not None or not left
-        before = _taken(folder, engine.dimension)
-        keys = {i: (source.names[i], source.states.get(source.names[i])) for i in left}
-        taken = {i: before[key] for i, key in keys.items() if key[1] and key in before}
-        for batch in _embed(engine, source, left, batch_size, silent, taken):
+        before = _Before(source, _taken(folder, engine.dimension))
+        for batch in _embed(engine, source, left, batch_size, silent, before.row):
             # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
             # not written yet do not count.
             rows.write(batch.embeddings)
             rows.flush()
-            progress.write(_line(batch, [source.states.get(name) for name in batch.names]))
+            progress.write(_line(batch, [before.states.get(name) for name in batch.names]))
             progress.flush()
             names += batch.names
             skipped += batch.skipped
@@ -393,17 +426,18 @@ def _embed(
     numbers: Sequence[int],
     batch_size: int,
     silent: bool = False,
-    taken: Mapping[int, np.ndarray] = {},
+    known: Callable[[int], np.ndarray | None] = lambda number: None,
 ) -> Iterator[Embedded]:
     """Embed pictures batch by batch, while the next batch is read; a bar counts others as done.
 
-    The rows in ``taken``, by the pictures' numbers, are known already.
+    ``known`` takes a picture's number and returns its row, if that need not be computed.
     """
 
-    def read(number: int) -> np.ndarray | PhotoError | None:
-        if number in taken:
-            return None
+    def read(number: int) -> np.ndarray | PhotoError:
         try:
+            row = known(number)
+            if row is not None:
+                return row
             return source.read(number, engine.image_size, engine.squashes)
         except PhotoError as error:
             return error
@@ -417,9 +451,9 @@ def _embed(
             pictures, ahead = list(ahead), threads.map(read, numbers[end : end + batch_size])
             skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
-            new = [i for i in good if pictures[i] is not None]
+            new = [i for i in good if pictures[i].ndim == 3]  # others are rows
             rows = dict(zip(new, engine.embed([pictures[i] for i in new]), strict=True))
-            rows = [rows[i] if i in rows else taken[numbers[start + i]] for i in good]
+            rows = [rows.get(i, pictures[i]) for i in good]
             embeddings = np.array(rows, np.float32).reshape(-1, engine.dimension)
             names = [source.names[numbers[start + i]] for i in good]
             yield Embedded(embeddings, names, skipped)
