@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from lib.data.copies import BITS, PICTURE, SCENE
 from lib.data.photos import landmark_photos, open_picture, pixels_of, upright_rgb
-from lib.network.engine import Engine
-from lib.programs import UsageError, program
-from tools.duplicates import inspect, make_engine
+from lib.files import project_root
+from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
+from lib.programs import UsageError, as_path, program
+from tools.duplicates import inspect
 
 _BATCH = 64
 
@@ -83,16 +84,16 @@ def describe(engine: Engine, files: Iterable[Path | BinaryIO]) -> Described:
     hashes, descriptors, photos = [], [np.empty((0, engine.dimension), np.float32)], []
     for file in files:
         with open_picture(file) as image:
-            photos.append(pixels_of(image, engine.image_size))
+            photos.append(pixels_of(image, engine.image_size, engine.squashes))
         if not isinstance(file, Path):
             file.seek(0)
         with open_picture(file) as image:
             hashes.append(inspect(image)[2])
         if len(photos) == _BATCH:
-            descriptors.append(engine.embed(np.stack(photos)))
+            descriptors.append(engine.embed(photos))
             photos = []
     if photos:
-        descriptors.append(engine.embed(np.stack(photos)))
+        descriptors.append(engine.embed(photos))
     return Described(np.array(hashes, np.uint64), np.concatenate(descriptors))
 
 
@@ -122,7 +123,7 @@ def copy_row(of: Described, copies: Described) -> dict[str, float | int]:
 def main(given: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder per landmark")
+    parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="a folder per landmark")
     parser.add_argument("--copied", type=int, default=200, help="photos that are copied")
     arguments = parser.parse_args(given)
     if arguments.copied < 1:
@@ -130,7 +131,7 @@ def main(given: list[str] | None = None) -> int:
     paths = landmark_photos(arguments.photos).paths
     if not paths:
         raise ValueError(f"{arguments.photos} has no folders of photos")
-    engine = make_engine()
+    engine = packaged_engine(project_root() / OWN_PHOTOS)
     photos = describe(engine, tqdm(paths, "photos", leave=False))
     landmarks = np.array([path.parent.name for path in paths])
     first = np.unique(landmarks, return_index=True)[1][: arguments.copied]

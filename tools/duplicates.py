@@ -1,12 +1,12 @@
 """Names the copies in a folder of photos: ``python -m tools.duplicates PHOTOS [--out FOLDER]``.
 
-    found = find_copies(Path("photos"), engine, Path("out"))
+    found = find_copies(Path("photos"), packaged_engine(run), run / JOBS)
     write_page(found, Path("out"))       # -> out / "duplicates.html", for people
     write_csv(found, Path("out"))        # -> out / "duplicates.csv", for programs
 
 It finds groups of equal bytes, of one picture in several sizes or formats, and of photos of one
-scene (:mod:`lib.data.copies`). It deletes nothing. ``galleries`` in the same folder keeps the
-descriptors, so that a second run is fast.
+scene (:mod:`lib.data.copies`). It deletes nothing. Descriptors are shared with the search in own
+photos (``python -m tools.search``, ``make app PHOTOS=``): a photo is embedded once for all.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lib.data.copies import KINDS, SCENE, Group, group_copies
 from lib.data.duplicates import perceptual_hash
 from lib.data.photos import NoPhotosError, find_photos, left_out_lines, open_picture, picture_of
 from lib.files import checksum, project_root, replacing, show_name, show_path
-from lib.network.engine import Engine, keras_engine
-from lib.programs import program
+from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
+from lib.programs import as_path, program
 from lib.search.exact import nearest
 from tools.pages import PAGES
 
@@ -97,24 +97,13 @@ class Copies:
         return lines + self.left_out
 
 
-def make_engine() -> Engine:
-    """The network that describes the photos: EfficientNet-Lite0 with its packaged weights."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
-    from lib.network.tower import TowerSettings, build_tower  # loads Keras
-
-    return keras_engine(
-        build_tower(
-            TowerSettings(224, embedding_size=0, backbone="EfficientNetLite0", weights="packaged")
-        )
-    )
-
-
-def find_copies(folder: Path, engine: Engine, out: Path) -> Copies:
+def find_copies(folder: Path, engine: Engine, jobs: Path) -> Copies:
     """Find the copies in a folder of photos and its subfolders; shows progress bars.
 
     Args:
-        engine: the thresholds of :mod:`lib.data.copies` are for :func:`make_engine`.
-        out: a folder that keeps the descriptors; made if absent, maybe inside ``folder``.
+        engine: the thresholds of :mod:`lib.data.copies` are for
+            :func:`lib.network.engine.packaged_engine`.
+        jobs: a folder that keeps the descriptors; made if absent.
 
     Raises:
         NoPhotosError: there is no photo, or none that can be read.
@@ -122,7 +111,7 @@ def find_copies(folder: Path, engine: Engine, out: Path) -> Copies:
     """
     paths, left_out = find_photos(folder)
     try:
-        gallery = open_gallery(engine, folder, out / JOBS)
+        gallery = open_gallery(engine, folder, jobs)
     except SearchError as error:  # names no path
         raise NoPhotosError(f"{show_path(folder)}: {error}") from None
     sizes = Counter(map(_size, paths))
@@ -285,10 +274,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.duplicates",
         description="Name the copies in a folder of photos. Nothing is deleted.",
     )
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="a folder, with its subfolders")
+    parser.add_argument(
+        "photos", type=as_path, metavar="PHOTOS", help="a folder, with its subfolders"
+    )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=as_path,
         metavar="FOLDER",
         help=f"where {PAGE} and {TABLE} go; default: runs/duplicates",
     )
@@ -297,8 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
     paths, left_out = find_photos(options.photos)  # before the network is made
     if not paths:
         raise NoPhotosError(f"{show_path(options.photos)} holds no photos", left_out)
+    run = project_root() / OWN_PHOTOS
     out = options.out or project_root() / "runs" / "duplicates"
-    copies = find_copies(options.photos, make_engine(), out)
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of work
+    copies = find_copies(options.photos, packaged_engine(run), run / JOBS)
     write_csv(copies, out)
     write_page(copies, out)
     print("\n".join(copies.summary()))

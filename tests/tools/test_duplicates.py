@@ -27,8 +27,9 @@ ENGINE = Engine(coarse, 32, 48, "coarse", "numpy")
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr(duplicates, "make_engine", lambda: ENGINE)
+def engine(monkeypatch, tmp_path):
+    monkeypatch.setattr(duplicates, "packaged_engine", lambda run: ENGINE)
+    monkeypatch.setattr(duplicates, "project_root", lambda: tmp_path)
 
 
 def draw(seed, size=(320, 240)):
@@ -103,7 +104,7 @@ def test_plain_pictures_have_one_hash_but_are_not_the_same_picture(photos, tmp_p
     for colour in ("navy", "red", "black"):
         Image.new("RGB", (64, 64), colour).save(photos / f"{colour}.png")
     Image.new("RGB", (64, 64), (0, 0, 120)).save(photos / "navy too.png")
-    copies = find_copies(photos, ENGINE, tmp_path / "out")
+    copies = find_copies(photos, ENGINE, tmp_path / "jobs")
     plain = {p.perceptual_hash for p in copies.photos if p.name in ("navy.png", "red.png")}
     assert len(plain) == 1
     groups, *_ = found(photos, tmp_path / "out", capsys)
@@ -184,7 +185,7 @@ def test_the_folder_stays_as_it_is_and_the_report_is_not_counted(photos, capsys)
     before, out = state(photos), photos / "report"
     first = found(photos, out, capsys)
     written = state(out)
-    assert {p.name for p in out.iterdir()} == {PAGE, TABLE, "galleries"}
+    assert {p.name for p in out.iterdir()} == {PAGE, TABLE}
     assert found(photos, out, capsys) == first
     after = state(photos)
     assert {path: after[path] for path in before} == before
@@ -215,10 +216,10 @@ def test_a_report_that_can_not_be_written_ends_in_one_line(photos, tmp_path, cap
 def test_only_files_of_one_size_are_read_for_their_checksum(photos, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(duplicates, "checksum", lambda path: read.append(Path(path).name) or "x")
-    find_copies(photos, ENGINE, tmp_path / "out")
+    find_copies(photos, ENGINE, tmp_path / "jobs")
     assert read == []
     shutil.copy(photos / "one.jpg", photos / "again.jpg")
-    find_copies(photos, ENGINE, tmp_path / "out")
+    find_copies(photos, ENGINE, tmp_path / "jobs")
     assert sorted(read) == ["again.jpg", "one.jpg"]
 
 
