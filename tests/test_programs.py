@@ -17,7 +17,7 @@ from lib.programs import UsageError, explain, program
 ROOT = project_root()
 PAGE, CATALOGUE = "lib.app.page", "lib.data.catalogue"
 CONVERT, DOWNLOAD, MODULES = "tools.convert", "tools.download", "tools.modules"
-DUPLICATES = "tools.duplicates"
+DUPLICATES, SEARCH = "tools.duplicates", "tools.search"
 PIPELINE, PRETRAINING, REPORT = "tools.pipeline", "tools.pretraining", "tools.report"
 BROKEN, BYTES = "a\nb\x1b[31m", os.fsdecode(b"\xff\xfe")
 LONG = "n" * 300
@@ -107,6 +107,22 @@ def failure(name, arguments, capsys):
         (DUPLICATES, [f"@{BROKEN}"], 1, "a\\nb\\x1b"),
         (DUPLICATES, [f"@{BYTES}"], 1, "\\udcff"),
         (DUPLICATES, [], 2, "PHOTOS"),
+        (DUPLICATES, ["@empty", "--out", ""], 2, "argument --out"),
+        *((SEARCH, [f"@{x}", "@file"], 1, x) for x in ("none", "file", "loop", LONG)),
+        (SEARCH, [f"@{BROKEN}", "@file"], 1, "a\\nb\\x1b"),
+        (SEARCH, ["@empty"], 2, "QUERY"),
+        (SEARCH, ["", "@file"], 2, "argument PHOTOS"),
+        (SEARCH, ["@empty", ""], 2, "argument QUERY"),
+        (SEARCH, ["@empty", "@file", "--k", "0"], 2, "--k 0"),
+        *(
+            (SEARCH, ["@empty", "@file", "--box", box], 2, "--box")
+            for box in ("1,2,3", "a,b,c,d", "5,5,5,9", "nan,0,9,9", "9,9,1,1")
+        ),
+        (SEARCH, ["@empty", "@file", "@file", "--box", "1,2,3,4"], 2, "--box"),
+        (SEARCH, ["@empty", "@file", "--run-dir", "@run"], 1, "run"),
+        (SEARCH, ["@empty", "@file", "--run-dir", "@engine"], 1, "tower.engine"),
+        *((PAGE, ["--photos", f"@{x}"], 1, x) for x in ("none", "file", "loop", LONG)),
+        (PAGE, ["--photos", ""], 2, "argument --photos"),
         *((MODULES, ["--write", f"@{x}"], 1, x) for x in ("none", "empty", "file", "latin.md")),
         (MODULES, ["--write", f"@{LONG}"], 1, LONG),
         (MODULES, ["--write", f"@{BYTES}"], 1, "\\udcff"),
