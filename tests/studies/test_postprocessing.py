@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.postprocessing import first_photo_rounds
+from benchmarks.postprocessing import every_photo_rounds, first_photos, only
 from lib.evaluation.metrics import average_precision
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
@@ -21,6 +21,7 @@ from lib.studies.postprocessing import (
     Options,
     Photos,
     Recipe,
+    Trial,
     describe_all,
     embedding_ms,
     query_rounds,
@@ -71,14 +72,29 @@ def test_in_rounds_each_photo_is_a_query_once_and_never_in_the_gallery():
         query_rounds(labels, labels == "c")
 
 
-def test_holidays_searches_the_first_photo_of_each_landmark_among_all_others():
-    rounds = first_photo_rounds(np.array(["b", "b", "c", "a", "a", "a"]))
+def test_each_photo_is_searched_among_all_others_and_the_first_of_a_landmark_is_marked():
+    labels = np.array(["b", "b", "c", "a", "a"])
+    rounds = every_photo_rounds(labels)
     assert [(q.tolist(), g.tolist()) for q, g in rounds] == [
-        ([0], [1, 2, 3, 4, 5]),
-        ([3], [0, 1, 2, 4, 5]),
+        ([0], [1, 2, 3, 4]),
+        ([3], [0, 1, 2, 4]),
+        ([1], [0, 2, 3, 4]),
+        ([4], [0, 1, 2, 3]),
     ]
+    queries = np.concatenate([queries for queries, _ in rounds])
+    assert first_photos(labels, queries).tolist() == [True, True, False, False]
     with pytest.raises(ValueError, match="nothing to find"):
-        first_photo_rounds(np.arange(3))
+        every_photo_rounds(np.arange(3))
+
+
+def test_the_trials_of_some_queries():
+    def trial(ap):
+        return Trial(Recipe((32,)), {}, np.zeros(1), np.array(ap), 0.0, 0.0, np.array(ap) / 2)
+
+    chosen = np.array([True, False, False, True])
+    first, second = only({"step": [trial([0.1, 0.2, 0.3]), trial([0.4])]}, chosen)["step"]
+    assert (first.ap.tolist(), second.ap.tolist()) == ([0.1], [0.4])
+    assert first.base_ap.tolist() == [0.05] and second.base_ap.tolist() == [0.2]
 
 
 def test_a_landmark_is_in_one_part_alone(fold):
