@@ -115,7 +115,10 @@ def write_page_notebook(
         parameters: values to set after the cell tagged ``parameters``.
         start_in: working directory of the page; None: the folder of ``path``.
     """
-    import nbformat  # here: its checks of formats compile a grammar, which takes seconds
+    # For a check of addresses that no notebook needs, a grammar would be compiled for 1.5 seconds;
+    # jsonschema does without where the package can't be imported.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import nbformat
 
     content = nbformat.read(notebook, as_version=4)
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
