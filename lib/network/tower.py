@@ -229,6 +229,10 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
     build = functools.partial(
         BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
     )
+    own_file = settings.weights not in ("", "imagenet", "packaged")
+    if own_file and not Path(settings.weights).is_file():
+        name = show_path(Path(settings.weights))
+        raise WeightsUnavailableError(f"there is no weights file {name}")
     if settings.weights == "packaged":
         try:
             whole = build(weights="packaged")
@@ -252,7 +256,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
         _prepare_random_weights(whole)
     last = STAGES[settings.last_stage] if settings.backbone == "ResNet50" else whole.layers[-1].name
     backbone = keras.Model(whole.input, whole.get_layer(last).output, name="backbone")
-    if settings.weights in ("", "imagenet", "packaged"):
+    if not own_file:
         return backbone
     for network in (backbone, whole):  # the file may be of either
         try:

@@ -147,7 +147,7 @@ def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tm
             progress_bar=False,
         )
     assert caught.value.ename == "SystemExit"
-    assert "Stopped: absent.weights.h5 holds no weights" in caught.value.evalue
+    assert "Stopped: there is no weights file absent.weights.h5" in caught.value.evalue
     assert "\n" not in caught.value.evalue
 
 
