@@ -33,3 +33,8 @@ def pytest_cmdline_main(config):
         # What the tests of a file share is made once. The long ones are few: there, the tests of an
         # xdist_group share a process.
         option.dist = "loadgroup" if option.markexpr == "long" else "loadfile"
+
+
+def pytest_collection_modifyitems(items):
+    # The longest first: begun last, they would keep one process busy while the others wait.
+    items.sort(key=lambda item: item.get_closest_marker("rehearsal") is None)
