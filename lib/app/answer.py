@@ -56,7 +56,7 @@ _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
-_MOST_TO_ASK = 200  # photos that tell whether folders are landmarks
+_MOST_TO_ASK, _NEAREST = 200, 10  # photos that tell whether folders are landmarks, and of each
 _HASHED = 64  # longer side in pixels of the pictures that are hashed; pHash itself takes 32
 SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
 NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
@@ -321,22 +321,31 @@ class Search:
     def landmarks(self) -> list[str]:
         """The landmarks of the gallery, sorted; none if its folders are not landmarks.
 
-        Folders of one's own photos may be years or trips. They count as landmarks, for an engine
-        with views, if at least half of some photos' nearest others lie in their own folder.
+        Folders of one's own photos may be years or trips. For an engine with views, folders are
+        landmarks if the photos nearest to a photo, at most _NEAREST and as many as its folder has,
+        lie in its folder: half of them above those that would lie there by chance.
         """
         landmarks = self.gallery.landmarks()
         if not self.engine.views:
             return landmarks
-        folders = [landmark_of(name) for name in self.gallery.names]
-        photos_in = Counter(folders)
-        rows = [row for row, folder in enumerate(folders) if folder and photos_in[folder] > 1]
-        if len(landmarks) < 2 or not rows:
+        names, folder, photos = np.unique(
+            [landmark_of(name) for name in self.gallery.names],
+            return_inverse=True,
+            return_counts=True,
+        )
+        others = photos[folder] - 1
+        rows = np.flatnonzero((names[folder] != "") & (others > 0))
+        if len(landmarks) < 2 or not len(rows):
             return []
-        rows = np.array(rows[:: -(-len(rows) // _MOST_TO_ASK)])
-        first, second = nearest(self._vectors[rows], self._vectors, 2)[0].T
-        others = np.where(first == rows, second, first)
-        at_home = sum(folders[a] == folders[b] for a, b in zip(rows, others, strict=True))
-        return landmarks if 2 * at_home >= len(rows) else []
+        rows = rows[:: -(-len(rows) // _MOST_TO_ASK)]
+        shares = []
+        for row, near in zip(
+            rows, nearest(self._vectors[rows], self._vectors, _NEAREST + 1)[0], strict=True
+        ):
+            near = near[near != row][: min(others[row], _NEAREST)]
+            shares.append(np.mean(folder[near] == folder[row]))
+        chance = others[rows].mean() / (len(folder) - 1)
+        return landmarks if 2 * (np.mean(shares) - chance) >= 1 - chance else []
 
     def photo(self, name: str, crop: Box | None = None) -> np.ndarray:
         """Read a photo of the gallery, or a part of it, as :meth:`answer` needs it.

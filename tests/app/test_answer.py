@@ -350,18 +350,20 @@ def landmarks_of(folder, engine):
     return Search(engine, open_gallery(engine, folder, folder.parent / "jobs")).landmarks
 
 
-def test_folders_are_landmarks_where_photos_nearest_others_are_in_their_folder(folder):
+@pytest.mark.parametrize("whole", [False, True], ids=["parts of landmarks", "whole landmarks"])
+def test_folders_are_landmarks_where_photos_nearest_others_lie_in_them(folder, whole):
     """Years and trips voted, and the app told which one a photo "looks most like"."""
-    engine = with_views(fake_engine())
+    engine, months = with_views(fake_engine()), folder.parent / "months"
     assert len(landmarks_of(folder, engine)) == 20
-    months = folder.parent / "months"
-    for path in folder.glob("*/*.png"):  # one photo of each landmark in each folder
-        (months / path.stem).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, months / path.stem / f"{path.parent.name}.png")
+    for number, place in enumerate(sorted(folder.iterdir())):
+        for path in place.iterdir():
+            month = months / f"0{number % 5 if whole else path.stem}"
+            month.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, month / f"{place.name}_{path.name}")
     assert landmarks_of(months, engine) == []
     assert len(landmarks_of(months, fake_engine())) == 5  # trained on landmarks' folders
     search = Search(engine, open_gallery(engine, months, folder.parent / "jobs"))
-    assert search.answer(search.photo("1/landmark_3.png"), Question(8)).votes == {}
+    assert search.answer(search.photo(search.gallery.names[3]), Question(8)).votes == {}
 
 
 @pytest.mark.parametrize("places", [["one"] * 4, ["a", "b", "c", "d"], [""] * 4])
