@@ -272,11 +272,16 @@ class Search:
 
     def _grouped(self, names: list[str], question: Question, without: str) -> list[list[int]]:
         """Places in a ranking: of the first k photos, each before the places of its copies."""
-        groups: list[list[int]] = []
-        for place, name in enumerate(names):
-            if name == without:
-                continue
-            own = [group for group in groups if question.fold and self.alike(names[group[0]], name)]
+        places = [place for place, name in enumerate(names) if name != without]
+        if not question.fold:
+            return [[place] for place in places[: question.k]]
+        from lib.data.copies import PICTURE  # here: it loads SciPy
+
+        vectors = self.gallery.embeddings[[self._rows[name] for name in names]]
+        near, groups = vectors @ vectors.T >= PICTURE, []
+        for place in places:
+            firsts = (group for group in groups if near[group[0], place])
+            own = [group for group in firsts if self._are_copies(names[group[0]], names[place])]
             if own:
                 own[0].append(place)
             elif len(groups) < question.k:
@@ -285,16 +290,10 @@ class Search:
                 break
         return groups
 
-    def alike(self, name: str, other: str) -> bool:
-        """Whether two photos of the gallery are copies: the same bytes, or the same picture.
+    def _are_copies(self, name: str, other: str) -> bool:
+        """Whether two near photos are the same picture or the same bytes, see lib.data.copies."""
+        from lib.data.copies import BITS  # here: it loads SciPy
 
-        See :mod:`lib.data.copies`, which says for which network its thresholds are.
-        """
-        from lib.data.copies import BITS, PICTURE  # here: it loads SciPy
-
-        rows = [self._rows[name], self._rows[other]]
-        if float(np.dot(*self.gallery.embeddings[rows])) < PICTURE:
-            return False
         hashes = [self._hash(name), self._hash(other)]
         # Half of the bits are set, but for plain pictures, whose hashes are alike.
         if all(bits.bit_count() == 32 for bits in hashes):
@@ -338,10 +337,9 @@ class Search:
         if len(landmarks) < 2 or not len(rows):
             return []
         rows = rows[:: -(-len(rows) // _MOST_TO_ASK)]
+        found, _ = nearest(self._vectors[rows], self._vectors, _NEAREST + 1)
         shares = []
-        for row, near in zip(
-            rows, nearest(self._vectors[rows], self._vectors, _NEAREST + 1)[0], strict=True
-        ):
+        for row, near in zip(rows, found, strict=True):
             near = near[near != row][: min(others[row], _NEAREST)]
             shares.append(np.mean(folder[near] == folder[row]))
         chance = others[rows].mean() / (len(folder) - 1)
