@@ -14,6 +14,7 @@ a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import os
 import shutil
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -34,11 +35,14 @@ from lib.data.photos import (
     PhotoError,
     landmark_name,
     left_out_lines,
+    open_picture,
+    picture_of,
     read_photo,
 )
 from lib.files import only_writer, read_json
 from lib.network.engine import Engine
 from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
+from lib.search.exact import nearest
 from lib.search.photo_index import IndexSettings, PhotoIndex
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
+_MOST_TO_ASK, _NEAREST = 200, 10  # photos that tell whether folders are landmarks, and of each
+_HASHED = 64  # longer side in pixels of the pictures that are hashed; pHash itself takes 32
 SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
 NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
@@ -71,6 +77,9 @@ class Question:
     # "none", or "query expansion": search with the mean of the query and its nearest neighbours,
     # see lib.search.rerank.expand_queries. The similarities are then to that mean.
     rerank: str = "none"
+    # Whether a photo that is a copy of one more similar to the query (lib.data.copies) is folded
+    # into it, so that k different photos are found.
+    fold: bool = False
 
     def __post_init__(self):
         if self.k < 1:
@@ -88,6 +97,7 @@ class Answer(NamedTuple):
     # there are none if no photo lies in a landmark's folder.
     votes: dict[str, float]
     seconds: float  # to embed the query and to search
+    copies: list[list[str]]  # names of the photos that were folded into each of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +225,7 @@ class Search:
         self._vectors, self._whitening = gallery.embeddings, None
         if engine.views and len(gallery.names) >= _LEAST_TO_WHITEN:
             self._vectors, self._whitening = _whitened(gallery.embeddings)
-        self._index = cache(self._build_index)
+        self._index, self._hash = cache(self._build_index), cache(self._perceptual_hash)
 
     def read(self, file: Path | BinaryIO, crop: Box | None = None) -> np.ndarray:
         """Read a query photo, or a part of it, as :meth:`answer` needs it; raises PhotoError."""
@@ -240,24 +250,110 @@ class Search:
             # The query must not expand itself.
             others = self._vectors[[name != without for name in gallery.names]]
             query = expand_queries(query, others, k=NEIGHBOURS)
-        names, similarities = index.search(query, question.k + bool(without))
-        found = [i for i, name in enumerate(names[0]) if name != without][: question.k]
-        names, similarities = [names[0][i] for i in found], similarities[0, found]
+        wanted = (1 + question.fold) * question.k + bool(without)
+        while True:
+            ranked, similarities = index.search(query, wanted)
+            groups = self._grouped(ranked[0], question, without)
+            if not question.fold or len(groups) == question.k or wanted >= len(gallery.names):
+                break
+            wanted *= 2
+        names = [[ranked[0][place] for place in group] for group in groups]
+        similarities = similarities[0, [group[0] for group in groups]]
         votes: Counter[str] = Counter()
-        for name, similarity in zip(names, similarities.tolist(), strict=True):
-            if (landmark := landmark_of(name)) and similarity > 0:
+        for (name, *_), similarity in zip(names, similarities.tolist(), strict=True):
+            if self.landmarks and (landmark := landmark_of(name)) and similarity > 0:
                 votes[landmark] += similarity
-        shares = {landmark: vote / votes.total() for landmark, vote in votes.most_common()}
-        return Answer(names, similarities, shares, time.perf_counter() - start)
+        return Answer(
+            names=[name for name, *_ in names],
+            similarities=similarities,
+            votes={landmark: vote / votes.total() for landmark, vote in votes.most_common()},
+            seconds=time.perf_counter() - start,
+            copies=[copies for _, *copies in names],
+        )
 
-    def photo(self, name: str) -> np.ndarray:
-        """Read a photo of the gallery as the network's input, uint8 (h, w, 3).
+    def _grouped(self, names: list[str], question: Question, without: str) -> list[list[int]]:
+        """Places in a ranking: of the first k photos, each before the places of its copies."""
+        places = [place for place, name in enumerate(names) if name != without]
+        if not question.fold:
+            return [[place] for place in places[: question.k]]
+        from lib.data.copies import PICTURE  # here: it loads SciPy
+
+        vectors = self.gallery.embeddings[[self._rows[name] for name in names]]
+        near, groups = vectors @ vectors.T >= PICTURE, []
+        for place in places:
+            firsts = (group for group in groups if near[group[0], place])
+            own = [group for group in firsts if self._are_copies(names[group[0]], names[place])]
+            if own:
+                own[0].append(place)
+            elif len(groups) < question.k:
+                groups.append([place])
+            else:
+                break
+        return groups
+
+    def _are_copies(self, name: str, other: str) -> bool:
+        """Whether two near photos are the same picture or the same bytes, see lib.data.copies."""
+        from lib.data.copies import BITS  # here: it loads SciPy
+
+        hashes = [self._hash(name), self._hash(other)]
+        # Half of the bits are set, but for plain pictures, whose hashes are alike.
+        if all(bits.bit_count() == 32 for bits in hashes):
+            return (hashes[0] ^ hashes[1]).bit_count() <= BITS
+        with contextlib.suppress(OSError, SearchError):
+            return filecmp.cmp(*map(self.gallery.path, (name, other)), shallow=False)
+        return False
+
+    def _perceptual_hash(self, name: str) -> int:
+        """The pHash of a photo of the gallery; 0 if it can no longer be read."""
+        from lib.data.duplicates import perceptual_hash  # here: it loads SciPy
+
+        try:
+            with open_picture(self.gallery.path(name)) as image:
+                return perceptual_hash(picture_of(image, _HASHED))
+        except Exception:  # decoders raise anything
+            return 0
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.gallery.names)}
+
+    @cached_property
+    def landmarks(self) -> list[str]:
+        """The landmarks of the gallery, sorted; none if its folders are not landmarks.
+
+        Folders of one's own photos may be years or trips. For an engine with views, folders are
+        landmarks if the photos nearest to a photo, at most _NEAREST and as many as its folder has,
+        lie in its folder: half of them above those that would lie there by chance.
+        """
+        landmarks = self.gallery.landmarks()
+        if not self.engine.views:
+            return landmarks
+        names, folder, photos = np.unique(
+            [landmark_of(name) for name in self.gallery.names],
+            return_inverse=True,
+            return_counts=True,
+        )
+        others = photos[folder] - 1
+        rows = np.flatnonzero((names[folder] != "") & (others > 0))
+        if len(landmarks) < 2 or not len(rows):
+            return []
+        rows = rows[:: -(-len(rows) // _MOST_TO_ASK)]
+        found, _ = nearest(self._vectors[rows], self._vectors, _NEAREST + 1)
+        shares = []
+        for row, near in zip(rows, found, strict=True):
+            near = near[near != row][: min(others[row], _NEAREST)]
+            shares.append(np.mean(folder[near] == folder[row]))
+        chance = others[rows].mean() / (len(folder) - 1)
+        return landmarks if 2 * (np.mean(shares) - chance) >= 1 - chance else []
+
+    def photo(self, name: str, crop: Box | None = None) -> np.ndarray:
+        """Read a photo of the gallery, or a part of it, as :meth:`answer` needs it.
 
         Raises:
             SearchError: it can no longer be read.
         """
         try:
-            return self.read(self.gallery.path(name))
+            return self.read(self.gallery.path(name), crop)
         except PhotoError:
             raise SearchError("This photo can no longer be read.") from None
 

@@ -35,6 +35,7 @@ class Upload(NamedTuple):
 
     pixels: np.ndarray  # uint8 (h, w, 3) RGB, the engine's input
     picture: np.ndarray  # uint8 (h, w, 3) RGB for display, upright, with the aspect ratio kept
+    size: tuple[int, int]  # width and height in pixels of the whole photo, upright
 
 
 def read_upload(
@@ -57,10 +58,10 @@ def read_upload(
                     f"up to {MOST_PIXELS / 1e6:.0f} can be searched with."
                 )
             pixels = pixels_of(image, image_size, squash, crop)
-            if image.format not in _SHRUNK:
-                return Upload(pixels, np.asarray(picture_of(image, SHOWN)))
+            if squash and image.format not in _SHRUNK:
+                return with_picture(pixels, image)
         with open_picture(io.BytesIO(content)) as image:
-            return Upload(pixels, np.asarray(picture_of(image, SHOWN)))
+            return with_picture(pixels, image)
     except UploadError:
         raise
     except UnidentifiedImageError:
@@ -70,6 +71,18 @@ def read_upload(
     except Exception as error:  # decoders raise errors of any type on damaged files
         log.info("an upload could not be decoded: %s", error)
         raise UploadError("This picture is damaged: its file can't be decoded.") from None
+
+
+def with_picture(pixels: np.ndarray, image: Image.Image) -> Upload:
+    """Add to a network's input the opened photo that it was read from.
+
+    Raises:
+        Exception: anything that the decoder of a damaged file raises.
+    """
+    width, height = image.size  # before the decoder shrinks it
+    picture = np.asarray(picture_of(image, SHOWN))
+    turned = (picture.shape[1] < picture.shape[0]) != (width < height)
+    return Upload(pixels, picture, (height, width) if turned else (width, height))
 
 
 def too_large(size: int) -> str:

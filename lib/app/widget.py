@@ -9,10 +9,11 @@ is shown as one line, with its traceback in the server's log, and the app goes o
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
@@ -29,10 +30,12 @@ from lib.app.answer import (
     landmark_of,
     open_gallery,
 )
+from lib.app.box import LargePhoto, PhotoBox
 from lib.app.drop import PhotoDrop
-from lib.app.upload import SHOWN, Upload, UploadError, read_upload
+from lib.app.upload import Upload, UploadError, read_upload, with_picture
 from lib.app.web import counted, load, message, picture_uri, valid
-from lib.data.photos import open_picture, picture_of
+from lib.data.decoding import resize
+from lib.data.photos import Box, open_picture, picture_of
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError, JobBusyError
 
@@ -40,10 +43,14 @@ GALLERY = "the gallery"  # the name of the first one in the list of galleries
 SAMPLES = 8  # photos offered as queries
 NUMBERS = (4, 8, 12, 24)  # of results
 SIDE = 240  # longer side of a result in pixels
+LARGE = 1600  # the same, of a photo that is opened
 VOTES = 3  # landmarks shown
+_COMPARED = ("every photo", "those in the nearest lists (IVF)", "those along a graph (HNSW)")
+_THEN = ("nothing", "search again with the best found (query expansion)")
 
 _BUSY = "This folder is being read in another window: try again in a moment."
 _UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
+_GONE = "This photo can no longer be read."
 _FAILED = "That went wrong, and was noted. Please try another photo."
 
 
@@ -71,6 +78,15 @@ def _guarded(method: Callable) -> Callable:
     return guarded
 
 
+class _Query(NamedTuple):
+    """What was searched with: an uploaded file's content, or a photo of the gallery by name."""
+
+    upload: Upload
+    name: str  # "" for a file
+    content: bytes
+    box: Box | None  # the part searched for
+
+
 class SearchApp(widgets.VBox):
     """The app.
 
@@ -95,17 +111,19 @@ class SearchApp(widgets.VBox):
         self.search = Search(engine, gallery)
         self._searches = {GALLERY: self.search}
         self.answer: Answer | None = None
-        self._query: tuple[Upload, str] | None = None  # with its name in the gallery, or ""
+        self._query: _Query | None = None
         self._thumbnail = lru_cache(maxsize=512)(_thumbnail)
         self._threads = ThreadPoolExecutor(2, "thumbnails")
 
         self._drop = PhotoDrop(self._on_photo, lambda message: self._tell(message, failed=True))
         self._head, self._status = widgets.HTML(), widgets.HTML()
         self._samples = _box("samples")
-        self._shown, self._why = widgets.HTML(), widgets.HTML()
+        self._box, self._large = PhotoBox(self._on_box), LargePhoto()
+        self._votes, self._why = widgets.HTML(), widgets.HTML()
         self._k = widgets.Dropdown(description="Photos to show", options=NUMBERS, value=8)
-        self._kind = widgets.Dropdown(description="Index", options=KINDS)
-        self._rerank = widgets.Dropdown(description="Re-ranking", options=RERANKINGS)
+        self._kind = _choice("Compare with", _COMPARED, KINDS)
+        self._rerank = _choice("Then", _THEN, RERANKINGS)
+        self._fold = _choice("Copies", ("folded", "one by one"), (True, False))
         self._where = widgets.Dropdown(description="Search in", options=[GALLERY])
         self._cells = [self._new_cell(rank) for rank in range(max(NUMBERS))]
         self._grid = _box("grid")
@@ -115,15 +133,17 @@ class SearchApp(widgets.VBox):
         self._open = widgets.Button(description="Search in this folder")
         self._progress = widgets.HTML()
 
-        left = _box("left", self._drop, self._shown, self._why)
-        controls = _box("controls", self._k, self._kind, self._rerank, self._where)
-        right = _box("right", self._status, controls, self._grid)
+        left = _box("left", self._drop, self._box, self._votes, self._why)
+        settings = self._k, self._kind, self._rerank, self._fold
+        right = _box(
+            "right", self._status, _box("controls", *settings, self._where), self._grid, self._large
+        )
         own = _box("own", self._folder, self._open, self._progress)
         style = widgets.HTML(f"<style>{load('widget.css')}</style>")
         super().__init__([style, self._head, self._samples, _box("main", left, right), own])
         self.add_class("search-app")
 
-        for control in (self._k, self._kind, self._rerank):
+        for control in settings:
             control.observe(lambda _: self._on_control(), "value")
         self._where.observe(lambda _: self._on_where(), "value")
         self._open.on_click(lambda _: self._on_folder())
@@ -133,28 +153,38 @@ class SearchApp(widgets.VBox):
 
     @_guarded
     def _on_photo(self, content: bytes) -> None:
-        engine = self.search.engine
-        self._ask(read_upload(content, engine.image_size, engine.squashes))
+        self._ask(self._read("", content))
 
     @_guarded
     def _on_gallery_photo(self, name: str) -> None:
-        pixels = self.search.photo(name)
-        self._ask(Upload(pixels, _picture(self.search.gallery, name, SHOWN)), name)
+        self._ask(self._read(name, b""))
+
+    @_guarded
+    def _on_box(self, box: Box | None) -> None:
+        if self._query is not None:
+            self._ask(self._read(self._query.name, self._query.content, box))
 
     @_guarded
     def _on_control(self) -> None:
         if self._query is not None:
-            self._ask(*self._query)
+            self._ask(self._query)
+
+    @_guarded
+    def _on_large(self, rank: int) -> None:
+        name = self.answer.names[rank]
+        self._large.show(_picture(self.search.gallery, name, LARGE), name)
 
     @_guarded
     def _on_why(self, rank: int) -> None:
         from lib.evaluation.explain import overlay  # here: it loads pandas and Matplotlib
 
-        name, (query, _) = self.answer.names[rank], self._query
+        name, (query, _, _, box) = self.answer.names[rank], self._query
         heats = self.search.why(query.pixels, self.search.photo(name))
-        pictures = query.picture, _picture(self.search.gallery, name, SIDE)
+        part = query.picture if box is None else _in_shape(query.pixels, box)
+        pictures = part, _picture(self.search.gallery, name, SIDE)
         figures = ""
-        titles = ("your photo", f"result {rank + 1}")
+        own = "your photo" if box is None else "the part of your photo"
+        titles = (own, f"result {rank + 1}")
         for picture, heat, title in zip(pictures, heats, titles, strict=True):
             shown = overlay(picture[None], heat[None])[0] if heat.max() > 0 else picture
             img = _img(picture_uri(shown), f"{title}, bright where it matches")
@@ -163,7 +193,7 @@ class SearchApp(widgets.VBox):
             f'<div class="why"><h2>What matched</h2><div class="pair">{figures}</div>'
             "<p>Bright: where covering a part makes the two photos less alike.</p></div>"
         )
-        self._tell(f"What matched between your photo and result {rank + 1} is shown.")
+        self._tell(f"What matched between {own} and result {rank + 1} is shown.")
 
     @_guarded
     def _on_where(self) -> None:
@@ -196,12 +226,13 @@ class SearchApp(widgets.VBox):
     def _show_gallery(self) -> None:
         """Show the chosen gallery, and clear the last answer."""
         gallery = self.search.gallery
-        landmarks = len(gallery.landmarks())
+        landmarks = len(self.search.landmarks)
         photos = counted(len(gallery.names), "photo")
         of = f" of {counted(landmarks, 'landmark')}" if landmarks else ""
+        heading = "Which landmark is this?" if landmarks else "Search with a photo"
         samples = {
             name: self._new_sample(name)
-            for name in _samples(gallery)
+            for name in _samples(gallery.names, self._title)
             if self._thumbnail(gallery, name)
         }
         rules = "".join(
@@ -210,7 +241,7 @@ class SearchApp(widgets.VBox):
             for name, sample in samples.items()
         )
         self._head.value = (
-            f"<style>{rules}</style><h1>Which landmark is this?</h1>"
+            f"<style>{rules}</style><h1>{heading}</h1>"
             f"<p>Drop a photo, and see the photos most like it among {photos}{of}. "
             "Nothing leaves this machine.</p>"
         )
@@ -218,59 +249,85 @@ class SearchApp(widgets.VBox):
         for sample in old:
             sample.close()
         self._query = self.answer = None
-        self._shown.value = self._why.value = ""
+        self._votes.value = self._why.value = ""
+        self._box.show(np.empty((0, 0, 3), np.uint8), (1, 1))
         self._grid.children = ()
         unreadable = counted(gallery.unreadable, "file")
         skipped = f" {unreadable} could not be read." if gallery.unreadable else ""
         skipped += gallery.left_out
         self._tell(f"{photos} ready.{skipped} Drop a photo, or choose one of the samples.")
 
-    def _ask(self, query: Upload, name: str = "") -> None:
-        """Search with a photo, and show the answer; the name is that of a photo of the gallery."""
-        self._query = query, name
-        question = Question(self._k.value, self._kind.value, self._rerank.value)
-        self.answer = answer = self.search.answer(query.pixels, question, name)
+    def _read(self, name: str, content: bytes, box: Box | None = None) -> _Query:
+        """Read a photo, or a part of it in its own resolution; see _Query."""
+        search, engine = self.search, self.search.engine
+        if not name:
+            upload = read_upload(content, engine.image_size, engine.squashes, box)
+        else:
+            pixels = search.photo(name, box)
+            with open_picture(search.gallery.path(name)) as image:
+                upload = with_picture(pixels, image)
+        return _Query(upload, name, content, box)
+
+    def _ask(self, query: _Query) -> None:
+        """Search with a photo, and show the answer."""
+        self._query, upload = query, query.upload
+        question = Question(
+            self._k.value, self._kind.value, self._rerank.value, fold=self._fold.value
+        )
+        self.answer = answer = self.search.answer(upload.pixels, question, query.name)
         self._why.value = ""
-        photo = _img(picture_uri(query.picture), "The photo that is searched with")
-        self._shown.value = f'<div class="query">{photo}</div>{_vote_bars(answer.votes)}'
+        self._box.show(upload.picture, upload.size, query.box)
+        self._votes.value = _vote_bars(answer.votes)
         uris = list(self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names))
         for rank, (found, uri) in enumerate(zip(answer.names, uris, strict=True)):
-            self._draw_cell(rank, found, uri, float(answer.similarities[rank]))
+            similarity = float(answer.similarities[rank])
+            self._draw_cell(rank, found, uri, similarity, answer.copies[rank])
         self._grid.children = self._cells[: len(answer.names)]
         best = next(iter(answer.votes), "")
         first = f"Looks most like {_title(best)}." if best else "The photos most like it:"
         how = question.kind + f", {question.rerank}" * (question.rerank != "none")
+        part = f" {_in_words(query.box, upload.size)}" if query.box else ""
         gone = uris.count("")
         lost = f" Gone or unreadable: {counted(gone, 'file')} of those shown." if gone else ""
         self._tell(
             f"{first} {counted(len(self.search.gallery.names), 'photo')} searched in "
-            f"{1000 * answer.seconds:.0f} ms ({how}).{lost}"
+            f"{1000 * answer.seconds:.0f} ms ({how}){part}.{lost}"
         )
 
     def _new_cell(self, rank: int) -> widgets.Box:
         """Build a cell of the grid, which is reused for each answer."""
         more = widgets.Button(description="More like this")
         why = widgets.Button(description="Why?")
+        large = widgets.Button(description="Large")
         more.on_click(lambda _: self._on_gallery_photo(self.answer.names[rank]))
         why.on_click(lambda _: self._on_why(rank))
-        return _box("cell", widgets.HTML(), _box("buttons", more, why))
+        large.on_click(lambda _: self._on_large(rank))
+        return _box("cell", widgets.HTML(), _box("buttons", more, why, large))
 
-    def _draw_cell(self, rank: int, name: str, uri: str, similarity: float) -> None:
+    def _draw_cell(
+        self, rank: int, name: str, uri: str, similarity: float, copies: list[str]
+    ) -> None:
         shown, buttons = self._cells[rank].children
-        title = _title(landmark_of(name) or name)
+        title = self._title(name)
         gone = "" if uri else " (file gone or unreadable)"
         img = _img(uri or _grey(), f"Result {rank + 1}: {title}{gone}, similarity {similarity:.2f}")
-        shown.value = img + _bar(f"{rank + 1}. {title}{gone}", similarity, f"{similarity:.2f}")
-        more, why = buttons.children
+        bar = _bar(f"{rank + 1}. {title}{gone}", similarity, f"{similarity:.2f}")
+        shown.value = img + bar + _folded(copies)
+        more, why, large = buttons.children
         more.tooltip = f"Search with result {rank + 1}, {title}"
         why.tooltip = f"Show what matched in result {rank + 1}, {title}"
+        large.tooltip = f"Open result {rank + 1}, {title}, large"
 
     def _new_sample(self, name: str) -> widgets.Button:
         # The photo is the background of a real button, so that the keyboard reaches it.
-        title = _title(landmark_of(name) or name)
+        title = self._title(name)
         button = widgets.Button(description=f"Sample: {title}", tooltip=f"Search with {title}")
         button.on_click(lambda _: self._on_gallery_photo(name))
         return button.add_class("sample").add_class(f"sample-{button.model_id}")
+
+    def _title(self, name: str) -> str:
+        """The landmark of a photo, or the name of a photo without one, made readable."""
+        return _title((landmark_of(name) if self.search.landmarks else "") or name)
 
     def _show_progress(self, done: int, total: int) -> None:
         bar = f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress>'
@@ -289,12 +346,15 @@ def _box(name: str, *children: widgets.Widget) -> widgets.Box:
     return widgets.Box(children).add_class(f"app-{name}")
 
 
-def _samples(gallery: Gallery) -> list[str]:
-    """Choose photos of different landmarks, spread over the gallery."""
-    landmarks = [landmark_of(name) or name for name in gallery.names]
-    first = np.sort(np.unique(landmarks, return_index=True)[1])
+def _choice(what: str, labels: Sequence[str], values: Sequence) -> widgets.Dropdown:
+    return widgets.Dropdown(description=what, options=list(zip(labels, values, strict=True)))
+
+
+def _samples(names: list[str], title: Callable[[str], str]) -> list[str]:
+    """Choose photos of different titles, spread over the gallery."""
+    first = np.sort(np.unique([title(name) for name in names], return_index=True)[1])
     places = np.linspace(0, len(first) - 1, min(SAMPLES, len(first))).round().astype(int)
-    return [gallery.names[row] for row in first[places]]
+    return [names[row] for row in first[places]]
 
 
 def _title(name: str) -> str:
@@ -321,19 +381,45 @@ def _vote_bars(votes: dict[str, float]) -> str:
     return f'<div class="votes"><h2>Landmark</h2><ol>{rows}</ol></div>'
 
 
+def _folded(copies: list[str]) -> str:
+    if not copies:
+        return ""
+    names = "".join(f"<li>{html.escape(valid(name))}</li>" for name in copies)
+    number = f"+{len(copies)} {'copy' if len(copies) == 1 else 'copies'}"
+    return f'<details class="copies"><summary>{number}</summary><ul>{names}</ul></details>'
+
+
+def _in_words(box: Box, size: tuple[int, int]) -> str:
+    """Say which part of a photo of ``size``, width and height in pixels, a box is."""
+    x, y = ((low + high) / 2 / side for low, high, side in zip(box, box[2:], size, strict=False))
+    down = ("upper", "middle", "lower")[min(int(3 * y), 2)]
+    across = ("left", "middle", "right")[min(int(3 * x), 2)]
+    where = " ".join(dict.fromkeys([down, across]))
+    return f"for the {where} part, {box[2] - box[0]:.0f} x {box[3] - box[1]:.0f} pixels"
+
+
+def _in_shape(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """What the network was given of a box, uint8 (h, w, 3), in the shape of the box."""
+    sides = box[3] - box[1], box[2] - box[0]
+    return resize(pixels, tuple(max(round(SIDE * side / max(sides)), 1) for side in sides))
+
+
 def _img(uri: str, alt: str) -> str:
     return f'<img src="{uri}" alt="{html.escape(alt)}">'
 
 
 def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
-    """Read a photo of the gallery for display, uint8 (h, w, 3)."""
-    with open_picture(gallery.path(name)) as image:
-        return np.asarray(picture_of(image, longest))
+    """Read a photo of the gallery for display, uint8 (h, w, 3); raises a SearchError."""
+    try:
+        with open_picture(gallery.path(name)) as image:
+            return np.asarray(picture_of(image, longest))
+    except Exception:  # it was readable when the gallery was embedded
+        raise SearchError(_GONE) from None
 
 
 def _thumbnail(gallery: Gallery, name: str) -> str:
     """Make a data URI of a photo of the gallery; "" if it can no longer be read."""
     try:
         return picture_uri(_picture(gallery, name, SIDE))
-    except Exception:  # it was readable when the gallery was embedded
+    except SearchError:
         return ""

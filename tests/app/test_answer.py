@@ -331,8 +331,7 @@ def test_threads_may_share_a_search(search):
 
 def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
     """Photos that share a strong colour are told apart by what little differs."""
-    plain = fake_engine()
-    own = replace(plain, views=(SIZE,), compute=lambda photos: plain.compute(_squares(photos)))
+    own = with_views(fake_engine())
     gallery = open_gallery(own, folder, folder.parent / "jobs")
     search = Search(own, gallery)
     name = gallery.names[7]
@@ -352,12 +351,98 @@ def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
 def test_copies_of_one_photo_are_not_whitened(tmp_path):
     for number in range(answer._LEAST_TO_WHITEN):
         Image.fromarray(colour(0, 0)).save(tmp_path / f"{number}.png")
-    plain = fake_engine()
-    own = replace(plain, views=(SIZE,), compute=lambda photos: plain.compute(_squares(photos)))
+    own = with_views(fake_engine())
     search = Search(own, open_gallery(own, tmp_path, tmp_path / "jobs"))
     found = search.answer(search.photo("3.png"), Question(k=20), without="3.png")
     assert len(found.names) == answer._LEAST_TO_WHITEN - 1
     np.testing.assert_allclose(found.similarities, 1, atol=1e-5)
+
+
+def with_views(engine):
+    """The engine, for photos of any shape."""
+    compute = engine.compute
+    return replace(engine, views=(SIZE,), compute=lambda photos: compute(_squares(photos)))
+
+
+def landmarks_of(folder, engine):
+    return Search(engine, open_gallery(engine, folder, folder.parent / "jobs")).landmarks
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["parts of landmarks", "whole landmarks"])
+def test_folders_are_landmarks_where_photos_nearest_others_lie_in_them(folder, whole):
+    """Years and trips voted, and the app told which one a photo "looks most like"."""
+    engine, months = with_views(fake_engine()), folder.parent / "months"
+    assert len(landmarks_of(folder, engine)) == 20
+    for number, place in enumerate(sorted(folder.iterdir())):
+        for path in place.iterdir():
+            month = months / f"0{number % 5 if whole else path.stem}"
+            month.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, month / f"{place.name}_{path.name}")
+    assert landmarks_of(months, engine) == []
+    assert len(landmarks_of(months, fake_engine())) == 5  # trained on landmarks' folders
+    search = Search(engine, open_gallery(engine, months, folder.parent / "jobs"))
+    assert search.answer(search.photo(search.gallery.names[3]), Question(8)).votes == {}
+
+
+@pytest.mark.parametrize("places", [["one"] * 4, ["a", "b", "c", "d"], [""] * 4])
+def test_one_folder_or_single_photos_are_no_landmarks(tmp_path, places):
+    for number, place in enumerate(places):
+        (tmp_path / "photos" / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colour(number, 0)).save(tmp_path / "photos" / place / f"{number}.png")
+    assert landmarks_of(tmp_path / "photos", with_views(fake_engine())) == []
+
+
+def shapes(seed):
+    """A picture with many different frequencies, as a photo has."""
+    patches = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
+    return Image.fromarray(patches).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Ten photos, three copies of the first; two plain ones, and a copy of one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(10):
+        shapes(seed).save(folder / f"{seed}.png")
+    shapes(0).save(folder / "jpeg.jpg", quality=60)
+    shapes(0).resize((80, 60)).save(folder / "small.png")
+    shutil.copy(folder / "0.png", folder / "same.png")
+    Image.new("RGB", (40, 40), "navy").save(folder / "navy.png")
+    Image.new("RGB", (40, 40), (0, 0, 127)).save(folder / "nearly navy.png")
+    shutil.copy(folder / "navy.png", folder / "zz same bytes.png")
+    engine = with_views(fake_engine())
+    return Search(engine, open_gallery(engine, folder, tmp_path / "jobs"))
+
+
+def test_copies_are_folded_into_the_best_ranked_one(copied):
+    photo = copied.photo("0.png")
+    plain = copied.answer(photo, Question(5))
+    same = {"0.png", "same.png", "jpeg.jpg", "small.png"}
+    assert set(plain.names[:4]) == same and plain.copies == [[]] * 5
+    folded = copied.answer(photo, Question(5, fold=True))
+    assert [folded.names[0], *folded.copies[0]] == plain.names[:4]
+    assert len(folded.names) == 5 and folded.names[1] == plain.names[4]
+    assert folded.similarities[1] == plain.similarities[4]
+    everything = copied.answer(photo, Question(50, fold=True))
+    assert len(everything.names) == 12 and everything.copies.count([]) == 10
+    assert ["zz same bytes.png"] in everything.copies  # not with "nearly navy.png"
+    own = copied.answer(photo, Question(5, fold=True), without="0.png")
+    assert {own.names[0], *own.copies[0]} == same - {"0.png"}
+    for kind in KINDS:  # there are more copies than photos looked for at first
+        assert len(copied.answer(photo, Question(2, kind, fold=True)).names) == 2
+
+
+def test_only_pairs_that_may_be_copies_are_read(copied, monkeypatch):
+    monkeypatch.setattr("lib.data.copies.PICTURE", 1.1)
+    monkeypatch.setattr("lib.app.answer.open_picture", None)
+    assert copied.answer(copied.photo("0.png"), Question(5, fold=True)).copies == [[]] * 5
+
+
+def test_a_photo_that_is_gone_is_no_copy(copied):
+    (copied.gallery.folder / "jpeg.jpg").unlink()
+    answer = copied.answer(copied.photo("0.png"), Question(3, fold=True))
+    assert "small.png" in answer.copies[0] and "jpeg.jpg" in answer.names
 
 
 def _squares(photos):

@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from lib.app.page import write_page_notebook
 from lib.app.upload import MOST_BYTES
@@ -187,11 +188,16 @@ def test_a_photo_finds_its_landmark_and_the_controls_matter(app):
     ] == [["landmark 003"]] * 4
     app.page.get_by_label("Photos to show").select_option("12")
     app.shows(3, photos=12)
-    for kind in ("graph", "inverted lists", "exact"):
-        app.page.get_by_label("Index").select_option(kind)
+    kinds = {
+        "those along a graph (HNSW)": "graph",
+        "those in the nearest lists (IVF)": "inverted lists",
+    }
+    for label, kind in (kinds | {"every photo": "exact"}).items():
+        app.page.get_by_label("Compare with").select_option(label)
         app.status(f"({kind}).")
         app.shows(3, photos=12)
-    app.page.get_by_label("Re-ranking").select_option("query expansion")
+    again = "search again with the best found (query expansion)"
+    app.page.get_by_label("Then").select_option(again)
     app.status("(exact, query expansion).")
     app.shows(3, photos=12)
     assert all(url.startswith(("data:", "blob:")) for url in requests)
@@ -356,6 +362,155 @@ def test_by_the_keyboard_alone(app):
     app.page.locator(".why img").first.wait_for()
 
 
+def drag(app, start, end):
+    """Draw on the query, between two places given as shares of its width and height."""
+    at = app.page.locator(".photo-box img").bounding_box()
+    for move, (x, y) in enumerate((start, end)):
+        app.page.mouse.move(at["x"] + x * at["width"], at["y"] + y * at["height"], steps=4)
+        (app.page.mouse.up if move else app.page.mouse.down)()
+
+
+def touch(app, start, end):
+    """The same with a finger."""
+    at = app.page.locator(".photo-box img").bounding_box()
+    session = app.page.context.new_cdp_session(app.page)
+    for kind, share in (("touchStart", start), ("touchMove", end), ("touchEnd", None)):
+        x, y = share or (0, 0)
+        point = {"x": at["x"] + x * at["width"], "y": at["y"] + y * at["height"]}
+        event = {"type": kind, "touchPoints": [point] if share else []}
+        session.send("Input.dispatchTouchEvent", event)
+
+
+def two_scenes(left, right):
+    """A photo of two landmarks side by side, as Playwright hands it over."""
+    photo = Image.new("RGB", (320, 120))
+    photo.paste(scene(2.5, left))
+    photo.paste(scene(2.5, right), (160, 0))
+    return photo_of(0) | {"buffer": jpeg(photo)}
+
+
+@pytest.mark.usefixtures("own_page")
+def test_a_box_searches_with_a_part(app):
+    """Drawn by mouse, finger and keyboard."""
+    frame, mark = app.page.locator(".photo-box .frame"), app.page.locator(".photo-box .mark")
+    api.expect(frame).to_be_hidden()
+    app.input.set_input_files(two_scenes(2, 7))
+    app.status("(exact).")
+    drag(app, (0.99, 0.99), (0.5, 0.01))
+    app.shows(7)
+    app.status("for the middle right part, 157 x")
+    share = mark.bounding_box()["width"] / frame.bounding_box()["width"]
+    assert 0.45 < share < 0.5
+    drag(app, (0.7, 0.5), (0.705, 0.5))  # a click clears it
+    app.status("(exact).")
+    api.expect(mark).to_be_hidden()
+    touch(app, (0.01, 0.01), (0.5, 0.99))
+    app.shows(2)
+    app.status("for the middle left part, 157 x")
+    app.page.get_by_role("button", name="Whole photo").click()
+    app.status("(exact).")
+    api.expect(frame).to_be_focused()
+    app.page.keyboard.press("Enter")
+    app.status("for the middle part, 160 x 60 pixels.")
+    for key in (*5 * ["ArrowRight"], "ArrowDown", "Shift+ArrowLeft", "Shift+ArrowUp"):
+        app.page.keyboard.press(key)
+    app.status("for the middle right part, 144 x 54 pixels.")
+    app.shows(7)
+    for _ in range(20):
+        app.page.keyboard.press("ArrowLeft")
+    app.status("for the middle left part, 144 x 54 pixels.")
+    app.page.keyboard.press("Escape")
+    app.status("(exact).")
+    api.expect(mark).to_be_hidden()
+    app.page.keyboard.press("Enter")
+    app.status("for the middle part, 160 x 60 pixels.")
+    app.input.set_input_files(photo_of(3))  # another photo has no box
+    app.shows(3)
+    api.expect(mark).to_be_hidden()
+
+
+def test_a_photo_opens_large_and_closes(app):
+    app.input.set_input_files(photo_of(4))
+    app.shows(4)
+    button, dialog = app.page.get_by_title("Open result 2,"), app.page.locator("dialog")
+    tab_to(app.page, button)
+    for close in ("Escape", "Enter"):
+        app.page.keyboard.press("Enter")
+        api.expect(dialog).to_be_visible()
+        photo = dialog.locator("img")
+        assert re.fullmatch(r"landmark_004/\d\.jpg", photo.get_attribute("alt"))
+        assert photo.evaluate("e => [e.naturalWidth, e.naturalHeight]") == [160, 120]
+        assert dialog.evaluate("e => e.matches(':modal')")
+        app.page.keyboard.press(close)  # the button to close it has the focus
+        api.expect(dialog).to_be_hidden()
+        api.expect(button).to_be_focused()
+
+
+def sample(name, box, longest=640):
+    """A part of one of scikit-learn's sample photographs."""
+    photo = Image.fromarray(load_sample_image(f"{name}.jpg")).crop(box)
+    photo.thumbnail((longest, longest))
+    return photo
+
+
+@pytest.fixture(scope="module")
+def own_photos(tmp_path_factory):
+    """Photographs in folders of months, two of them copies; and the page that searches them."""
+    home = tmp_path_factory.mktemp("own")
+    for name in ("china", "flower"):
+        for number in range(5):
+            folder = home / "photos" / f"2024/{5 + number % 2:02}"
+            folder.mkdir(parents=True, exist_ok=True)
+            part = sample(name, (70 * number, 40 * number, 70 * number + 340, 40 * number + 260))
+            part.save(folder / f"{name} {number}.jpg")
+    for folder in ("home", "photos/sent"):
+        (home / folder).mkdir()
+    sample("china", (0, 0, 340, 260), 170).save(home / "photos/sent/<i>small.jpg", quality=80)
+    program = [*changed(OWN_PHOTOS=str(home / "run")), "--photos", home / "photos"]
+    with serve(home, home, program) as address:
+        yield address
+
+
+def test_photos_of_ones_own(page, own_photos):
+    """With the packaged network: no landmarks, one tile for copies, a box, a photo opened large."""
+    app = App(page)
+    page.goto(own_photos)
+    app.status("11 photos ready.")
+    api.expect(page.get_by_role("heading", level=1)).to_have_text("Search with a photo")
+    both = Image.new("RGB", (680, 260))
+    both.paste(sample("flower", (0, 0, 340, 260)))
+    both.paste(sample("china", (0, 0, 340, 260)), (340, 0))
+    app.input.set_input_files(photo_of(0) | {"buffer": jpeg(both)})
+    app.status("The photos most like it: 11 photos searched")
+    drag(app, (0.51, 0.02), (0.99, 0.98))
+    app.status("for the middle right part")
+    first = page.locator(".app-cell").first
+    api.expect(first.locator("img")).to_have_attribute("alt", re.compile("china 0|small"))
+    assert page.locator(".votes").count() == 0
+    copies = first.locator("details")
+    api.expect(copies.locator("li")).to_be_hidden()
+    copies.locator("summary").click()
+    api.expect(copies.locator("li")).to_have_text(re.compile("china 0|<i>small"))
+    nothing_serious(page)
+    first.get_by_title("Show what matched in result 1,").click()
+    page.locator(".why img").first.wait_for()
+    first.get_by_title("Open result 1,").click()
+    page.locator("dialog img").wait_for()
+    nothing_serious(page)
+    page.get_by_role("button", name="Close").click()
+    page.get_by_label("Copies").select_option("one by one")
+    api.expect(page.locator(".app-cell details")).to_have_count(0)
+    page.goto("about:blank")
+
+
+def nothing_serious(page):
+    """To axe-core."""
+    result = axe.Axe().run(page).response
+    assert len(result["passes"]) > 15
+    bad = [v for v in result["violations"] if v["impact"] in ("serious", "critical")]
+    assert bad == [], [(v["id"], [node["html"] for node in v["nodes"]]) for v in bad]
+
+
 @pytest.mark.usefixtures("own_page")
 def test_usable_for_everybody(app):
     """axe-core finds nothing serious, before and after an answer, and with a message of failure."""
@@ -369,10 +524,7 @@ def test_usable_for_everybody(app):
     ]
     for reach in states:
         reach()
-        result = axe.Axe().run(app.page).response
-        assert len(result["passes"]) > 15
-        bad = [v for v in result["violations"] if v["impact"] in ("serious", "critical")]
-        assert bad == [], [(v["id"], [node["html"] for node in v["nodes"]]) for v in bad]
+        nothing_serious(app.page)
     assert app.page.evaluate("document.documentElement.lang") == "en"
     assert app.page.title() == "Landmark search"
 

@@ -55,7 +55,12 @@ def test_the_picture_is_upright_and_small_ones_stay_as_they_are():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     found = read_upload(encoded(noise(60, 40), "JPEG", exif=exif), 32)
-    assert found.picture.shape == (60, 40, 3)
+    assert found.picture.shape == (60, 40, 3) and found.size == (40, 60)
+    for squash in (True, False):
+        found = read_upload(encoded(noise(4000, 300), "JPEG", exif=exif), 32, squash)
+        assert found.picture.shape == (SHOWN, 36, 3) and found.size == (300, 4000)
+        found = read_upload(encoded(noise(900, 600)), 32, squash, (450, 0, 900, 600))
+        assert found.picture.shape == (320, SHOWN, 3) and found.size == (900, 600)
     assert read_upload(encoded(Image.new("RGBA", (1, 3))), 32).picture.tolist() == [[[255] * 3]] * 3
     sixteen = Image.fromarray(np.full((5, 7), 0x80FF, np.uint16))
     assert read_upload(encoded(sixteen), 32).picture.tolist() == [[[128] * 3] * 7] * 5

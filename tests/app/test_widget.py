@@ -1,5 +1,6 @@
 """The search app's widget and its page, without a browser (see test_app_browser.py)."""
 
+import base64
 import io
 import logging
 import os
@@ -13,14 +14,15 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from lib.app import page as app_page
-from lib.app.answer import SearchError, landmark_of, open_gallery
+from lib.app.answer import Question, SearchError, landmark_of, open_gallery
+from lib.app.box import LEAST
 from lib.app.drop import PhotoDrop
 from lib.app.upload import MOST_BYTES
-from lib.app.widget import SAMPLES, SearchApp, _thumbnail
+from lib.app.widget import LARGE, SAMPLES, SearchApp, _thumbnail
 from lib.files import only_writer
 from lib.network.engine import ENGINE
 from lib.search.embedding import EmbeddingJobError, JobBusyError
-from tests.app.test_answer import colour, fake_engine
+from tests.app.test_answer import colour, fake_engine, shapes, with_views
 
 ODD = '<b>a & "b"'
 
@@ -63,6 +65,17 @@ def button(app, rank, which):
     return app._grid.children[rank].children[1].children[which]
 
 
+def draw(app, *box):
+    app._box._on_message(app._box, {"box": list(box)}, [])
+
+
+def shown_large(app, monkeypatch, rank):
+    sent = []
+    monkeypatch.setattr(app._large, "send", sent.append)
+    button(app, rank, 2).click()
+    return sent
+
+
 def results(app):
     return [cell.children[0].value for cell in app._grid.children]
 
@@ -73,7 +86,7 @@ def test_a_photo_in_pieces_is_answered(app):
     assert landmark_of(app.answer.names[0]) == "landmark_05" and len(results(app)) == 8
     assert "Looks most like landmark 05." in app._status.value
     assert 'alt="Result 1: landmark 05, similarity 1.00"' in results(app)[0]
-    assert app._shown.value.index("landmark 05") < app._shown.value.index("%")
+    assert app._votes.value.index("landmark 05") < app._votes.value.index("%")
     app._k.value = 24
     assert len(results(app)) == 24 and len(set(app.answer.names)) == 24
 
@@ -81,7 +94,7 @@ def test_a_photo_in_pieces_is_answered(app):
 def test_names_are_text_not_html(app):
     send(app._drop, png(11))
     assert "&lt;b&gt;a &amp; &quot;b&quot;" in results(app)[0] and "<b>" not in results(app)[0]
-    assert "<b>" not in app._shown.value + app._status.value
+    assert "<b>" not in app._votes.value + app._status.value
 
 
 @pytest.mark.parametrize(
@@ -102,6 +115,121 @@ def test_what_a_browser_does_not_send_is_dropped(app, content, buffers):
     assert app.answer is None and "36 photos ready" in app._status.value
     send(app._drop, png(5))
     assert landmark_of(app.answer.names[0]) == "landmark_05"
+
+
+def photo_with(part, at):
+    """A photo that shows a part at a place, as a PNG file."""
+    wall = Image.new("RGB", (200, 100), "grey")
+    wall.paste(Image.fromarray(part).resize((48, 48), Image.Resampling.NEAREST), at)
+    wall.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_box_searches_with_a_part_in_full_resolution(folder, tmp_path, views):
+    engine = with_views(fake_engine()) if views else fake_engine()
+    app = SearchApp(engine, open_gallery(engine, folder, tmp_path / "jobs"), tmp_path / "jobs")
+    content, box = photo_with(colour(4, 5), (140, 2)), (140, 2, 188, 50)
+    send(app._drop, content)
+    whole = app.answer.similarities
+    assert app._box.sides == [200, 100] and app._box.box == []
+    draw(app, *box)
+    part = app.search.read(io.BytesIO(content), box)
+    np.testing.assert_array_equal(app._query.upload.pixels, part)
+    expected = app.search.answer(part, Question(8, fold=True))
+    assert app.answer.names == expected.names and whole[0] < app.answer.similarities[0] > 0.98
+    assert landmark_of(app.answer.names[0]) == "landmark_05" and app._box.box == list(box)
+    assert "for the upper right part, 48 x 48 pixels." in app._status.value
+    button(app, 0, 1).click()
+    assert "the part of your photo, bright where" in app._why.value
+    app._k.value = 4  # the box stays
+    np.testing.assert_array_equal(app._query.upload.pixels, part)
+    draw(app)
+    assert app._box.box == [] and "part" not in app._status.value
+    np.testing.assert_allclose(app.answer.similarities, whole[:4], atol=1e-6)
+
+
+def test_a_box_on_a_photo_of_the_gallery(app):
+    app._samples.children[3].click()
+    query, without = app._query.name, app.answer.names
+    draw(app, 0, 0, 24, 12)
+    assert query not in app.answer.names and app._query.name == query
+    assert app.answer.names != without and "upper middle part, 24 x 12 pixels" in app._status.value
+    (app.search.gallery.folder / query).unlink()
+    draw(app)
+    assert "This photo can no longer be read." in app._status.value
+    draw(app, 0, 0, 12, 12)
+    send(app._drop, png(5))
+    assert app._box.box == [] and "part" not in app._status.value
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        *([0, 0, 10, 25], [-1, 0, 10, 10], [10, 0, 0, 10], [0, 0, 24, LEAST - 1], [0, 0, 24]),
+        *([0, 0, 10, float("nan")], [0, 0, float("inf"), 24], [0, 0, 10, "24"], [0, 0, True, 24]),
+        *([0, 0, 10**400, 24], [0, 0, 10, None], "0 0 10 10", None, [[0, 0, 10, 10]], 5),
+    ],
+)
+def test_a_box_that_is_none_is_ignored(app, box):
+    app._box._on_message(app._box, {"box": box}, [])
+    draw(app, 0, 0, 10, 10)  # before there is a photo
+    assert app.answer is None
+    send(app._drop, png(5))
+    answer = app.answer
+    app._box.sides = [10**6, 10**6]  # which a browser may set
+    app._box._on_message(app._box, {"box": box}, [])
+    assert app.answer is answer and app._query.box is None
+
+
+def test_a_photo_opens_large_in_its_own_shape(app, folder, monkeypatch):
+    photo = shapes(3).resize((3000, 1000))
+    photo.save(folder / ODD / "0.png")
+    photo.save(folder / "landmark_05" / "0.png")
+    send(app._drop, png(5))
+    rank = app.answer.names.index("landmark_05/0.png")
+    (sent,) = shown_large(app, monkeypatch, rank)
+    content = base64.b64decode(sent["uri"].partition(",")[2])
+    assert sent["name"] == "landmark_05/0.png"
+    assert Image.open(io.BytesIO(content)).size == (LARGE, round(LARGE / 3))
+    (folder / "landmark_05" / "0.png").unlink()
+    assert shown_large(app, monkeypatch, rank) == []
+    assert "This photo can no longer be read." in app._status.value
+
+
+def test_copies_are_one_tile_or_one_by_one(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(6):
+        shapes(seed).save(folder / f"{seed}.png")
+    shapes(2).save(folder / "<b>copy.jpg", quality=80)
+    engine = with_views(fake_engine())
+    app = SearchApp(engine, open_gallery(engine, folder, tmp_path / "jobs"), tmp_path / "jobs")
+    shapes(2).resize((100, 75)).save(file := io.BytesIO(), "PNG")
+    send(app._drop, file.getvalue())
+    assert len(app.answer.names) == 6 and {app.answer.names[0], *app.answer.copies[0]} == {
+        *("2.png", "<b>copy.jpg")
+    }
+    assert "<summary>+1 copy</summary>" in results(app)[0] and "<b>" not in results(app)[0]
+    assert "".join(results(app)).count("<details") == 1
+    app._fold.value = False
+    assert len(app.answer.names) == 7 and "<details" not in "".join(results(app))
+
+
+def test_folders_that_are_no_landmarks_are_not_named_so(folder, tmp_path):
+    """The vote was for a month."""
+    months = tmp_path / "months"
+    for path in folder.glob("*/*.png"):
+        (months / path.stem).mkdir(parents=True, exist_ok=True)
+        path.rename(months / path.stem / f"{path.parent.name.strip('<>')}.png")
+    engine = with_views(fake_engine())
+    app = SearchApp(engine, open_gallery(engine, months, tmp_path / "jobs"), tmp_path / "jobs")
+    assert "<h1>Search with a photo</h1>" in app._head.value
+    assert "landmark" not in app._head.value.rpartition("</style>")[2]
+    assert len(app._samples.children) == SAMPLES
+    send(app._drop, png(5))
+    assert "The photos most like it:" in app._status.value and app._votes.value == ""
+    assert ". 1/landmark 05.png</span>" in "".join(results(app))
 
 
 def test_no_more_is_kept_than_may_come():
