@@ -108,8 +108,8 @@ app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pic
 	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
 # conftest.py and pyproject.toml hold the options of all these. 04 to 07 use the model that 02
-# trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03) and
-# the app (07) must run, but numbers may differ from machine to machine.
+# trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03),
+# a folder of photos (06) and the app (07) must run, but numbers may differ from machine to machine.
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
@@ -144,9 +144,9 @@ test-notebooks: setup
 	$(PYTEST) --nbval notebooks/01*.ipynb
 	@echo "== notebooks 02 and 03, run"
 	$(PYTEST) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== notebooks 04 and 05, compared with their saved outputs; 07, run"
+	@echo "== notebooks 04 and 05, compared with their saved outputs; 06 and 07, run"
 	$(PYTEST) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
-	$(PYTEST) --nbval-lax notebooks/07*.ipynb
+	$(PYTEST) --nbval-lax notebooks/06*.ipynb notebooks/07*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
