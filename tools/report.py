@@ -45,7 +45,8 @@ NOTEBOOKS = {
     "03_gem_ablation": Notebook("03 · What GeM pooling is worth", "gem_ablation"),
     "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
     "05_index_at_scale": Notebook("05 · An index at scale", "index"),
-    "06_search_app": Notebook("06 · The search app", "search_app"),
+    "06_your_own_photos": Notebook("06 · Your own photos", "own_photos"),
+    "07_search_app": Notebook("07 · The search app", "search_app"),
 }
 
 # --------------------------------------------------------------------------------------------------

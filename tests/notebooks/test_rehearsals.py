@@ -146,7 +146,7 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
         assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
     metrics = metrics_of(real_data)
     sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
-    assert set(metrics) == sections | {"index", "search_app"}
+    assert set(metrics) == sections | {"index", "own_photos", "search_app"}
     assert metrics["data"]["records"] > 200
     assert metrics["test_set"]["ground_truth"] and metrics["training"]["epochs"] == 3
     tuned, flat = (metrics["index"][name]["recall@10"] for name in ("tuned", "flat"))
@@ -221,11 +221,15 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     short = SHORT | {"image_size": 64, "view_sizes": [[64, 96]], "weights": weights}
     del short["steps_per_epoch"]  # the plan's
     names = ["02_triplet_training", "04_faiss_evaluation", "05_index_at_scale"]
+    names += ["06_your_own_photos"] if sum(counts) >= 10 else []
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
     metrics = metrics_of(project / "runs" / "own")
     assert metrics["unseen"]["landmarks"] >= 2
     assert not metrics["post_processing"] and metrics["test_set"]["ground_truth"]
+    if sum(counts) >= 10:  # all photos are measured, with each step and the trained network
+        assert metrics["own_photos"]["measured"] == sum(counts)
+        assert len(metrics["own_photos"]["map"]) == 6
     if len(counts) < 4:
         assert "none can be held back" in printed["02_triplet_training"]
     open_app(project, tmp_path / "log", "--run-dir", "runs/own", "--gallery", "photos/")
@@ -260,7 +264,7 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
         "view_sizes": [[24, 32]],
     }
     (elsewhere / "own.yaml").write_text(json.dumps(parameters))
-    for name in ("02_triplet_training", "04_faiss_evaluation", "06_search_app"):
+    for name in ("02_triplet_training", "04_faiss_evaluation", "07_search_app"):
         python(
             project,
             *("-m", "papermill", project / "notebooks" / f"{name}.ipynb", run / f"{name}.ipynb"),
