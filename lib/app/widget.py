@@ -9,6 +9,7 @@ is shown as one line, with its traceback in the server's log, and the app goes o
 from __future__ import annotations
 
 import html
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial, wraps
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from tqdm import tqdm
 
 from lib.app.answer import (
     KINDS,
@@ -206,7 +208,7 @@ class SearchApp(widgets.VBox):
         if not typed:
             raise SearchError("Type the name of a folder first.")
         folder = folder_below(self._folders_root, typed)
-        self._open.disabled = True
+        self._open.disabled, self._began = True, time.monotonic()
         try:
             gallery = open_gallery(self.search.engine, folder, self._jobs, self._show_progress)
         finally:
@@ -331,7 +333,11 @@ class SearchApp(widgets.VBox):
 
     def _show_progress(self, done: int, total: int) -> None:
         bar = f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress>'
-        self._progress.value = f"{bar} {done} of {total} photos"
+        rate = done / max(time.monotonic() - self._began, 1e-3)
+        left = tqdm.format_interval((total - done) / rate)
+        self._progress.value = (
+            f"{bar} {done} of {counted(total, 'photo')}, {rate:.0f} per second, {left} left"
+        )
 
     def _tell(self, text: str, failed: bool = False) -> None:
         """Show a message above the results."""

@@ -40,7 +40,7 @@ from lib.data.duplicates import near_duplicates
 KINDS = SAME_BYTES, SAME_PICTURE, SAME_SCENE = ("same bytes", "same picture", "same scene")
 BITS = 3  # of the perceptual hashes of one picture, that differ at most
 PICTURE = 0.6  # cosine of the descriptors of one picture, at least
-SCENE = 0.9  # cosine of the descriptors of one scene, at least
+SCENE = 0.93  # cosine of the descriptors of one scene, at least
 
 
 class Group(NamedTuple):

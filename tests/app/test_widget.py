@@ -333,6 +333,7 @@ def test_a_folder_of_ones_own(app, tmp_path):
     assert app._where.value == "mine"
     assert ["of 40 photos" in text for text in seen] == [True, True, False]
     assert 'value="32"' in seen[0] and 'aria-label="Photos read"' in seen[0]
+    assert seen[1].endswith(" per second, 00:00 left")
     send(app._drop, png(30))
     assert app.answer.names[0] == "harbour/30.png"
     app._where.value = "the gallery"
