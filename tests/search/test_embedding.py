@@ -482,7 +482,9 @@ states = dict.fromkeys(source.names, "0")
 def changed(number):
     global source
     states[f"picture {number}"] = "1"
-    source = PhotoSource(source.names, read, f"state {number}", {}, dict(states), folder)
+    source = PhotoSource(
+        source.names, read, f"state {number}", {}, dict(states), folder=folder
+    )
 
 changed(0)
 assert not work(folder / "killed again", 0)
