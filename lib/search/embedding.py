@@ -95,9 +95,9 @@ class PhotoSource:
         digest: identifies the pictures; a job is resumed only if it is equal.
         left_out: how many files and folders were left out, by reason.
         states: name -> what changes whenever the picture does, if known.
+        folder: of the photos; a job of the same folder takes over the rows of unchanged pictures.
         content: takes a picture's number and returns a checksum of its file, without spaces. Raises
             OSError.
-        folder: of the photos; a job of the same folder takes over the rows of unchanged pictures.
     """
 
     names: list[str]
@@ -105,8 +105,8 @@ class PhotoSource:
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
-    content: Callable[[int], str] | None = None
     folder: Path | None = None
+    content: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,7 +137,7 @@ def photos_below(folder: Path) -> PhotoSource:
     def content(number: int) -> str:
         return checksum(paths[number])
 
-    return PhotoSource(names, read, digest, left_out, states, content, Path(folder))
+    return PhotoSource(names, read, digest, left_out, states, Path(folder), content)
 
 
 def photos_in_shards(catalogue: Catalogue, pictures: np.ndarray | None = None) -> PhotoSource:
