@@ -116,7 +116,7 @@ def failure(name, arguments, capsys):
         (SEARCH, ["@empty", "@file", "--k", "0"], 2, "--k 0"),
         *(
             (SEARCH, ["@empty", "@file", "--box", box], 2, "--box")
-            for box in ("1,2,3", "a,b,c,d", "5,5,5,9", "nan,0,9,9", "9,9,1,1")
+            for box in ("1,2,3", "a,b,c,d", "5,5,5,9", "nan,0,9,9", "0,0,inf,9", "9,9,1,1")
         ),
         (SEARCH, ["@empty", "@file", "@file", "--box", "1,2,3,4"], 2, "--box"),
         (SEARCH, ["@empty", "@file", "--run-dir", "@run"], 1, "run"),

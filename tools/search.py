@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from lib.data.photos import Box, PhotoError
 from lib.files import project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, one_line, program
+from lib.search.embedding import JobBusyError
 
 
 @program()
@@ -40,7 +42,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="folder to search in")
     parser.add_argument("queries", type=as_path, nargs="+", metavar="QUERY", help="a photo")
     parser.add_argument("--k", type=int, default=10, help="photos to find; default: 10")
-    parser.add_argument("--box", type=_box, help="search with a part of the query: x0,y0,x1,y1")
+    parser.add_argument("--box", type=_box, help="a part of the query in pixels: x0,y0,x1,y1")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--run-dir", type=as_path, help="a run with a trained network")
     options = parser.parse_args(given)
@@ -56,6 +58,8 @@ def main(given: list[str] | None = None) -> int:
         gallery = open_gallery(engine, options.photos, run / JOBS)
     except SearchError as error:  # names no path
         raise ValueError(f"{show_path(options.photos)} (PHOTOS): {error}") from None
+    except JobBusyError as error:
+        raise JobBusyError(f"{show_path(options.photos)} (PHOTOS) is being read: {error}") from None
     if gallery.unreadable or gallery.left_out:
         unread = f"{gallery.unreadable} can't be read." * bool(gallery.unreadable)
         print(f"{len(gallery.names)} photos. {unread}{gallery.left_out}", file=sys.stderr)
@@ -75,8 +79,11 @@ def main(given: list[str] | None = None) -> int:
 
 def _answer(search: Search, query: Path, k: int, box: Box | None) -> dict:
     """The object of one query, see the module's docstring."""
-    folder, path = os.path.realpath(search.gallery.folder), os.path.realpath(query)
-    own = Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else ""
+    folder = Path(os.path.realpath(search.gallery.folder))
+    # A photo's name in the folder, or that of the photo which a link leads to.
+    paths = Path(os.path.realpath(query.parent)) / query.name, Path(os.path.realpath(query))
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
+    own = next((name for name in names if name in search.gallery.names), "")
     try:
         photo = search.read(query, box)
     except PhotoError as error:
@@ -92,8 +99,8 @@ def _box(text: str) -> Box:
         x0, y0, x1, y1 = map(float, text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not x0,y0,x1,y1, in pixels") from None
-    if not (x0 < x1 and y0 < y1):
-        raise argparse.ArgumentTypeError(f"{text}: x0 < x1 and y0 < y1 are needed")
+    if not (x0 < x1 and y0 < y1 and all(map(math.isfinite, (x0, y0, x1, y1)))):
+        raise argparse.ArgumentTypeError(f"{text}: finite x0 < x1 and y0 < y1 are needed")
     return x0, y0, x1, y1
 
 

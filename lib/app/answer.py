@@ -7,8 +7,9 @@
     answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
     answer.names, answer.similarities, answer.votes
 
-A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The name of
-a photo's folder is its landmark. Neither TensorFlow nor Keras is needed.
+A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The way to
+a photo's folder is its landmark, unless the folders turn out to be something else
+(:attr:`Search.landmarks`). Neither TensorFlow nor Keras is needed.
 """
 
 from __future__ import annotations

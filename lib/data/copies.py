@@ -3,7 +3,7 @@
 groups = group_copies(contents, perceptual_hashes, descriptors, pixels, near)
 
 The thresholds are for the descriptors of :func:`lib.network.engine.packaged_engine`. Measured by
-``python -m benchmarks.duplicates PHOTOS`` on holidays803, 803 photos of 300 landmarks, 256 pixels
+``python -m benchmarks.duplicates PHOTOS`` on holidays803, 803 photos of 299 landmarks, 256 pixels
 wide: each way to copy was done to 200 photos, and all pairs of different photos were compared.
 
     of 200 copies                  same picture    same picture or scene

@@ -64,6 +64,10 @@ class PhotoError(ValueError):
     """A file is not a readable picture; the message names it."""
 
 
+class _EmptyCropError(ValueError):
+    """A box lies outside of its picture."""
+
+
 class NoPhotosError(ValueError):
     """A folder holds no photos that can be read; what it holds is in ``left_out``, by reason."""
 
@@ -229,6 +233,8 @@ def read_photo(
             return pixels_of(image, image_size, squash, crop)
     except MemoryError:
         raise
+    except _EmptyCropError as error:
+        raise PhotoError(f"{show_path(path)}: {error}") from None
     except Exception as error:  # decoders of damaged files raise anything
         raise PhotoError(
             f"{show_path(path)} is not a readable picture ({show_error(error)})"
@@ -284,7 +290,7 @@ def _cropped(image: Image.Image, crop: Box | None) -> Image.Image:
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
     if x0 >= x1 or y0 >= y1:
         size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"no pixel of its {size} lies in the box {show_box(crop)}")
+        raise _EmptyCropError(f"no pixel of its {size} lies in the box {show_box(crop)}")
     return image.crop((x0, y0, x1, y1))
 
 

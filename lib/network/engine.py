@@ -222,8 +222,8 @@ def packaged_engine(folder: Path) -> Engine:
     """Load a network for photographs of anything, after exporting it if ``folder`` lacks it.
 
     It is EfficientNet-Lite0 with the ImageNet weights of its Python package, GeM pooling with p = 2
-    and no projection. Exponent and views were chosen on three sets of photographs, see
-    ``benchmarks/README.md``.
+    and no projection; ``benchmarks/README.md`` tells what each step is worth on three sets of
+    photographs.
 
     Raises:
         WeightsUnavailableError: the package is absent or damaged.

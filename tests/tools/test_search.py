@@ -12,6 +12,7 @@ from lib.app.upload import read_upload
 from lib.data.photos import read_photo
 from lib.network.engine import export_engine, load_engine
 from lib.network.tower import TowerSettings, build_tower
+from lib.search.embedding import JobBusyError
 from tools import search as command
 
 
@@ -71,6 +72,24 @@ def test_a_photo_of_the_folder_does_not_find_itself(photos, tmp_path, capsys, mo
     assert answer["results"][0]["similarity"] == pytest.approx(1, abs=1e-3)
 
 
+def test_a_link_in_the_folder_does_not_find_itself(photos, capsys):
+    (photos / "link.png").symlink_to("in/23.png")
+    for query, other in (("link.png", "in/23.png"), ("in/23.png", "link.png")):
+        (answer,) = results(capsys, photos, photos / query, "--k", 30)
+        found = [found["name"] for found in answer["results"]]
+        assert query not in found and found[0] == other and len(found) == 24
+
+
+def test_a_folder_that_another_program_reads_is_named(photos, capsys, monkeypatch):
+    def busy(*_):
+        raise JobBusyError("another process works on it: wait until it has finished")
+
+    monkeypatch.setattr(command, "open_gallery", busy)
+    assert command.main([str(photos), str(photos / "00.png")]) == 1
+    printed = capsys.readouterr().err
+    assert "photos (PHOTOS) is being read: another process" in printed and printed.count("\n") == 1
+
+
 def test_a_box_searches_with_a_part(photos, tmp_path, capsys):
     wall = Image.new("RGB", (320, 240), "grey")
     wall.paste(Image.open(photos / "07.png"), (100, 60))
@@ -91,7 +110,9 @@ def test_a_query_that_is_no_photo_is_told_and_the_others_answered(photos, tmp_pa
     printed = capsys.readouterr()
     assert "none.jpg" in printed.err and printed.out.splitlines()[1].split()[0] == "1"
     (answer,) = results(capsys, photos, photos / "00.png", "--box", "900,0,950,5", status=1)
-    assert "lies in the box 900,0,950,5" in answer["error"]
+    assert answer["error"].endswith(
+        "00.png: no pixel of its 160 x 120 pixels lies in the box 900,0,950,5"
+    )
 
 
 @pytest.mark.parametrize(
