@@ -10,8 +10,8 @@ Two more stand beside it:
 * the app's query expansion, added to SEARCH;
 * a cross-fitted whitening, in its place: the landmarks are dealt into five folds, and the whitening
   of a query is learned from the photos of the other four. It needs labels, and it flatters: with
-  fewer photos than dimensions it shrinks whatever it has seen, and the query's landmark is the one
-  that it has not.
+  fewer photos than dimensions it shrinks whatever it has seen, and the query's landmark is among
+  the fifth that it has not.
 
 Two protocols: every photo is a query, or the first photo of each landmark is (as in INRIA
 Holidays). Either searches among all other photos.
@@ -49,17 +49,8 @@ from lib.data.photos import (
     upright_rgb,
 )
 from lib.evaluation.metrics import average_precision, hit_at, leave_one_out
-from lib.files import project_root, show_path
-from lib.network.engine import (
-    ENGINE,
-    GEM_P,
-    OWN_PHOTOS,
-    VIEWS,
-    Engine,
-    export_engine,
-    load_engine,
-    packaged_engine,
-)
+from lib.files import show_path
+from lib.network.engine import ENGINE, GEM_P, VIEWS, Engine, export_engine, load_engine
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
 from lib.programs import as_path, program
@@ -146,11 +137,10 @@ def part(image: Image.Image, area: float, rng: np.random.Generator) -> Image.Ima
     return image.crop((x, y, x + width, y + height))
 
 
-def find_changed(paths: list[Path]) -> pd.DataFrame:
+def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.DataFrame:
     """How many changed photos find their original first, and among the first ten, in per cent."""
-    engine, rng = packaged_engine(project_root() / OWN_PHOTOS), np.random.default_rng(0)
-    names = [str(number) for number in range(len(paths))]
-    search = Search(engine, Gallery(Path(), names, describe(engine, paths, "photos"), 0))
+    rng, names = np.random.default_rng(0), [str(number) for number in range(len(paths))]
+    search = Search(engine, Gallery(Path(), names, vectors, unreadable=0))
     ways = {
         **{way: WAYS[way] for way in ("JPEG, quality 20", "half the size", "5 % cropped")},
         "a part, 40 % of the area": lambda image: encoded(part(image, 0.4, rng)),
@@ -184,14 +174,15 @@ def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     labels = np.array([landmark_name(path.parent.name) for path in paths])
     rows = {}
     for step, recipe in STEPS.items():
-        vectors = describe(packaged(*recipe), paths, step)
+        engine = packaged(*recipe)
+        vectors = describe(engine, paths, step)
         rows[step] = leave_one_out(vectors, labels)
     whitened = learn_pca_whitening(vectors, shrinkage=SHRINKAGE).apply(vectors)
     rows[SEARCH] = leave_one_out(whitened, labels)
     rows[EXPANDED] = search_expanded(whitened, labels)
     rows[CROSS_FITTED] = search_cross_fitted(vectors, labels)
     rows = {step: quality(hits, labels) for step, hits in rows.items()}
-    return pd.DataFrame.from_dict(rows, orient="index"), find_changed(paths)
+    return pd.DataFrame.from_dict(rows, orient="index"), find_changed(engine, paths, vectors)
 
 
 @program()

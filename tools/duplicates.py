@@ -29,9 +29,16 @@ from tqdm import tqdm
 
 from lib.app.answer import JOBS, SearchError, open_gallery
 from lib.app.web import counted, picture_uri
-from lib.data.copies import KINDS, SCENE, Group, group_copies
+from lib.data.copies import HASHED, KINDS, SCENE, Group, group_copies
 from lib.data.duplicates import perceptual_hash
-from lib.data.photos import NoPhotosError, find_photos, left_out_lines, open_picture, picture_of
+from lib.data.photos import (
+    NoPhotosError,
+    find_photos,
+    left_out_lines,
+    open_picture,
+    picture_and_size,
+    picture_of,
+)
 from lib.files import checksum, project_root, replacing, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
 from lib.programs import as_path, program
@@ -42,7 +49,6 @@ PAGE, TABLE = "duplicates.html", "duplicates.csv"
 
 _NEIGHBOURS = 32  # of a photo, that are compared with it for scenes
 _BLOCK = 4096  # photos that are compared between two steps of the progress bar
-_HASHED = 64  # longer side in pixels of the pictures that are hashed; pHash itself takes 32
 _SHOWN = 176  # longer side in pixels of the page's pictures
 _MOST_GROUPS = 1000  # on the page: with some 8 KB for each picture, browsers still open it
 _MOST_PHOTOS = 24  # of a group on the page
@@ -168,11 +174,8 @@ def inspect(image: Image.Image) -> tuple[int, int, int]:
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    width, height = image.size  # before the decoder shrinks it
-    small = picture_of(image, _HASHED)
-    if (small.width < small.height) != (width < height):  # it was turned upright
-        width, height = height, width
-    return width, height, perceptual_hash(small)
+    small, size = picture_and_size(image, HASHED)
+    return *size, perceptual_hash(small)
 
 
 def near_pairs(descriptors: np.ndarray) -> np.ndarray:

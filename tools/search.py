@@ -25,12 +25,11 @@ import os
 import sys
 from pathlib import Path
 
-from lib.app.answer import JOBS, Question, Search, SearchError, open_gallery
+from lib.app.answer import JOBS, Question, Search, open_option
 from lib.data.photos import Box, PhotoError
 from lib.files import project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, one_line, program
-from lib.search.embedding import JobBusyError
 
 
 @program()
@@ -54,12 +53,7 @@ def main(given: list[str] | None = None) -> int:
         raise FileNotFoundError(f"there is no folder {show_path(options.photos)} (PHOTOS)")
     run = options.run_dir or project_root() / OWN_PHOTOS
     engine = open_engine(run) if options.run_dir else packaged_engine(run)
-    try:
-        gallery = open_gallery(engine, options.photos, run / JOBS)
-    except SearchError as error:  # names no path
-        raise ValueError(f"{show_path(options.photos)} (PHOTOS): {error}") from None
-    except JobBusyError as error:
-        raise JobBusyError(f"{show_path(options.photos)} (PHOTOS) is being read: {error}") from None
+    gallery = open_option(engine, options.photos, run / JOBS, "PHOTOS")
     if gallery.unreadable or gallery.left_out:
         unread = f"{gallery.unreadable} can't be read." * bool(gallery.unreadable)
         print(f"{len(gallery.names)} photos. {unread}{gallery.left_out}", file=sys.stderr)

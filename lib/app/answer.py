@@ -40,7 +40,7 @@ from lib.data.photos import (
     picture_of,
     read_photo,
 )
-from lib.files import only_writer, read_json
+from lib.files import only_writer, read_json, show_path
 from lib.network.engine import Engine
 from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
 from lib.search.exact import nearest
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
 JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
+GONE = "This photo can no longer be read."
 
 _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
 _MOST_TO_ASK, _NEAREST = 200, 10  # photos that tell whether folders are landmarks, and of each
-_HASHED = 64  # longer side in pixels of the pictures that are hashed; pHash itself takes 32
 SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
 NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
 
@@ -193,6 +193,22 @@ def open_gallery(
     return Gallery(Path(folder), names, embeddings, unreadable, left_out)
 
 
+def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Gallery:
+    """:func:`open_gallery` for a program, whose errors name the folder and the option it came by.
+
+    Raises:
+        ValueError: there is no photo, or none that can be read.
+        JobBusyError, EmbeddingJobError: as in :func:`open_gallery`.
+    """
+    named = f"{show_path(folder)} ({option})"
+    try:
+        return open_gallery(engine, folder, jobs)
+    except SearchError as error:  # names no path
+        raise ValueError(f"{named}: {error}") from None
+    except JobBusyError as error:  # names a folder of ours
+        raise JobBusyError(f"{named} is being read: {error}") from None
+
+
 def _remove_superseded(jobs: Path, engine: Engine) -> None:
     """Remove embeddings of folders that are gone, and those of other networks."""
     for path in jobs.glob(f"{'[0-9a-f]' * 16}/{JOB}"):
@@ -294,23 +310,23 @@ class Search:
 
     def _are_copies(self, name: str, other: str) -> bool:
         """Whether two near photos are the same picture or the same bytes, see lib.data.copies."""
-        from lib.data.copies import BITS  # here: it loads SciPy
+        from lib.data.copies import are_plain, few_bits_differ  # here: it loads SciPy
 
-        hashes = [self._hash(name), self._hash(other)]
-        # Half of the bits are set, but for plain pictures, whose hashes are alike.
-        if all(bits.bit_count() == 32 for bits in hashes):
-            return (hashes[0] ^ hashes[1]).bit_count() <= BITS
+        hashes = np.array([self._hash(name), self._hash(other)], np.uint64)
+        if not are_plain(hashes).any():
+            return bool(few_bits_differ(hashes[:1], hashes[1])[0])
         with contextlib.suppress(OSError, SearchError):
             return filecmp.cmp(*map(self.gallery.path, (name, other)), shallow=False)
         return False
 
     def _perceptual_hash(self, name: str) -> int:
         """The pHash of a photo of the gallery; 0 if it can no longer be read."""
-        from lib.data.duplicates import perceptual_hash  # here: it loads SciPy
+        from lib.data.copies import HASHED  # here: it loads SciPy
+        from lib.data.duplicates import perceptual_hash
 
         try:
             with open_picture(self.gallery.path(name)) as image:
-                return perceptual_hash(picture_of(image, _HASHED))
+                return perceptual_hash(picture_of(image, HASHED))
         except Exception:  # decoders raise anything
             return 0
 
@@ -356,7 +372,7 @@ class Search:
         try:
             return self.read(self.gallery.path(name), crop)
         except PhotoError:
-            raise SearchError("This photo can no longer be read.") from None
+            raise SearchError(GONE) from None
 
     def why(self, photo: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Explain what makes two photos, uint8 (h, w, 3), similar to the network.

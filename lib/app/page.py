@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from lib.app.answer import JOBS, SearchError, open_gallery
+from lib.app.answer import JOBS, open_option
 from lib.files import only_writer, project_root, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program
@@ -75,15 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise FileNotFoundError(f"there is no folder {show_path(folder)} ({name})")
     if options.photos is not None:
         engine = packaged_engine(run)
-    try:
-        open_gallery(engine, gallery, run / JOBS)
-    except SearchError as error:  # names no path
-        raise ValueError(f"{show_path(gallery)} ({option}): {error}") from None
+    open_option(engine, gallery, run / JOBS, option)
     parameters = {
         "run_dir": str(run),
         "gallery_dir": str(gallery),
         "folders_root": options.folders_root,
     }
+    # For a check of addresses that no notebook needs, nbformat would compile a grammar for 1.5
+    # seconds; it does without where the package can't be imported.
+    sys.modules.setdefault("rfc3987_syntax", None)
     # Not shared between processes, since the notebook contains this one's gallery and folders.
     with _own_folder() as folder:
         page = folder / "search_app.ipynb"
@@ -115,10 +115,7 @@ def write_page_notebook(
         parameters: values to set after the cell tagged ``parameters``.
         start_in: working directory of the page; None: the folder of ``path``.
     """
-    # For a check of addresses that no notebook needs, a grammar would be compiled for 1.5 seconds;
-    # jsonschema does without where the package can't be imported.
-    sys.modules.setdefault("rfc3987_syntax", None)
-    import nbformat
+    import nbformat  # here: it takes half a second
 
     content = nbformat.read(notebook, as_version=4)
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lib.data.photos import FORMAT_NAMES, Box, open_picture, picture_of, pixels_of
+from lib.data.photos import FORMAT_NAMES, Box, open_picture, picture_and_size, pixels_of
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 100_000_000
@@ -79,10 +79,8 @@ def with_picture(pixels: np.ndarray, image: Image.Image) -> Upload:
     Raises:
         Exception: anything that the decoder of a damaged file raises.
     """
-    width, height = image.size  # before the decoder shrinks it
-    picture = np.asarray(picture_of(image, SHOWN))
-    turned = (picture.shape[1] < picture.shape[0]) != (width < height)
-    return Upload(pixels, picture, (height, width) if turned else (width, height))
+    picture, size = picture_and_size(image, SHOWN)
+    return Upload(pixels, np.asarray(picture), size)
 
 
 def too_large(size: int) -> str:

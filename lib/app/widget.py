@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.app.answer import (
+    GONE,
     KINDS,
     RERANKINGS,
     Answer,
@@ -52,7 +53,6 @@ _THEN = ("nothing", "search again with the best found (query expansion)")
 
 _BUSY = "This folder is being read in another window: try again in a moment."
 _UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
-_GONE = "This photo can no longer be read."
 _FAILED = "That went wrong, and was noted. Please try another photo."
 
 
@@ -420,7 +420,7 @@ def _picture(gallery: Gallery, name: str, longest: int) -> np.ndarray:
         with open_picture(gallery.path(name)) as image:
             return np.asarray(picture_of(image, longest))
     except Exception:  # it was readable when the gallery was embedded
-        raise SearchError(_GONE) from None
+        raise SearchError(GONE) from None
 
 
 def _thumbnail(gallery: Gallery, name: str) -> str:

@@ -38,6 +38,7 @@ from scipy.sparse import csr_array
 from lib.data.duplicates import near_duplicates
 
 KINDS = SAME_BYTES, SAME_PICTURE, SAME_SCENE = ("same bytes", "same picture", "same scene")
+HASHED = 64  # longer side in pixels of the pictures that are hashed; pHash itself takes 32
 BITS = 3  # of the perceptual hashes of one picture, that differ at most
 PICTURE = 0.6  # cosine of the descriptors of one picture, at least
 SCENE = 0.93  # cosine of the descriptors of one scene, at least
@@ -89,8 +90,8 @@ def group_copies(
         return contents[others] == contents[row]
 
     def same_picture(row: int, others: np.ndarray) -> np.ndarray:
-        bits = np.bitwise_count(perceptual_hashes[others] ^ perceptual_hashes[row])
-        return (bits <= BITS) & (cosines(row, others) >= PICTURE)
+        near = few_bits_differ(perceptual_hashes[others], perceptual_hashes[row])
+        return near & (cosines(row, others) >= PICTURE)
 
     def same_scene(row: int, others: np.ndarray) -> np.ndarray:
         return cosines(row, others) >= SCENE
@@ -105,13 +106,25 @@ def group_copies(
     _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
     add(SAME_BYTES, np.stack([first[inverse], stands_for], axis=1), same_bytes)
     alone = np.flatnonzero(stands_for == np.arange(len(contents)))
-    # The hashes of plain pictures are alike, whatever their colour.
-    rich = alone[np.bitwise_count(perceptual_hashes[alone]) == 32]
+    rich = alone[~are_plain(perceptual_hashes[alone])]
     add(SAME_PICTURE, rich[near_duplicates(perceptual_hashes[rich], BITS)], same_picture)
     # A copy's neighbours are those of the picture that stands for it; twice, as a picture that
     # stands for equal bytes may be a copy itself.
     add(SAME_SCENE, stands_for[stands_for[near]], same_scene)
     return groups
+
+
+def few_bits_differ(perceptual_hashes: np.ndarray, other: np.uint64) -> np.ndarray:
+    """Whether hashes, uint64 (n,), are near enough to another for one picture, bool (n,)."""
+    return np.bitwise_count(perceptual_hashes ^ other) <= BITS
+
+
+def are_plain(perceptual_hashes: np.ndarray) -> np.ndarray:
+    """Whether pictures are so plain that their hashes are alike whatever their colour, bool (n,).
+
+    Of the hashes of others, uint64 (n,), half of the bits are set.
+    """
+    return np.bitwise_count(perceptual_hashes) != 32
 
 
 def _like_the_first(

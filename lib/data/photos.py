@@ -283,6 +283,15 @@ def picture_of(image: Image.Image, longest: int, crop: Box | None = None) -> Ima
         return image
 
 
+def picture_and_size(image: Image.Image, longest: int) -> tuple[Image.Image, tuple[int, int]]:
+    """:func:`picture_of`, and width and height in pixels of the whole picture, upright."""
+    width, height = image.size  # before the decoder shrinks it
+    picture = picture_of(image, longest)
+    if (picture.width - picture.height) * (width - height) < 0:  # it was turned upright
+        width, height = height, width
+    return picture, (width, height)
+
+
 def _cropped(image: Image.Image, crop: Box | None) -> Image.Image:
     if crop is None:
         return image

@@ -84,7 +84,7 @@ def test_a_folder_that_another_program_reads_is_named(photos, capsys, monkeypatc
     def busy(*_):
         raise JobBusyError("another process works on it: wait until it has finished")
 
-    monkeypatch.setattr(command, "open_gallery", busy)
+    monkeypatch.setattr("lib.app.answer.open_gallery", busy)
     assert command.main([str(photos), str(photos / "00.png")]) == 1
     printed = capsys.readouterr().err
     assert "photos (PHOTOS) is being read: another process" in printed and printed.count("\n") == 1
