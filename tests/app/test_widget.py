@@ -397,7 +397,7 @@ def run_main(tmp_path, monkeypatch, gallery, fails=None):
     monkeypatch.setattr(app_page, "open_engine", lambda run: fake_engine())
     monkeypatch.setattr(app_page, "serve", lambda page, *_: served.append((page, page.read_text())))
     if fails:
-        monkeypatch.setattr(app_page, "open_gallery", lambda *_: (_ for _ in ()).throw(fails))
+        monkeypatch.setattr("lib.app.answer.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
     return app_page.main(["--run-dir", str(tmp_path), "--gallery", str(gallery)]), served
 
 
