@@ -101,15 +101,15 @@ endef
 	  exit 1; }
 	@touch $@
 
-demo: setup ## Run notebooks 01-07 on generated data into runs/
+demo: setup ## Run notebooks 01-08 on generated data into runs/
 	$(PY) -m tools.pipeline
 
 app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pictures: in your own photos
 	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
-# conftest.py and pyproject.toml hold the options of all these. 04 to 07 use the model that 02
+# conftest.py and pyproject.toml hold the options of all these. 04 to 08 use the model that 02
 # trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03),
-# a folder of photos (06) and the app (07) must run, but numbers may differ from machine to machine.
+# a folder of photos (06) and the app (08) must run, but numbers may differ from machine to machine.
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
@@ -144,9 +144,9 @@ test-notebooks: setup
 	$(PYTEST) --nbval notebooks/01*.ipynb
 	@echo "== notebooks 02 and 03, run"
 	$(PYTEST) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== notebooks 04 and 05, compared with their saved outputs; 06 and 07, run"
+	@echo "== notebooks 04 and 05, compared with their saved outputs; 06 to 08, run"
 	$(PYTEST) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
-	$(PYTEST) --nbval-lax notebooks/06*.ipynb notebooks/07*.ipynb
+	$(PYTEST) --nbval-lax notebooks/0[678]*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
@@ -169,9 +169,9 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 	$(PY) -c 'import $(MODULES)'
 	@touch $@
 
-test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 08
+test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 09
 	$(PYTEST) -m long tests/cluster
-	$(PYTEST) --nbval-lax notebooks/08*.ipynb
+	$(PYTEST) --nbval-lax notebooks/09*.ipynb
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
@@ -194,8 +194,8 @@ browser: setup ## Get Chromium if there is none: some tests are skipped without 
 
 # As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
 # sees it, would find the saved outputs wanting.
-# Without notebook 08, which needs `make cluster`: make notebooks NOTEBOOKS=notebooks/08*.ipynb
-NOTEBOOKS ?= $(filter-out notebooks/08%,$(wildcard notebooks/0*.ipynb))
+# Without notebook 09, which needs `make cluster`: make notebooks NOTEBOOKS=notebooks/09*.ipynb
+NOTEBOOKS ?= $(filter-out notebooks/09%,$(wildcard notebooks/0*.ipynb))
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
 	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False \

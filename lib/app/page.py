@@ -1,6 +1,6 @@
 """Serves the search app as a web page: ``python -m lib.app.page``, or ``make app``.
 
-Voila serves the cells of notebook 07 that are tagged ``parameters`` or ``app``. First, the exported
+Voila serves the cells of notebook 08 that are tagged ``parameters`` or ``app``. First, the exported
 tower and the gallery's embeddings are made if the run lacks them.
 
 The page is for this machine only: it listens on 127.0.0.1, its address contains a secret token,
@@ -28,7 +28,7 @@ from lib.files import only_writer, project_root, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program
 
-NOTEBOOK = "07_search_app.ipynb"
+NOTEBOOK = "08_search_app.ipynb"
 PORT = 8866
 READY = 1  # kernels started in advance
 MOST_KERNELS = 8  # of some 260 MB each, with those in advance; more pages are refused

@@ -264,7 +264,7 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
         "view_sizes": [[24, 32]],
     }
     (elsewhere / "own.yaml").write_text(json.dumps(parameters))
-    for name in ("02_triplet_training", "04_faiss_evaluation", "07_search_app"):
+    for name in ("02_triplet_training", "04_faiss_evaluation", "08_search_app"):
         python(
             project,
             *("-m", "papermill", project / "notebooks" / f"{name}.ipynb", run / f"{name}.ipynb"),
