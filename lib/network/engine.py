@@ -31,7 +31,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import xxhash
@@ -82,6 +82,7 @@ class Engine:
     fingerprint: str
     name: str
     views: tuple[int, ...] = ()
+    dtype: ClassVar = np.dtype("<f4")  # of the embeddings
 
     @property
     def squashes(self) -> bool:

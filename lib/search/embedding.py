@@ -7,8 +7,8 @@
     embeddings, names, skipped = embed_job(engine, photos_below(Path("my photos")), Path("out"))
 
 A job writes to a folder, and resumes there after an interruption. The folder holds ``job.json``,
-which identifies the job; ``embeddings.npy``, float32 (n, d); and ``progress.jsonl``, with names,
-states, messages and a checksum for each batch. When photos of a folder were added, changed or
+which identifies the job; ``embeddings.npy``, a row for each photo; and ``progress.jsonl``, with
+names, states, messages and a checksum for each batch. When photos were added, changed or
 removed, its job starts anew, but first copies its rows to one file, ``taken.bin``, from which it
 takes those of the photos that are as before: of the same name, size and time, or, as photos are
 moved, renamed and copied, of the same content.
@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ class Embedded(NamedTuple):
     """The embeddings of some pictures.
 
     Attributes:
-        embeddings: float32 (n, d) of unit norm; memory-mapped if a job made them.
+        embeddings: (n, d), of the engine's type: float32 of unit norm, or the bytes of local
+            features; memory-mapped if a job made them.
         names: n names, in the order of the source.
         skipped: a message for each picture that could not be read; then, for a whole source, one
             for each reason for which files were left out.
@@ -196,7 +198,8 @@ def embed_job(
     of a folder were added, changed or removed since, only those of new content are embedded.
 
     Args:
-        engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there.
+        engine: from :func:`lib.network.engine.load_engine` or ``keras_engine`` there; or a
+            :class:`lib.search.local_features.LocalFeatures`.
         source: from :func:`photos_below` or :func:`photos_in_shards`.
         out_folder: used by this job only; made if absent.
         batch_size: pictures that are read together, and saved together.
@@ -228,7 +231,7 @@ def place_of(photos: Path, job: Path) -> str:
 
 def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
     """The content of ``job.json``; a job is resumed only if all of it is equal."""
-    return {
+    job = {
         "format": FORMAT,
         "tower": engine.fingerprint,
         "engine": engine.name,  # includes the precision
@@ -238,6 +241,9 @@ def describe_job(engine: Engine, source: PhotoSource, batch_size: int) -> dict:
         "digest": source.digest,
         "batch_size": batch_size,
     }
+    if engine.dtype != np.float32:
+        job["dtype"] = engine.dtype.str
+    return job
 
 
 @contextlib.contextmanager
@@ -256,7 +262,7 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
             found = found if isinstance(found, dict) else {}
             differ = [key for key in job | found if found.get(key) != job.get(key)]
             if differ and "folder" in job and {*differ} <= {"pictures", "digest"}:
-                _set_aside(folder, job["dimension"])
+                _set_aside(folder, job["dimension"], np.dtype(job.get("dtype", "<f4")))
                 write_json(folder / JOB, job)
             elif differ:
                 hint = "made by another network or an earlier version of this project; "
@@ -271,25 +277,31 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
         yield
 
 
-def _set_aside(folder: Path, dimension: int) -> None:
+def _set_aside(folder: Path, dimension: int, dtype: np.dtype) -> None:
     """Move all rows of a job to one file, so that a kill loses none."""
-    rows = _taken(folder, dimension)  # of a job that did not finish either
+    rows = _taken(folder, dimension, dtype)  # of a job that did not finish either
     for name in (EMBEDDINGS, PROGRESS):
         (folder / name).touch()
     with (folder / EMBEDDINGS).open("rb+") as file, (folder / PROGRESS).open("rb+") as progress:
-        names, _, states = _whole_batches(file, progress, dimension)
-        file.seek(_HEADER)
-        embeddings = np.frombuffer(file.read(), "<f4").reshape(-1, dimension)
+        names, _, states = _whole_batches(file, progress, dimension, dtype)
+    embeddings = _mapped(folder / EMBEDDINGS, _HEADER, len(names), dimension, dtype)
     rows |= zip(zip(names, states, strict=True), embeddings, strict=True)
     names, states = [name for name, _ in rows], [state for _, state in rows]
-    batch = Embedded(np.array([*rows.values()], "<f4").reshape(-1, dimension), names, [])
     with replacing(folder / TAKEN) as part, part.open("wb") as file:
-        file.write(_line(batch, states))
-        file.write(batch.embeddings)
+        file.write(_line(names, [], states, rows.values()))
+        for row in rows.values():
+            file.write(row)
     # Not cut: others may have mapped them. The rows go first, since without their lines they would
     # be cut by the next process if this one is killed in between.
     (folder / EMBEDDINGS).unlink()
     (folder / PROGRESS).unlink()
+
+
+def _mapped(path: Path, start: int, rows: int, dimension: int, dtype: np.dtype) -> np.ndarray:
+    """Rows (n, d) of a file, memory-mapped: those of local features may exceed the memory."""
+    if not rows:
+        return np.empty((0, dimension), dtype)
+    return np.memmap(path, dtype, "r", start, (rows, dimension))
 
 
 class _Before:
@@ -319,13 +331,20 @@ class _Before:
         return row
 
 
-def _taken(folder: Path, dimension: int) -> dict[tuple[str, str | None], np.ndarray]:
-    """Name and state -> row of float32 (d,), as the job before set them aside."""
+def _taken(
+    folder: Path, dimension: int, dtype: np.dtype
+) -> dict[tuple[str, str | None], np.ndarray]:
+    """Name and state -> row (d,), as the job before set them aside."""
     if not (folder / TAKEN).exists():
         return {}
     with (folder / TAKEN).open("rb") as file:
-        batch, states = _read_batch(file.readline(), file, dimension) or (Embedded([], [], []), [])
-    return dict(zip(zip(batch.names, states, strict=True), batch.embeddings, strict=True))
+        line = file.readline()
+        found = _read_batch(line, file, dimension, dtype)
+    if found is None:
+        return {}
+    names, _, states = found
+    rows = _mapped(folder / TAKEN, len(line), len(names), dimension, dtype)
+    return dict(zip(zip(names, states, strict=True), rows, strict=True))
 
 
 def _go_on(
@@ -339,18 +358,20 @@ def _go_on(
     for name in (EMBEDDINGS, PROGRESS):
         (folder / name).touch()
     with (folder / EMBEDDINGS).open("rb+") as rows, (folder / PROGRESS).open("rb+") as progress:
-        names, skipped, _ = _whole_batches(rows, progress, engine.dimension)
+        dtype = engine.dtype
+        names, skipped, _ = _whole_batches(rows, progress, engine.dimension, dtype)
         if not names and not skipped:
-            _write_header(rows, (0, engine.dimension))
+            _write_header(rows, (0, engine.dimension), dtype)
         left = range(len(names) + len(skipped), len(source))
         silent = on_progress is not None or not left
-        before = _Before(source, _taken(folder, engine.dimension))
+        before = _Before(source, _taken(folder, engine.dimension, dtype))
         for batch in _embed(engine, source, left, batch_size, silent, before.row):
             # Written, not mapped: then a full disk is an error, not a crash. Rows whose line is
             # not written yet do not count.
             rows.write(batch.embeddings)
             rows.flush()
-            progress.write(_line(batch, [before.states.get(name) for name in batch.names]))
+            states = [before.states.get(name) for name in batch.names]
+            progress.write(_line(batch.names, batch.skipped, states, batch.embeddings))
             progress.flush()
             names += batch.names
             skipped += batch.skipped
@@ -358,65 +379,71 @@ def _go_on(
                 on_progress(len(names) + len(skipped), len(source))
         os.fsync(progress.fileno())
         os.fsync(rows.fileno())
-        _write_header(rows, (len(names), engine.dimension))
+        _write_header(rows, (len(names), engine.dimension), dtype)
         rows.flush()
         os.fsync(rows.fileno())
     (folder / TAKEN).unlink(missing_ok=True)
     return names, skipped
 
 
-def _whole_batches(rows, progress, dimension: int) -> tuple[list[str], list[str], list[str | None]]:
-    """Names, messages and states of all batches before the first damaged one; the rest is cut."""
+# The names, messages and states of a batch, or of several.
+_Entries = tuple[list[str], list[str], list[str | None]]
+
+
+def _whole_batches(rows, progress, dimension: int, dtype: np.dtype) -> _Entries:
+    """The entries of all batches before the first damaged one; the rest is cut."""
     names, skipped, states, end = [], [], [], 0
     rows.seek(_HEADER)
     for line in progress:
-        if (found := _read_batch(line, rows, dimension)) is None:
+        if (found := _read_batch(line, rows, dimension, dtype)) is None:
             break
-        names += found[0].names
-        skipped += found[0].skipped
-        states += found[1]
+        names += found[0]
+        skipped += found[1]
+        states += found[2]
         end += len(line)
     progress.truncate(end)
     progress.seek(end)
-    rows.truncate(_HEADER + 4 * len(names) * dimension)
+    rows.truncate(_HEADER + dtype.itemsize * len(names) * dimension)
     rows.seek(0, os.SEEK_END)
     return names, skipped, states
 
 
-def _read_batch(line: bytes, rows, dimension: int) -> tuple[Embedded, list[str | None]] | None:
-    """The batch of a line, and its states; None if either the line or its rows are damaged."""
+def _read_batch(line: bytes, rows, dimension: int, dtype: np.dtype) -> _Entries | None:
+    """The entries of a line, whose rows are read; None if either line or rows are damaged."""
     try:
         entry = json.loads(line)
-        content = rows.read(4 * len(entry["names"]) * dimension)
-        embeddings = np.frombuffer(content, "<f4").reshape(-1, dimension)
-        batch = Embedded(embeddings, entry["names"], entry["skipped"])
-        states = entry.get("states", [None] * len(batch.names))
-        return (batch, states) if line == _line(batch, states) else None
+        names, skipped = entry["names"], entry["skipped"]
+        states = entry.get("states", [None] * len(names))
+        each = dtype.itemsize * dimension
+        read = (rows.read(each) for _ in names)  # one by one: they may exceed the memory
+        whole = itertools.takewhile(lambda row: len(row) == each, read)
+        return (names, skipped, states) if line == _line(names, skipped, states, whole) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _line(batch: Embedded, states: list[str | None]) -> bytes:
+def _line(names: list[str], skipped: list[str], states: list[str | None], rows: Iterable) -> bytes:
     """The line of a batch, with the checksum of its names, messages, states and rows."""
-    entry = {"names": batch.names, "skipped": batch.skipped}
+    entry = {"names": names, "skipped": skipped}
     if any(states):
         entry["states"] = states
     digest = xxhash.xxh3_128(json.dumps(entry).encode())
-    digest.update(np.ascontiguousarray(batch.embeddings, "<f4"))
+    for row in rows:
+        digest.update(row)
     return json.dumps(entry | {"xxh3": digest.hexdigest()}).encode() + b"\n"
 
 
-def _write_header(rows, shape: tuple[int, int]) -> None:
+def _write_header(rows, shape: tuple[int, int], dtype: np.dtype) -> None:
     """Write the header of the .npy file; its length is the same for every shape."""
     rows.seek(0)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(rows, header)
     assert rows.tell() == _HEADER
 
 
 def embed_pictures(engine: Engine, source: PhotoSource, numbers: Sequence[int]) -> Embedded:
     """Embed some pictures of a source, by their numbers, as one batch of :func:`embed_job`."""
-    none = Embedded(np.empty((0, engine.dimension), np.float32), [], [])
+    none = Embedded(np.empty((0, engine.dimension), engine.dtype), [], [])
     return next(_embed(engine, source, numbers, max(1, len(numbers)), silent=True), none)
 
 
@@ -451,10 +478,10 @@ def _embed(
             pictures, ahead = list(ahead), threads.map(read, numbers[end : end + batch_size])
             skipped = [str(picture) for picture in pictures if isinstance(picture, PhotoError)]
             good = [i for i, picture in enumerate(pictures) if not isinstance(picture, PhotoError)]
-            new = [i for i in good if pictures[i].ndim == 3]  # others are rows
+            new = [i for i in good if pictures[i].ndim == 3]  # the others are rows
             rows = dict(zip(new, engine.embed([pictures[i] for i in new]), strict=True))
             rows = [rows.get(i, pictures[i]) for i in good]
-            embeddings = np.array(rows, np.float32).reshape(-1, engine.dimension)
+            embeddings = np.array(rows, engine.dtype).reshape(-1, engine.dimension)
             names = [source.names[numbers[start + i]] for i in good]
             yield Embedded(embeddings, names, skipped)
             bar.update(len(pictures))
