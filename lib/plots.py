@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.container import BarContainer
+from matplotlib.patches import Rectangle
 
 from lib.evaluation.metrics import Interval
 from lib.files import replacing
@@ -111,6 +112,50 @@ def plot_retrieval_grid(
     titles = ["query", *(f"{r}: {s:.2f}" for r, s in enumerate(similarities, start=1))]
     shown = photos[[query, *retrieved]]
     plot_photo_grid(shown, columns, titles=titles, frames=[QUERY, *marks], save=save)
+
+
+def plot_matches(
+    photos: tuple[np.ndarray, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray],
+    fits: np.ndarray | None = None,
+    *,
+    outlines: Mapping[str, np.ndarray] | None = None,
+    title: str = "",
+    size: float = 6.4,
+    save: Path | None = None,
+) -> None:
+    """Draw lines between the matching points of two photos, side by side.
+
+    Args:
+        photos: two pictures, uint8 (h, w, 3), of any shapes.
+        points: of each photo, float (t, 2), x and y in pixels; match i joins points i of both.
+        fits: bool (t,), the matches that are drawn thick and blue, over the thin orange others;
+            None: all are thin and orange.
+        outlines: name -> polygon in the second photo, float (m, 2), which is clipped by the photo.
+        size: width of the figure in inches.
+    """
+    (left, right), gap = photos, 8
+    height, (start, width) = max(map(len, photos)), (left.shape[1] + gap, right.shape[1])
+    canvas = np.full((height, start + width, 3), 255, np.uint8)
+    canvas[: len(left), : start - gap], canvas[: len(right), start:] = left, right
+    _, axis = plt.subplots(figsize=(size, size * height / (start + width) + 0.4))
+    axis.imshow(canvas)
+    fits = np.zeros(len(points[0]), bool) if fits is None else fits
+    ends = np.stack([points[0], points[1] + (start, 0)], axis=1)  # (t, 2, 2)
+    for chosen, colour, wide in ((~fits, "#e39b2d", 0.6), (fits, QUERY, 1.1)):
+        axis.plot(*np.moveaxis(ends[chosen], -1, 0).swapaxes(1, 2), color=colour, linewidth=wide)
+    frame = Rectangle((start, 0), width, len(right), transform=axis.transData)
+    styles = zip(("-", ":"), ("black", "white"), strict=True)
+    for (name, corners), (dashes, colour) in zip((outlines or {}).items(), styles, strict=False):
+        closed = np.add([*corners, corners[0]], (start, 0))
+        style = {"color": colour, "linestyle": dashes, "linewidth": 2.5}
+        axis.plot(*closed.T, label=name, **style)[0].set_clip_path(frame)
+    axis.set(xticks=[], yticks=[], xlim=(0, start + width), ylim=(height, 0))
+    axis.set_title(title, fontsize=10)
+    axis.grid(False)
+    if outlines:
+        axis.legend(fontsize=9, loc="lower right", facecolor="#b0b0b0", framealpha=1)
+    finish(save)
 
 
 def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> None:
@@ -280,7 +325,8 @@ def plot_intervals_by(
         style = {"marker": markers[number % len(markers)], "capsize": 3, "label": name}
         axis.errorbar(x * shift, value, error_bars(value, low, high), **style)
     axis.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=[f"{v:g}" for v in x])
-    axis.legend(fontsize=9)
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(values)}  # no bar is there
+    axis.legend(fontsize=9, frameon=False, **above)
     finish(save)
 
 
