@@ -107,9 +107,9 @@ demo: setup ## Run notebooks 01-08 on generated data into runs/
 app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pictures: in your own photos
 	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
-# conftest.py and pyproject.toml hold the options of all these. 04 to 08 use the model that 02
+# conftest.py and pyproject.toml hold the options of all these. 04 to 06 and 08 use the model that 02
 # trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03),
-# a folder of photos (06) and the app (08) must run, but numbers may differ from machine to machine.
+# a folder of photos (06, 07) and the app (08) must run, but numbers may differ from machine to machine.
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)

@@ -121,7 +121,7 @@ def plot_matches(
     *,
     outlines: Mapping[str, np.ndarray] | None = None,
     title: str = "",
-    size: float = 6.4,
+    size: float = 5.6,
     save: Path | None = None,
 ) -> None:
     """Draw lines between the matching points of two photos, side by side.

@@ -46,6 +46,7 @@ NOTEBOOKS = {
     "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
     "05_index_at_scale": Notebook("05 · An index at scale", "index"),
     "06_your_own_photos": Notebook("06 · Your own photos", "own_photos"),
+    "07_same_place": Notebook("07 · The same place", "same_place"),
     "08_search_app": Notebook("08 · The search app", "search_app"),
 }
 

@@ -146,7 +146,7 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
         assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
     metrics = metrics_of(real_data)
     sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
-    assert set(metrics) == sections | {"index", "own_photos", "search_app"}
+    assert set(metrics) == sections | {"index", "own_photos", "same_place", "search_app"}
     assert metrics["data"]["records"] > 200
     assert metrics["test_set"]["ground_truth"] and metrics["training"]["epochs"] == 3
     tuned, flat = (metrics["index"][name]["recall@10"] for name in ("tuned", "flat"))
@@ -222,11 +222,13 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     del short["steps_per_epoch"]  # the plan's
     names = ["02_triplet_training", "04_faiss_evaluation", "05_index_at_scale"]
     names += ["06_your_own_photos"] if sum(counts) >= 10 else []
+    names += ["07_same_place"]
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
     metrics = metrics_of(project / "runs" / "own")
     assert metrics["unseen"]["landmarks"] >= 2
     assert not metrics["post_processing"] and metrics["test_set"]["ground_truth"]
+    assert metrics["same_place"]["photos"] == metrics["same_place"]["queries"] == sum(counts)
     if sum(counts) >= 10:  # all photos are measured, with each step and the trained network
         assert metrics["own_photos"]["measured"] == sum(counts)
         assert len(metrics["own_photos"]["map"]) == 6

@@ -40,6 +40,7 @@ METRICS = {
     },
     "index": {"photos": 60_000, "flat": {"recall@10": 1.0}},
     "own_photos": {"photos": 30, "map": {}},
+    "same_place": {"photos": 30, "first_changed": 4},
     "search_app": {"photos": 500, "landmark_named_first": 0.99},
 }
 HOSTILE = "<script>alert('x')</script>&\"\ud800"
