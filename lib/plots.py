@@ -154,7 +154,7 @@ def plot_matches(
     axis.set_title(title, fontsize=10)
     axis.grid(False)
     if outlines:
-        axis.legend(fontsize=9, loc="lower right", facecolor="#b0b0b0", framealpha=1)
+        axis.legend(fontsize=9, loc="upper right", facecolor="#b0b0b0", framealpha=1)
     finish(save)
 
 

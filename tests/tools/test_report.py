@@ -115,7 +115,7 @@ def run(tmp_path):
     write_json(folder / "metrics.json", METRICS)
     record_environment(folder, "gldv2.yaml")
     names = ["01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"]
-    for name in (*names, "05_frontier", "06_answer", "08_answer"):
+    for name in (*names, "05_frontier", "06_answer", "07_inliers", "08_answer"):
         save_figure(folder / "figures" / f"{name}.png")
     for name in NOTEBOOKS:
         execute(folder / f"{name}.ipynb")
