@@ -180,6 +180,7 @@ def test_figures_stand_in_order_with_captions(run):
             "03_ablation",
             "05_frontier",
             "06_answer",
+            "07_inliers",
             "08_answer",
         )
     ] + ["Figure: New thing."]
