@@ -112,11 +112,19 @@ def search_expanded(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def search_cross_fitted(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Hits where the whitening of a query is learned from photos of other landmarks."""
-    hits = np.zeros((len(labels), len(labels) - 1), dtype=bool)
+    similarities = cross_fitted_similarities(vectors, labels)
+    np.fill_diagonal(similarities, -np.inf)
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :-1]
+    return labels[order] == labels[:, None]
+
+
+def cross_fitted_similarities(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Similarities, float32 (n, n), each row whitened by photos of other landmarks."""
+    found = np.empty((len(labels), len(labels)), np.float32)
     for own in landmark_folds(labels, _FOLDS, seed=0):
         whitened = learn_pca_whitening(vectors[~own], shrinkage=_CROSS_SHRINKAGE).apply(vectors)
-        hits[own] = leave_one_out(whitened, labels)[own]
-    return hits
+        found[own] = whitened[own] @ whitened.T
+    return found
 
 
 def quality(hits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -161,8 +169,8 @@ def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.D
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder: a row for each step, and one for each change."""
+def labelled_photos(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """The photos of a folder that can be read, and the landmark of each; names the others."""
     paths = []
     for path in landmark_photos(folder).paths:
         try:
@@ -171,7 +179,12 @@ def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             print("skipped:", error)
         else:
             paths.append(path)
-    labels = np.array([landmark_name(path.parent.name) for path in paths])
+    return paths, np.array([landmark_name(path.parent.name) for path in paths])
+
+
+def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of a folder: a row for each step, and one for each change."""
+    paths, labels = labelled_photos(folder)
     rows = {}
     for step, recipe in STEPS.items():
         engine = packaged(*recipe)

@@ -6,12 +6,15 @@
 The first search embeds the folder, with a progress bar; later ones only what is new or changed. The
 network is pre-trained (:func:`lib.network.engine.packaged_engine`); ``--run-dir`` names a run whose
 trained network is used instead. A query that is one of the folder's photos is not among its
-results. The ranking is that of the app (:mod:`lib.app.answer`).
+results. The ranking is that of the app (:mod:`lib.app.answer`): by similarity, and the first
+photos by the probability that they show the query's place.
 
 ``--json`` prints a list with an object for each query::
 
-    [{"query": "query.jpg", "results": [{"name": "2024/a.jpg", "similarity": 0.83}]}]
+    [{"query": "query.jpg", "results": [{"name": "2024/a.jpg", "similarity": 0.83,
+                                         "probability": 0.97, "verdict": "same place"}]}]
 
+Probability and verdict are absent where nothing is verified, as with a run's trained network.
 A query that can't be read has ``"error"`` in place of ``"results"``, a line on standard error, and
 makes the exit status 1.
 """
@@ -67,7 +70,9 @@ def main(given: list[str] | None = None) -> int:
         elif not options.json:
             print(show_name(answer["query"]))
             for rank, found in enumerate(answer["results"], start=1):
-                print(f"{rank:4}  {found['similarity']:6.3f}  {show_name(found['name'])}")
+                verdict = f"  {found['verdict']:12}" if "verdict" in found else ""
+                shown = f"{found['similarity']:6.3f}{verdict}"
+                print(f"{rank:4}  {shown}  {show_name(found['name'])}")
     return int(any("error" in answer for answer in answers))
 
 
@@ -85,6 +90,9 @@ def _answer(search: Search, query: Path, k: int, box: Box | None) -> dict:
     answer = search.answer(photo, Question(k), without=own)
     pairs = zip(answer.names, answer.similarities.tolist(), strict=True)
     results = [{"name": name, "similarity": round(value, 4)} for name, value in pairs]
+    places = zip(answer.probabilities, answer.verdicts, strict=True)  # none if nothing is verified
+    for result, (chance, verdict) in zip(results, places, strict=False):
+        result |= {"probability": round(chance, 4), "verdict": verdict}
     return {"query": str(query), "results": results}
 
 

@@ -5,9 +5,11 @@
     search = Search(engine, gallery)
     photo = search.read(Path("query.jpg"))
     answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
-    answer.names, answer.similarities, answer.votes
+    answer.names, answer.similarities, answer.votes, answer.verdicts
 
-A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The way to
+A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). With an
+engine for photographs in their own shape, local features are stored beside the embeddings, and the
+first photos of a ranking are verified by geometry (:mod:`lib.search.same_place`). The way to
 a photo's folder is its landmark, unless the folders turn out to be something else
 (:attr:`Search.landmarks`). Neither TensorFlow nor Keras is needed.
 """
@@ -21,7 +23,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -39,12 +41,31 @@ from lib.data.photos import (
     open_picture,
     picture_of,
     read_photo,
+    shrunk,
 )
 from lib.files import only_writer, read_json, show_path
 from lib.network.engine import Engine
-from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
+from lib.search.embedding import (
+    FORMAT,
+    JOB,
+    Embedded,
+    JobBusyError,
+    embed_job,
+    photos_below,
+    place_of,
+)
 from lib.search.exact import nearest
+from lib.search.geometry import verify_all
+from lib.search.local_features import (
+    LONGEST,
+    ROW_BYTES,
+    Features,
+    LocalFeatures,
+    local_features,
+    unpacked,
+)
 from lib.search.photo_index import IndexSettings, PhotoIndex
+from lib.search.same_place import TOP, evidence_of, probability_of, shipped_calibration
 
 if TYPE_CHECKING:
     from lib.network.whitening import Whitening
@@ -56,6 +77,7 @@ GONE = "This photo can no longer be read."
 
 _BATCH = 32  # photos between two reports of progress
 _KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
+_ROOM = 2**30  # bytes of the disk that are left free
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
 _MOST_TO_ASK, _NEAREST = 200, 10  # photos that tell whether folders are landmarks, and of each
@@ -81,6 +103,9 @@ class Question:
     # Whether a photo that is a copy of one more similar to the query (lib.data.copies) is folded
     # into it, so that k different photos are found.
     fold: bool = False
+    # Whether the first photos of the ranking are verified by geometry, if the gallery has local
+    # features: they are then in the order of the probability that they show the query's place.
+    verify: bool = True
 
     def __post_init__(self):
         if self.k < 1:
@@ -92,13 +117,17 @@ class Question:
 class Answer(NamedTuple):
     """The result of a search."""
 
-    names: list[str]  # of the k photos found, most similar first
+    names: list[str]  # of the k photos found, the best first
     similarities: np.ndarray  # float32 (k,), cosines from -1 to 1
     # Landmark -> its share of these photos, weighted by similarity, largest first. Shares sum to 1;
     # there are none if no photo lies in a landmark's folder.
     votes: dict[str, float]
     seconds: float  # to embed the query and to search
     copies: list[list[str]]  # names of the photos that were folded into each of these
+    # If verified: the probability, from 0 to 1, that each of the k shows the query's place, and the
+    # verdict, of lib.search.same_place.VERDICTS; else both are empty.
+    probabilities: list[float]
+    verdicts: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +139,8 @@ class Gallery:
     embeddings: np.ndarray  # float32 (n, d) of unit norm
     unreadable: int  # number of other photos, which could not be read
     left_out: str = ""  # sentences on what else was left out
+    # Name -> row of lib.search.local_features.packed, in a memory-mapped file; None: not verified.
+    features: Mapping[str, np.ndarray] | None = None
 
     def path(self, name: str) -> Path:
         """Locate the file of a photo.
@@ -179,18 +210,29 @@ def open_gallery(
     except NoPhotosError as error:
         text = "There are no photos in this folder, nor in the folders in it."
         raise SearchError(text + _sentences(error.left_out)) from None
-    place = place_of(folder, Path(jobs))
-    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
-    job = Path(jobs) / key.hexdigest()[:16]
     _remove_superseded(Path(jobs), engine)
-    embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
-    with contextlib.suppress(OSError):
-        (job / JOB).touch()  # its time is that of the last use
-    left_out = _sentences(source.left_out)
+
+    def rows_of(engine: Engine | LocalFeatures) -> Embedded:
+        place = place_of(folder, Path(jobs))
+        key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
+        job = Path(jobs) / key.hexdigest()[:16]
+        found = embed_job(engine, source, job, _BATCH, on_progress)
+        with contextlib.suppress(OSError):
+            (job / JOB).touch()  # its time is that of the last use
+        return found
+
+    embeddings, names, skipped = rows_of(engine)
+    left_out, features = _sentences(source.left_out), None
+    if names and engine.views:
+        if shutil.disk_usage(jobs).free > len(names) * ROW_BYTES + _ROOM:
+            rows, of, _ = rows_of(LocalFeatures())
+            features = dict(zip(of, np.asarray(rows), strict=True))
+        else:
+            left_out += " The disk has no room to verify what shows the same place."
     if not names:
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")
     unreadable = len(skipped) - len(source.left_out)
-    return Gallery(Path(folder), names, embeddings, unreadable, left_out)
+    return Gallery(Path(folder), names, embeddings, unreadable, left_out, features)
 
 
 def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Gallery:
@@ -220,7 +262,8 @@ def _remove_superseded(jobs: Path, engine: Engine) -> None:
             gone = time.time() - path.stat().st_mtime > _KEPT and not os.path.isdir(
                 os.path.join(at, folder)
             )
-            other = job.get("tower") != engine.fingerprint or job.get("format") != FORMAT
+            ours = job.get("tower") in (engine.fingerprint, LocalFeatures.fingerprint)
+            other = not ours or job.get("format") != FORMAT
             if gone or other or "folder" not in job:
                 with only_writer(path.parent, JobBusyError()):
                     shutil.rmtree(path.parent)
@@ -244,9 +287,15 @@ class Search:
             self._vectors, self._whitening = _whitened(gallery.embeddings)
         self._index, self._hash = cache(self._build_index), cache(self._perceptual_hash)
 
+    @property
+    def image_size(self) -> int:
+        """The side or longest side in pixels of a query photo, see :meth:`read`."""
+        verified = self.gallery.features is not None
+        return max(self.engine.image_size, LONGEST) if verified else self.engine.image_size
+
     def read(self, file: Path | BinaryIO, crop: Box | None = None) -> np.ndarray:
         """Read a query photo, or a part of it, as :meth:`answer` needs it; raises PhotoError."""
-        return read_photo(file, self.engine.image_size, self.engine.squashes, crop)
+        return read_photo(file, self.image_size, self.engine.squashes, crop)
 
     def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
         """Find the photos most similar to a photo.
@@ -258,24 +307,31 @@ class Search:
         """
         start = time.perf_counter()
         index, gallery = self._index(question.kind), self.gallery
-        query = self.engine.embed([photo])
+        query = self.engine.embed([shrunk(photo, self.engine.image_size)])
         if self._whitening is not None:
             query = self._whitening.apply(query)
+        verified = question.verify and gallery.features is not None
+        features, own = local_features(photo) if verified else None, query[0]
         if question.rerank == "query expansion" and gallery.names != [without]:
             from lib.search.rerank import expand_queries  # here: it loads SciPy
 
             # The query must not expand itself.
             others = self._vectors[[name != without for name in gallery.names]]
             query = expand_queries(query, others, k=NEIGHBOURS)
-        wanted = (1 + question.fold) * question.k + bool(without)
+        wanted = max((1 + question.fold) * question.k, TOP * verified) + bool(without)
         while True:
-            ranked, similarities = index.search(query, wanted)
-            groups = self._grouped(ranked[0], question, without)
+            (ranked,), similarities = index.search(query, wanted)
+            log_odds = np.empty(0)
+            if verified:
+                log_odds, order = self._verified(features, own, ranked, without)
+                ranked, similarities = [ranked[i] for i in order], similarities[:, order]
+            groups = self._grouped(ranked, question, without)
             if not question.fold or len(groups) == question.k or wanted >= len(gallery.names):
                 break
             wanted *= 2
-        names = [[ranked[0][place] for place in group] for group in groups]
-        similarities = similarities[0, [group[0] for group in groups]]
+        names = [[ranked[place] for place in group] for group in groups]
+        firsts = [group[0] for group in groups]
+        similarities, log_odds = similarities[0, firsts], log_odds[firsts if verified else []]
         votes: Counter[str] = Counter()
         for (name, *_), similarity in zip(names, similarities.tolist(), strict=True):
             if self.landmarks and (landmark := landmark_of(name)) and similarity > 0:
@@ -286,7 +342,31 @@ class Search:
             votes={landmark: vote / votes.total() for landmark, vote in votes.most_common()},
             seconds=time.perf_counter() - start,
             copies=[copies for _, *copies in names],
+            probabilities=probability_of(log_odds).tolist(),
+            verdicts=[shipped_calibration().verdict(value) for value in log_odds.tolist()],
         )
+
+    def _verified(
+        self, features: Features, query: np.ndarray, ranked: list[str], without: str
+    ) -> tuple[np.ndarray, list[int]]:
+        """Verify the first TOP photos of a ranking.
+
+        Returns:
+            the log-odds that each of n photos shows the query's place, float64 (n,), descending in
+            its first TOP, -inf after them; and for each its place in the given ranking.
+        """
+        places = [place for place, name in enumerate(ranked) if name != without]
+        first, plain = places[:TOP], np.zeros(ROW_BYTES, np.uint8)
+        names = [ranked[place] for place in first]
+        found = verify_all(features, (unpacked(self.gallery.features.get(n, plain)) for n in names))
+        # Only of whitened descriptors is a cosine known to mean something; geometry is left.
+        cosines = np.zeros(len(names))
+        if self._whitening is not None:
+            cosines = self._vectors[[self._rows[name] for name in names]] @ query
+        log_odds = shipped_calibration().log_odds(evidence_of(cosines, found))
+        order = np.argsort(-log_odds, kind="stable")
+        rest = np.full(len(places) - len(first), -np.inf)
+        return np.concatenate([log_odds[order], rest]), [*np.array(first)[order], *places[TOP:]]
 
     def _grouped(self, names: list[str], question: Question, without: str) -> list[list[int]]:
         """Places in a ranking: of the first k photos, each before the places of its copies."""

@@ -83,6 +83,7 @@ class Engine:
     name: str
     views: tuple[int, ...] = ()
     dtype: ClassVar = np.dtype("<f4")  # of the embeddings
+    task: ClassVar = "embedding"  # for progress bars
 
     @property
     def squashes(self) -> bool:

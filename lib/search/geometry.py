@@ -131,7 +131,8 @@ def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
     fits = _distances(a, b, matrix, model) <= WITHIN
-    if fits.sum() < _LEAST[model]:
+    # Several features may lie at one place, turned differently; they say nothing of the model.
+    if min(_places(a[fits]), _places(b[fits])) < _LEAST[model]:
         return none
     cells = min(_cells(a[fits], features.size), _cells(b[fits], other.size))
     return Geometry(matches, fits, matrix, cells)
@@ -162,6 +163,11 @@ def _distances(a: np.ndarray, b: np.ndarray, matrix: np.ndarray, model: str) -> 
             # A plane is seen from one side: the points that it would turn over don't fit.
             found[at[:, 2] * np.median(at[:, 2]) <= 0] = np.inf
     return np.where(np.isfinite(found), found, np.inf)
+
+
+def _places(points: np.ndarray) -> int:
+    """How many pixels hold some of the points, float64 (m, 2)."""
+    return len({*map(tuple, points.round().tolist())})
 
 
 def _cells(points: np.ndarray, size: Sequence[int]) -> int:

@@ -101,6 +101,7 @@ def unpacked(row: np.ndarray) -> Features:
 class LocalFeatures:
     """Finds local features where an :class:`lib.network.engine.Engine` computes descriptors."""
 
+    task = "local features"
     image_size = LONGEST
     squashes = False
     dimension = ROW_BYTES

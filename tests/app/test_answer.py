@@ -336,14 +336,13 @@ def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
     search = Search(own, gallery)
     name = gallery.names[7]
     photo = search.photo(name)
-    assert photo.shape == (16, 16, 3)
-    found = search.answer(photo, Question(k=1))
+    found = search.answer(photo, Question(k=1, verify=False))
     assert found.names == [name] and found.similarities[0] == pytest.approx(1, abs=1e-4)
     whitening = learn_pca_whitening(np.asarray(gallery.embeddings), shrinkage=answer.SHRINKAGE)
     expected = whitening.apply(gallery.embeddings)
     similarities = expected @ expected[7]
     best = [gallery.names[i] for i in np.argsort(-similarities)[:4]]
-    assert search.answer(photo, Question(k=4)).names == best
+    assert search.answer(photo, Question(k=4, verify=False)).names == best
     heats = search.why(photo, search.photo(gallery.names[8]))
     assert [heat.shape for heat in heats] == [(8, 8)] * 2
 
