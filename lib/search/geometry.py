@@ -14,12 +14,15 @@ MAGSAC++ of OpenCV (Barath, Noskova, Ivashechkin, Matas, CVPR 2020), which is de
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from lib.search.local_features import Features
 
@@ -112,8 +115,18 @@ def verify_all(
     def one(other: Features) -> Geometry:
         return _fit(features, other, _match(own, _unit(other), RATIO), model)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    # Products of a thread each: BLAS's own threads would wait for one another, and are several
+    # times slower on a busy machine. The limit is the process's, hence one at a time.
+    with (
+        _LIMIT,
+        _blas().limit(limits=1, user_api="blas"),
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
         return list(threads.map(one, others))
+
+
+_LIMIT = threading.Lock()
+_blas = cache(ThreadpoolController)
 
 
 def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -> Geometry:
