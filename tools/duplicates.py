@@ -39,7 +39,7 @@ from lib.data.photos import (
     picture_and_size,
     picture_of,
 )
-from lib.files import checksum, project_root, replacing, show_name, show_path
+from lib.files import checksum, or_cache, project_root, replacing, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
 from lib.programs import as_path, program
 from lib.search.exact import nearest
@@ -291,8 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     paths, left_out = find_photos(options.photos)  # before the network is made
     if not paths:
         raise NoPhotosError(f"{show_path(options.photos)} holds no photos", left_out)
-    run = project_root() / OWN_PHOTOS
-    out = options.out or project_root() / "runs" / "duplicates"
+    run = or_cache(project_root() / OWN_PHOTOS)
+    out = options.out or run.parent / "duplicates"
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     copies = find_copies(options.photos, packaged_engine(run), run / JOBS)
     write_csv(copies, out)

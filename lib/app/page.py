@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lib.app.answer import JOBS, open_option
-from lib.files import only_writer, project_root, show_path
+from lib.files import only_writer, or_cache, project_root, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program
 
@@ -67,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     run, gallery, option = (root / options.run_dir).resolve(), root / options.gallery, "--gallery"
     if options.photos is not None:
         gallery, option = options.photos.absolute(), "--photos"
-        run = root / OWN_PHOTOS
     else:
         engine = open_engine(run)
     for name, folder in {option: gallery, "--folders-root": root / options.folders_root}.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {show_path(folder)} ({name})")
     if options.photos is not None:
+        run = or_cache(root / OWN_PHOTOS)
         engine = packaged_engine(run)
     open_option(engine, gallery, run / JOBS, option)
     parameters = {

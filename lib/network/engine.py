@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # an exported tower runs without Keras
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINE = "tower.engine"  # name of a run's exported tower
-OWN_PHOTOS = "runs/own_photos"  # in the project, for packaged_engine and embeddings made with it
+# In the project (lib.files.or_cache), for packaged_engine and embeddings made with it.
+OWN_PHOTOS = "runs/own_photos"
 
 _FORMAT = 2
 GEM_P, VIEWS = 2.0, (160, 224, 320)  # of the packaged network
