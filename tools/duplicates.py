@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.app.answer import JOBS, SearchError, open_gallery
+from lib.app.answer import JOBS, open_option
 from lib.app.web import counted, picture_uri
 from lib.data.copies import HASHED, KINDS, SCENE, Group, group_copies
 from lib.data.duplicates import perceptual_hash
@@ -112,14 +112,10 @@ def find_copies(folder: Path, engine: Engine, jobs: Path) -> Copies:
         jobs: a folder that keeps the descriptors; made if absent.
 
     Raises:
-        NoPhotosError: there is no photo, or none that can be read.
-        JobBusyError, EmbeddingJobError: see :func:`lib.app.answer.open_gallery`.
+        ValueError, JobBusyError, EmbeddingJobError: see :func:`lib.app.answer.open_option`.
     """
     paths, left_out = find_photos(folder)
-    try:
-        gallery = open_gallery(engine, folder, jobs)
-    except SearchError as error:  # names no path
-        raise NoPhotosError(f"{show_path(folder)}: {error}") from None
+    gallery = open_option(engine, folder, jobs, "PHOTOS")
     sizes = Counter(map(_size, paths))
     several = {size for size, count in sizes.items() if count > 1}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL

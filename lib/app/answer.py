@@ -42,7 +42,15 @@ from lib.data.photos import (
 )
 from lib.files import only_writer, read_json, show_path
 from lib.network.engine import Engine
-from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
+from lib.search.embedding import (
+    FORMAT,
+    JOB,
+    EmbeddingJobError,
+    JobBusyError,
+    embed_job,
+    photos_below,
+    place_of,
+)
 from lib.search.exact import nearest
 from lib.search.photo_index import IndexSettings, PhotoIndex
 
@@ -183,7 +191,11 @@ def open_gallery(
     key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
     job = Path(jobs) / key.hexdigest()[:16]
     _remove_superseded(Path(jobs), engine)
-    embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
+    try:
+        embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
+    except JobBusyError:  # names a folder of ours
+        text = "another process reads these photos: wait until it has finished"
+        raise JobBusyError(text) from None
     with contextlib.suppress(OSError):
         (job / JOB).touch()  # its time is that of the last use
     left_out = _sentences(source.left_out)
@@ -205,8 +217,8 @@ def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Galler
         return open_gallery(engine, folder, jobs)
     except SearchError as error:  # names no path
         raise ValueError(f"{named}: {error}") from None
-    except JobBusyError as error:  # names a folder of ours
-        raise JobBusyError(f"{named} is being read: {error}") from None
+    except EmbeddingJobError as error:
+        raise type(error)(f"{named}: {error}") from None
 
 
 def _remove_superseded(jobs: Path, engine: Engine) -> None:

@@ -414,10 +414,8 @@ def test_the_title_says_what_is_searched(folder, tmp_path, monkeypatch):
     """It was "Landmark search" for own photos, too."""
     monkeypatch.setattr(app_page, "packaged_engine", lambda run: fake_engine())
     monkeypatch.setattr(app_page, "OWN_PHOTOS", str(tmp_path / "run"))
-    for options, title in (
-        ((), "Landmark search"),
-        (["--photos", f"{folder}/."], "Search in photos"),
-    ):
+    own = ["--photos", f"{folder}/."]
+    for title, options in {"Landmark search": [], "Search in photos": own}.items():
         status, ((_, notebook),) = run_main(tmp_path, monkeypatch, folder, None, *options)
         assert status == 0 and nbformat.reads(notebook, 4).metadata.title == title
 

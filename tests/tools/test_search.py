@@ -10,9 +10,9 @@ from PIL import Image
 from lib.app.answer import JOBS, Question, Search, open_gallery
 from lib.app.upload import read_upload
 from lib.data.photos import read_photo
-from lib.network.engine import export_engine, load_engine
+from lib.files import only_writer
+from lib.network.engine import OWN_PHOTOS, export_engine, load_engine
 from lib.network.tower import TowerSettings, build_tower
-from lib.search.embedding import JobBusyError
 from tools import search as command
 
 
@@ -80,14 +80,15 @@ def test_a_link_in_the_folder_does_not_find_itself(photos, capsys):
         assert query not in found and found[0] == other and len(found) == 24
 
 
-def test_a_folder_that_another_program_reads_is_named(photos, capsys, monkeypatch):
-    def busy(*_):
-        raise JobBusyError("another process works on it: wait until it has finished")
-
-    monkeypatch.setattr("lib.app.answer.open_gallery", busy)
-    assert command.main([str(photos), str(photos / "00.png")]) == 1
-    printed = capsys.readouterr().err
-    assert "photos (PHOTOS) is being read: another process" in printed and printed.count("\n") == 1
+def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys):
+    """The message named the folder of its embeddings."""
+    results(capsys, photos, photos / "00.png")
+    (job,) = (tmp_path / OWN_PHOTOS / JOBS).iterdir()
+    with only_writer(job, RuntimeError()):
+        assert command.main([str(photos), str(photos / "00.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "photos (PHOTOS): another process reads these photos: wait" in line
+    assert JOBS not in line
 
 
 def test_a_box_searches_with_a_part(photos, tmp_path, capsys):
