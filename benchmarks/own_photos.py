@@ -50,8 +50,16 @@ from lib.data.photos import (
 )
 from lib.evaluation.metrics import average_precision, hit_at, leave_one_out
 from lib.files import show_path
-from lib.network.engine import ENGINE, GEM_P, VIEWS, Engine, export_engine, load_engine
-from lib.network.tower import TowerSettings, build_tower
+from lib.network.engine import (
+    ENGINE,
+    GEM_P,
+    VIEWS,
+    Engine,
+    export_engine,
+    load_engine,
+    packaged_settings,
+)
+from lib.network.tower import build_tower
 from lib.network.whitening import learn_pca_whitening
 from lib.programs import as_path, program
 from lib.search.rerank import expand_queries
@@ -75,13 +83,7 @@ _CROSS_SHRINKAGE = 0.1
 
 def packaged(gem_p: float, views: tuple[int, ...]) -> Engine:
     """The packaged network with an exponent and views; () for a squashed square of 224 pixels."""
-    settings = TowerSettings(
-        image_size=max(views, default=224),
-        embedding_size=0,
-        gem_p=gem_p,
-        backbone="EfficientNetLite0",
-        weights="packaged",
-    )
+    settings = packaged_settings(max(views, default=224), gem_p)
     with tempfile.TemporaryDirectory() as folder:
         export_engine(build_tower(settings), Path(folder) / ENGINE, views=views)
         return load_engine(Path(folder) / ENGINE)
