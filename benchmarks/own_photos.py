@@ -19,7 +19,8 @@ Holidays). Either searches among all other photos.
 Then 200 photos are changed and searched with: how many find the photo they were made of first?
 
 Prints, for each folder, a table of mAP and recall@1 in per cent and one of the changed photos, and
-as its last line one JSON object.
+as its last line one JSON object. Writes both to ``benchmarks/results/own_photos_<folder>.json``. Of
+the photographs nothing is kept.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
 import numpy as np
+import openvino
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
@@ -49,7 +54,7 @@ from lib.data.photos import (
     upright_rgb,
 )
 from lib.evaluation.metrics import average_precision, hit_at, leave_one_out
-from lib.files import show_path
+from lib.files import project_root, show_path, write_json
 from lib.network.engine import (
     ENGINE,
     GEM_P,
@@ -139,7 +144,7 @@ def part(image: Image.Image, area: float, rng: np.random.Generator) -> Image.Ima
     return image.crop((x, y, x + width, y + height))
 
 
-def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.DataFrame:
+def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> dict[str, dict]:
     """How many changed photos find their original first, and among the first ten, in per cent."""
     rng, names = np.random.default_rng(0), [str(number) for number in range(len(paths))]
     search = Search(engine, Gallery(Path(), names, vectors, unreadable=0))
@@ -159,12 +164,13 @@ def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.D
             found = search.answer(photo, Question(10)).names
             ranks.append(found.index(names[number]) if names[number] in found else 10)
         ranks = np.array(ranks)
-        rows[way] = {"first": 100 * (ranks == 0).mean(), "in ten": 100 * (ranks < 10).mean()}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        hits = {"first": ranks == 0, "in ten": ranks < 10}
+        rows[way] = {place: 100 * float(hit.mean()) for place, hit in hits.items()}
+    return rows
 
 
-def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder: a row for each step, and one for each change."""
+def measure(folder: Path) -> dict:
+    """The result of a folder, with a row for each step, and one for each change."""
     paths = []
     for path in landmark_photos(folder).paths:
         try:
@@ -183,22 +189,48 @@ def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows[SEARCH] = leave_one_out(whitened, labels)
     rows[EXPANDED] = search_expanded(whitened, labels)
     rows[CROSS_FITTED] = search_cross_fitted(vectors, labels)
-    rows = {step: quality(hits, labels) for step, hits in rows.items()}
-    return pd.DataFrame.from_dict(rows, orient="index"), find_changed(engine, paths, vectors)
+    return {
+        "name": folder.resolve().name,
+        "command": "python -m benchmarks.own_photos PHOTOS",
+        "photos": len(labels),
+        "landmarks": len(set(labels)),
+        "tower": asdict(packaged_settings()),
+        "options": {
+            "steps": {step: {"gem_p": p, "views": views} for step, (p, views) in STEPS.items()},
+            "shrinkage": SHRINKAGE,
+            "neighbours": NEIGHBOURS,
+            "folds": _FOLDS,
+            "cross_fitted_shrinkage": _CROSS_SHRINKAGE,
+            "changed": min(_CHANGED, len(labels)),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            "openvino": openvino.__version__,
+            "numpy": np.__version__,
+            "engine": engine.name,
+        },
+        "steps": {step: quality(hits, labels) for step, hits in rows.items()},
+        "changed": find_changed(engine, paths, vectors),
+    }
 
 
 @program()
 def main(given: list[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=as_path, nargs="+", metavar="PHOTOS")
     found = {}
     for folder in parser.parse_args(given).photos:
-        table, changed = measure(folder)
+        result = measure(folder)
+        name = result["name"]
         print(show_path(folder))
-        print(table.round(1).to_string(), end="\n\n")
-        print(changed.round(1).to_string(), end="\n\n")
-        found[folder.name] = table["mAP, every photo"].round(1).to_dict()
+        for rows in (result["steps"], result["changed"]):
+            print(pd.DataFrame.from_dict(rows, orient="index").round(1).to_string(), end="\n\n")
+        path = project_root() / "benchmarks" / "results" / f"own_photos_{name}.json"
+        write_json(path, result)
+        print(show_path(path), "written")
+        found[name] = {s: round(row["mAP, every photo"], 1) for s, row in result["steps"].items()}
     print(json.dumps(found))
     return 0
 
