@@ -30,7 +30,7 @@ from pathlib import Path
 
 from lib.app.answer import JOBS, Question, Search, open_option
 from lib.data.photos import Box, PhotoError
-from lib.files import project_root, show_name, show_path
+from lib.files import or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, one_line, program
 
@@ -54,7 +54,7 @@ def main(given: list[str] | None = None) -> int:
         raise UsageError("--box is a part of one query: give one QUERY with it")
     if not options.photos.is_dir():
         raise FileNotFoundError(f"there is no folder {show_path(options.photos)} (PHOTOS)")
-    run = options.run_dir or project_root() / OWN_PHOTOS
+    run = options.run_dir or or_cache(project_root() / OWN_PHOTOS)
     engine = open_engine(run) if options.run_dir else packaged_engine(run)
     gallery = open_option(engine, options.photos, run / JOBS, "PHOTOS")
     if gallery.unreadable or gallery.left_out:

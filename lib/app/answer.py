@@ -49,6 +49,7 @@ from lib.search.embedding import (
     FORMAT,
     JOB,
     Embedded,
+    EmbeddingJobError,
     JobBusyError,
     embed_job,
     photos_below,
@@ -216,7 +217,11 @@ def open_gallery(
         place = place_of(folder, Path(jobs))
         key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
         job = Path(jobs) / key.hexdigest()[:16]
-        found = embed_job(engine, source, job, _BATCH, on_progress)
+        try:
+            found = embed_job(engine, source, job, _BATCH, on_progress)
+        except JobBusyError:  # names a folder of ours
+            text = "another process reads these photos: wait until it has finished"
+            raise JobBusyError(text) from None
         with contextlib.suppress(OSError):
             (job / JOB).touch()  # its time is that of the last use
         return found
@@ -247,8 +252,8 @@ def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Galler
         return open_gallery(engine, folder, jobs)
     except SearchError as error:  # names no path
         raise ValueError(f"{named}: {error}") from None
-    except JobBusyError as error:  # names a folder of ours
-        raise JobBusyError(f"{named} is being read: {error}") from None
+    except EmbeddingJobError as error:
+        raise type(error)(f"{named}: {error}") from None
 
 
 def _remove_superseded(jobs: Path, engine: Engine) -> None:

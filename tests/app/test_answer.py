@@ -22,6 +22,7 @@ from lib.app.answer import (
     folder_below,
     landmark_of,
     open_gallery,
+    open_option,
 )
 from lib.data.decoding import resize
 from lib.data.photos import read_photo
@@ -29,7 +30,7 @@ from lib.evaluation.explain import occlusion_heat
 from lib.files import only_writer
 from lib.network.engine import Engine
 from lib.network.whitening import learn_pca_whitening
-from lib.search.embedding import EmbeddingJobError
+from lib.search.embedding import JOB, EmbeddingJobError, JobBusyError
 from lib.search.local_features import LONGEST, LocalFeatures, local_features, packed
 from lib.search.same_place import PERHAPS, SAME, SIMILAR
 from tests.conftest import textured, unit
@@ -275,8 +276,13 @@ def test_folders_without_photos_are_refused_without_a_path(tmp_path):
 def test_two_windows_do_not_embed_one_folder_at_a_time(folder, tmp_path):
     open_gallery(fake_engine(), folder, tmp_path / "jobs")
     (job,) = (tmp_path / "jobs").iterdir()
-    with only_writer(job, RuntimeError()), pytest.raises(EmbeddingJobError, match="wait"):
+    with only_writer(job, RuntimeError()), pytest.raises(JobBusyError, match="wait") as busy:
         open_gallery(fake_engine(), folder, tmp_path / "jobs")
+    assert str(busy.value).startswith("another process reads these photos")
+    (job / JOB).write_text("damaged")
+    named = rf"^\S*{folder.name} \(--x\): \S*{job.name}/{JOB} is not valid JSON"
+    with pytest.raises(EmbeddingJobError, match=named):
+        open_option(fake_engine(), folder, tmp_path / "jobs", "--x")
 
 
 @pytest.mark.parametrize("typed", ["Pictures/2024", "./Pictures//2024/", " Pictures/2024 "])
