@@ -46,7 +46,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.duplicates import WAYS, encoded
-from lib.app.answer import NEIGHBOURS, SHRINKAGE, Gallery, Question, Search
+from lib.app.answer import NEIGHBOURS, SHRINKAGE, Question, Search
+from lib.app.gallery import Gallery
 from lib.data.photos import (
     PhotoError,
     landmark_name,

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.app.answer import JOBS, open_option
+from lib.app.gallery import JOBS, open_option
 from lib.app.web import counted, picture_uri
 from lib.data.copies import HASHED, KINDS, SCENE, Group, group_copies
 from lib.data.duplicates import perceptual_hash
@@ -112,7 +112,7 @@ def find_copies(folder: Path, engine: Engine, jobs: Path) -> Copies:
         jobs: a folder that keeps the descriptors; made if absent.
 
     Raises:
-        ValueError, JobBusyError, EmbeddingJobError: see :func:`lib.app.answer.open_option`.
+        ValueError, JobBusyError, EmbeddingJobError: see :func:`lib.app.gallery.open_option`.
     """
     paths, left_out = find_photos(folder)
     gallery = open_option(engine, folder, jobs, "PHOTOS")

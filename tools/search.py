@@ -28,7 +28,8 @@ import os
 import sys
 from pathlib import Path
 
-from lib.app.answer import JOBS, Question, Search, open_option
+from lib.app.answer import Question, Search
+from lib.app.gallery import JOBS, open_option
 from lib.data.photos import Box, PhotoError
 from lib.files import or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine

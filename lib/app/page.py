@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from lib.app.answer import JOBS, open_option
+from lib.app.gallery import JOBS, open_option
 from lib.files import only_writer, or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program

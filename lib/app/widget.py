@@ -20,21 +20,10 @@ import ipywidgets as widgets
 import numpy as np
 from tqdm import tqdm
 
-from lib.app.answer import (
-    GONE,
-    KINDS,
-    RERANKINGS,
-    Answer,
-    Gallery,
-    Question,
-    Search,
-    SearchError,
-    folder_below,
-    landmark_of,
-    open_gallery,
-)
+from lib.app.answer import KINDS, RERANKINGS, Answer, Question, Search
 from lib.app.box import LargePhoto, PhotoBox
 from lib.app.drop import PhotoDrop
+from lib.app.gallery import GONE, Gallery, SearchError, folder_below, landmark_of, open_gallery
 from lib.app.upload import Upload, UploadError, read_upload, with_picture
 from lib.app.web import counted, load, message, picture_uri, valid
 from lib.data.decoding import resize
@@ -106,7 +95,7 @@ class SearchApp(widgets.VBox):
 
         Args:
             engine: from :func:`lib.network.engine.load_engine`.
-            gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
+            gallery: the first to search in, from :func:`lib.app.gallery.open_gallery`.
             jobs: folder that stores the embeddings of galleries.
             folders_root: users can search in the folders below it; None: the home folder.
         """

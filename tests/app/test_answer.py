@@ -13,11 +13,9 @@ import pytest
 from PIL import Image
 
 from lib.app import answer
-from lib.app.answer import (
-    KINDS,
+from lib.app.answer import KINDS, Question, Search
+from lib.app.gallery import (
     Gallery,
-    Question,
-    Search,
     SearchError,
     folder_below,
     landmark_of,

@@ -14,9 +14,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from lib.app import page as app_page
-from lib.app.answer import Question, SearchError, landmark_of, open_gallery
+from lib.app.answer import Question
 from lib.app.box import LEAST
 from lib.app.drop import PhotoDrop
+from lib.app.gallery import SearchError, landmark_of, open_gallery
 from lib.app.upload import MOST_BYTES
 from lib.app.widget import LARGE, SAMPLES, SearchApp, _thumbnail
 from lib.files import only_writer
@@ -397,7 +398,7 @@ def run_main(tmp_path, monkeypatch, gallery, fails=None, *options):
     monkeypatch.setattr(app_page, "open_engine", lambda run: fake_engine())
     monkeypatch.setattr(app_page, "serve", lambda page, *_: served.append((page, page.read_text())))
     if fails:
-        monkeypatch.setattr("lib.app.answer.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
+        monkeypatch.setattr("lib.app.gallery.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
     places = "--run-dir", str(tmp_path), "--gallery", str(gallery)
     return app_page.main([*places, *options]), served
 

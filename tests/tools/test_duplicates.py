@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lib.app.answer import JOBS
+from lib.app.gallery import JOBS
 from lib.data.copies import SAME_BYTES, SAME_PICTURE, SAME_SCENE
 from lib.files import only_writer
 from lib.network.engine import OWN_PHOTOS, Engine

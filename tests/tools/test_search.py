@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.app.answer import JOBS, Question, Search, open_gallery
+from lib.app.answer import Question, Search
+from lib.app.gallery import JOBS, open_gallery
 from lib.app.upload import read_upload
 from lib.data.photos import read_photo
 from lib.files import only_writer, project_root
