@@ -115,7 +115,7 @@ def find_copies(folder: Path, engine: Engine, jobs: Path) -> Copies:
         ValueError, JobBusyError, EmbeddingJobError: see :func:`lib.app.gallery.open_option`.
     """
     paths, left_out = find_photos(folder)
-    gallery = open_option(engine, folder, jobs, "PHOTOS")
+    gallery = open_option(engine, folder, jobs, "PHOTOS", verifiable=False)
     sizes = Counter(map(_size, paths))
     several = {size for size, count in sizes.items() if count > 1}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL

@@ -25,6 +25,7 @@ from lib.data.photos import NoPhotosError, landmark_name, left_out_lines
 from lib.files import only_writer, read_json, show_path
 from lib.network.engine import Engine
 from lib.search.embedding import (
+    EMBEDDINGS,
     FORMAT,
     JOB,
     Embedded,
@@ -106,6 +107,7 @@ def open_gallery(
     folder: Path,
     jobs: Path,
     on_progress: Callable[[int, int], None] | None = None,
+    verifiable: bool = True,
 ) -> Gallery:
     """Embed the photos of a folder and its subfolders, or load their stored embeddings.
 
@@ -116,6 +118,8 @@ def open_gallery(
         engine, on_progress: see :func:`lib.search.embedding.embed_job`.
         folder: of photos.
         jobs: folder to store embeddings in, with a subfolder for each folder of photos.
+        verifiable: whether local features are found, too, if the engine is one with views; each
+            photo's take 132 kB of the disk.
 
     Raises:
         SearchError: there is no photo, or none that can be read.
@@ -129,10 +133,13 @@ def open_gallery(
         raise SearchError(text + _sentences(error.left_out)) from None
     _remove_superseded(Path(jobs), engine)
 
-    def rows_of(engine: Engine | LocalFeatures) -> Embedded:
+    def job_of(engine: Engine | LocalFeatures) -> Path:
         place = place_of(folder, Path(jobs))
         key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
-        job = Path(jobs) / key.hexdigest()[:16]
+        return Path(jobs) / key.hexdigest()[:16]
+
+    def rows_of(engine: Engine | LocalFeatures) -> Embedded:
+        job = job_of(engine)
         try:
             found = embed_job(engine, source, job, _BATCH, on_progress)
         except JobBusyError:  # names a folder of ours
@@ -144,8 +151,10 @@ def open_gallery(
 
     embeddings, names, skipped = rows_of(engine)
     left_out, features = _sentences(source.left_out), None
-    if names and engine.views:
-        if shutil.disk_usage(jobs).free > len(names) * ROW_BYTES + _ROOM:
+    if names and engine.views and verifiable:
+        stored = job_of(LocalFeatures()) / EMBEDDINGS
+        needed = len(names) * ROW_BYTES - (stored.stat().st_size if stored.exists() else 0)
+        if needed <= 0 or shutil.disk_usage(jobs).free > needed + _ROOM:
             rows, of, _ = rows_of(LocalFeatures())
             features = dict(zip(of, np.asarray(rows), strict=True))
         else:
@@ -156,7 +165,9 @@ def open_gallery(
     return Gallery(Path(folder), names, embeddings, unreadable, left_out, features)
 
 
-def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Gallery:
+def open_option(
+    engine: Engine, folder: Path, jobs: Path, option: str, verifiable: bool = True
+) -> Gallery:
     """:func:`open_gallery` for a program, whose errors name the folder and the option it came by.
 
     Raises:
@@ -165,7 +176,7 @@ def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Galler
     """
     named = f"{show_path(folder)} ({option})"
     try:
-        return open_gallery(engine, folder, jobs)
+        return open_gallery(engine, folder, jobs, verifiable=verifiable)
     except SearchError as error:  # names no path
         raise ValueError(f"{named}: {error}") from None
     except EmbeddingJobError as error:

@@ -126,7 +126,7 @@ def test_files_that_can_not_be_read_are_named(photos, tmp_path, capsys):
 def test_a_photo_that_is_gone_after_it_was_embedded(photos, tmp_path, capsys, monkeypatch):
     shutil.copy(photos / "one.jpg", photos / "again.jpg")
 
-    def gone_meanwhile(*arguments):
+    def gone_meanwhile(*arguments, **settings):
         gallery = whole(*arguments)
         (photos / "again.jpg").unlink()
         return gallery
