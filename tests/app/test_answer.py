@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import takewhile
 
 import cv2
 import numpy as np
@@ -25,7 +26,7 @@ from lib.app.gallery import (
 from lib.data.decoding import resize
 from lib.data.photos import read_photo
 from lib.evaluation.explain import occlusion_heat
-from lib.files import only_writer
+from lib.files import only_writer, project_root, read_json
 from lib.network.engine import Engine
 from lib.network.whitening import learn_pca_whitening
 from lib.search.embedding import JOB, EmbeddingJobError, JobBusyError
@@ -538,3 +539,15 @@ def test_without_room_for_local_features_one_searches_without(places, tmp_path, 
     search = Search(engine, gallery)
     assert search.image_size == SIZE
     assert search.answer(search.photo("00.png"), Question(k=3)).verdicts == []
+
+
+def test_the_figures_of_the_readme_are_the_stored_ones():
+    """But for what bfloat16 changes: a processor that has it computes in it."""
+    root = project_root()
+    lines = (root / "README.md").read_text("utf-8").partition("| each step adds")[2].splitlines()
+    rows = takewhile(lambda line: line.startswith("|"), lines[2:])
+    said = [[float(cell.strip(" *")) for cell in row.split("|")[2:4]] for row in rows]
+    steps = read_json(root / "benchmarks/results/own_photos_holidays803.json")["steps"]
+    del steps["query expansion"]
+    found = [[row["mAP, every photo"], row["recall@1, every photo"]] for row in steps.values()]
+    np.testing.assert_allclose(100 * np.array(said), found, atol=0.5)
