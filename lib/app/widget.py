@@ -287,7 +287,8 @@ class SearchApp(widgets.VBox):
         if answer.verdicts:
             verified = min(TOP, len(self.search.gallery.names) - bool(query.name))
             how += f", the first {verified} verified"
-            first = f"{_places_in_words(answer.verdicts)} {first if best else ''}"
+            none = {*answer.verdicts} == {SIMILAR}
+            first = f"{_places_in_words(answer.verdicts)} {'' if none or not best else first}"
         part = f" {_in_words(query.box, upload.size)}" if query.box else ""
         gone = uris.count("")
         lost = f" Gone or unreadable: {counted(gone, 'file')} of those shown." if gone else ""
