@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lib.data.copies import BITS, PICTURE, SCENE
 from lib.data.photos import landmark_photos, open_picture, pixels_of, upright_rgb
-from lib.files import project_root
+from lib.files import or_cache, project_root
 from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
 from lib.programs import UsageError, as_path, program
 from tools.duplicates import inspect
@@ -131,7 +131,7 @@ def main(given: list[str] | None = None) -> int:
     paths = landmark_photos(arguments.photos).paths
     if not paths:
         raise ValueError(f"{arguments.photos} has no folders of photos")
-    engine = packaged_engine(project_root() / OWN_PHOTOS)
+    engine = packaged_engine(or_cache(project_root() / OWN_PHOTOS))
     photos = describe(engine, tqdm(paths, "photos", leave=False))
     landmarks = np.array([path.parent.name for path in paths])
     first = np.unique(landmarks, return_index=True)[1][: arguments.copied]

@@ -16,10 +16,13 @@ Two more stand beside it:
 Two protocols: every photo is a query, or the first photo of each landmark is (as in INRIA
 Holidays). Either searches among all other photos.
 
-Then 200 photos are changed and searched with: how many find the photo they were made of first?
+Then 200 photos are changed and searched with, as in the app with its geometric verification: how
+many find the photo they were made of first? What verification adds to the steps above, see
+:mod:`benchmarks.geometry`.
 
 Prints, for each folder, a table of mAP and recall@1 in per cent and one of the changed photos, and
-as its last line one JSON object.
+as its last line one JSON object. Writes both to ``benchmarks/results/own_photos_<folder>.json``. Of
+the photographs nothing is kept.
 """
 
 from __future__ import annotations
@@ -27,19 +30,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
 import numpy as np
+import openvino
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.duplicates import WAYS, encoded
-from lib.app.answer import NEIGHBOURS, SHRINKAGE, Gallery, Question, Search
+from lib.app.answer import NEIGHBOURS, SHRINKAGE, Question, Search
+from lib.app.gallery import Gallery
 from lib.data.photos import (
     PhotoError,
     landmark_name,
@@ -49,11 +57,20 @@ from lib.data.photos import (
     upright_rgb,
 )
 from lib.evaluation.metrics import average_precision, hit_at, leave_one_out
-from lib.files import show_path
-from lib.network.engine import ENGINE, GEM_P, VIEWS, Engine, export_engine, load_engine
-from lib.network.tower import TowerSettings, build_tower
+from lib.files import project_root, show_path, write_json
+from lib.network.engine import (
+    ENGINE,
+    GEM_P,
+    VIEWS,
+    Engine,
+    export_engine,
+    load_engine,
+    packaged_settings,
+)
+from lib.network.tower import build_tower
 from lib.network.whitening import learn_pca_whitening
 from lib.programs import as_path, program
+from lib.search.local_features import LONGEST, local_features, packed
 from lib.search.rerank import expand_queries
 from lib.studies.fixes import landmark_folds
 
@@ -75,13 +92,7 @@ _CROSS_SHRINKAGE = 0.1
 
 def packaged(gem_p: float, views: tuple[int, ...]) -> Engine:
     """The packaged network with an exponent and views; () for a squashed square of 224 pixels."""
-    settings = TowerSettings(
-        image_size=max(views, default=224),
-        embedding_size=0,
-        gem_p=gem_p,
-        backbone="EfficientNetLite0",
-        weights="packaged",
-    )
+    settings = packaged_settings(max(views, default=224), gem_p)
     with tempfile.TemporaryDirectory() as folder:
         export_engine(build_tower(settings), Path(folder) / ENGINE, views=views)
         return load_engine(Path(folder) / ENGINE)
@@ -112,11 +123,19 @@ def search_expanded(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def search_cross_fitted(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Hits where the whitening of a query is learned from photos of other landmarks."""
-    hits = np.zeros((len(labels), len(labels) - 1), dtype=bool)
+    similarities = cross_fitted_similarities(vectors, labels)
+    np.fill_diagonal(similarities, -np.inf)
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :-1]
+    return labels[order] == labels[:, None]
+
+
+def cross_fitted_similarities(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Similarities, float32 (n, n), each row whitened by photos of other landmarks."""
+    found = np.empty((len(labels), len(labels)), np.float32)
     for own in landmark_folds(labels, _FOLDS, seed=0):
         whitened = learn_pca_whitening(vectors[~own], shrinkage=_CROSS_SHRINKAGE).apply(vectors)
-        hits[own] = leave_one_out(whitened, labels)[own]
-    return hits
+        found[own] = whitened[own] @ whitened.T
+    return found
 
 
 def quality(hits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -137,10 +156,13 @@ def part(image: Image.Image, area: float, rng: np.random.Generator) -> Image.Ima
     return image.crop((x, y, x + width, y + height))
 
 
-def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.DataFrame:
+def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> dict[str, dict]:
     """How many changed photos find their original first, and among the first ten, in per cent."""
     rng, names = np.random.default_rng(0), [str(number) for number in range(len(paths))]
-    search = Search(engine, Gallery(Path(), names, vectors, unreadable=0))
+    photos = (read_photo(path, LONGEST, squash=False) for path in tqdm(paths, "features"))
+    features = {name: packed(local_features(p)) for name, p in zip(names, photos, strict=True)}
+    gallery = Gallery(Path(), names, vectors, unreadable=0, features=features)
+    search = Search(engine, gallery)
     ways = {
         **{way: WAYS[way] for way in ("JPEG, quality 20", "half the size", "5 % cropped")},
         "a part, 40 % of the area": lambda image: encoded(part(image, 0.4, rng)),
@@ -157,12 +179,13 @@ def find_changed(engine: Engine, paths: list[Path], vectors: np.ndarray) -> pd.D
             found = search.answer(photo, Question(10)).names
             ranks.append(found.index(names[number]) if names[number] in found else 10)
         ranks = np.array(ranks)
-        rows[way] = {"first": 100 * (ranks == 0).mean(), "in ten": 100 * (ranks < 10).mean()}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        hits = {"first": ranks == 0, "in ten": ranks < 10}
+        rows[way] = {place: 100 * float(hit.mean()) for place, hit in hits.items()}
+    return rows
 
 
-def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder: a row for each step, and one for each change."""
+def labelled_photos(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """The photos of a folder that can be read, and the landmark of each; names the others."""
     paths = []
     for path in landmark_photos(folder).paths:
         try:
@@ -171,7 +194,12 @@ def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             print("skipped:", error)
         else:
             paths.append(path)
-    labels = np.array([landmark_name(path.parent.name) for path in paths])
+    return paths, np.array([landmark_name(path.parent.name) for path in paths])
+
+
+def measure(folder: Path) -> dict:
+    """The result of a folder, with a row for each step, and one for each change."""
+    paths, labels = labelled_photos(folder)
     rows = {}
     for step, recipe in STEPS.items():
         engine = packaged(*recipe)
@@ -181,22 +209,48 @@ def measure(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows[SEARCH] = leave_one_out(whitened, labels)
     rows[EXPANDED] = search_expanded(whitened, labels)
     rows[CROSS_FITTED] = search_cross_fitted(vectors, labels)
-    rows = {step: quality(hits, labels) for step, hits in rows.items()}
-    return pd.DataFrame.from_dict(rows, orient="index"), find_changed(engine, paths, vectors)
+    return {
+        "name": folder.resolve().name,
+        "command": "python -m benchmarks.own_photos PHOTOS",
+        "photos": len(labels),
+        "landmarks": len(set(labels)),
+        "tower": asdict(packaged_settings()),
+        "options": {
+            "steps": {step: {"gem_p": p, "views": views} for step, (p, views) in STEPS.items()},
+            "shrinkage": SHRINKAGE,
+            "neighbours": NEIGHBOURS,
+            "folds": _FOLDS,
+            "cross_fitted_shrinkage": _CROSS_SHRINKAGE,
+            "changed": min(_CHANGED, len(labels)),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            "openvino": openvino.__version__,
+            "numpy": np.__version__,
+            "engine": engine.name,
+        },
+        "steps": {step: quality(hits, labels) for step, hits in rows.items()},
+        "changed": find_changed(engine, paths, vectors),
+    }
 
 
 @program()
 def main(given: list[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=as_path, nargs="+", metavar="PHOTOS")
     found = {}
     for folder in parser.parse_args(given).photos:
-        table, changed = measure(folder)
+        result = measure(folder)
+        name = result["name"]
         print(show_path(folder))
-        print(table.round(1).to_string(), end="\n\n")
-        print(changed.round(1).to_string(), end="\n\n")
-        found[folder.name] = table["mAP, every photo"].round(1).to_dict()
+        for rows in (result["steps"], result["changed"]):
+            print(pd.DataFrame.from_dict(rows, orient="index").round(1).to_string(), end="\n\n")
+        path = project_root() / "benchmarks" / "results" / f"own_photos_{name}.json"
+        write_json(path, result)
+        print(show_path(path), "written")
+        found[name] = {s: round(row["mAP, every photo"], 1) for s, row in result["steps"].items()}
     print(json.dumps(found))
     return 0
 

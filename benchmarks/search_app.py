@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.app.answer import JOBS, KINDS, RERANKINGS, open_gallery
+from lib.app.answer import KINDS, RERANKINGS
+from lib.app.gallery import JOBS, open_gallery
 from lib.app.widget import SearchApp
 from lib.files import project_root
 from lib.network.engine import ENGINE, load_engine
@@ -38,7 +39,8 @@ START = """
 import sys
 from pathlib import Path
 from lib.network.engine import load_engine
-from lib.app.answer import Question, Search, open_gallery
+from lib.app.answer import Question, Search
+from lib.app.gallery import open_gallery
 from lib.app.widget import SearchApp
 engine = load_engine(Path(sys.argv[1]))
 gallery = open_gallery(engine, Path(sys.argv[2]), Path(sys.argv[3]), lambda done, of: None)

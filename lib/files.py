@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -75,8 +76,26 @@ def show_name(name: str) -> str:
 
 
 def first_writable(*folders: Path) -> Path:
-    """The first folder that files can be written to, or else the last: data may be read-only."""
-    return next((folder for folder in folders if os.access(folder, os.W_OK)), folders[-1])
+    """The first folder that files can be written to, made if absent, or else the last."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # a read-only disk, a file in its place
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return folders[-1]
+
+
+def or_cache(folder: Path) -> Path:
+    """A folder that programs keep something in, or one in the user's cache if it is read-only.
+
+    It is made if absent. A line on standard error names the one in the cache.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    place = first_writable(folder, cache / "image-retrieval-system" / folder.name)
+    if place != folder:
+        instead = f"{show_path(place)} is used instead"
+        print(f"{show_path(folder)} can't be written to: {instead}", file=sys.stderr)
+    return place
 
 
 def show_error(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import cv2
 import hypothesis
 import numpy as np
 import pytest
@@ -119,6 +120,17 @@ def end_server(server: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def textured(seed: int) -> np.ndarray:
+    """A made-up photo, uint8 (360, 480, 3), with blobs of all sizes: many local features."""
+    rng = np.random.default_rng(seed)
+    photo = np.zeros((360, 480, 3), np.float32)
+    for side in (4, 8, 16, 40):
+        shape = (480 // side, 360 // side)
+        blobs = rng.uniform(-1, 1, (*shape[::-1], 3)).astype(np.float32)
+        photo += cv2.resize(blobs, (480, 360), interpolation=cv2.INTER_CUBIC)
+    return np.uint8(255 * (photo - photo.min()) / (photo.max() - photo.min()))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

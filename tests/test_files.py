@@ -9,6 +9,7 @@ import pytest
 
 from lib.files import (
     only_writer,
+    or_cache,
     project_root,
     read_json,
     remove_half_written,
@@ -151,6 +152,20 @@ def test_a_lock_keeps_others_out_until_its_holder_is_done(tmp_path):
     assert subprocess.run(command, cwd=project_root()).returncode == 0  # ends without letting go
     with only_writer(tmp_path, KeyError("busy")):
         pass
+
+
+def test_what_a_read_only_project_can_not_keep_goes_to_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert or_cache(tmp_path / "runs" / "kept") == tmp_path / "runs" / "kept"
+    assert (tmp_path / "runs" / "kept").is_dir() and not capsys.readouterr().err
+    (tmp_path / "file").touch()
+    cache = tmp_path / "cache" / "image-retrieval-system" / "kept"
+    assert or_cache(tmp_path / "file" / "kept") == cache and cache.is_dir()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "file/kept can't be" in line and str(cache) in line
+    # Root may write to any folder but those of a read-only disk.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "runs" / "kept")
+    assert or_cache(tmp_path / "runs" / "kept") == cache
 
 
 def test_the_message_of_an_error_is_one_short_line():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from lib.files import naming, project_root, replacing
 from lib.programs import UsageError, explain, program
@@ -226,8 +227,6 @@ WRITERS = [
 @pytest.mark.parametrize(("name", "arguments", "named"), WRITERS)
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk(at, monkeypatch, capsys, name, arguments, named, fault):
-    from PIL import Image
-
     for landmark in "ab":
         folder = at(f"@photos/{landmark}")
         os.makedirs(folder)
@@ -279,6 +278,25 @@ def test_interrupts_and_what_nobody_expects(monkeypatch, capsys, name, function,
     words = {KeyboardInterrupt: "interrupted: ", MemoryError: "memory is short", OSError: "OSError"}
     assert words.get(type(error), "KeyError in test_programs.py, line") in line
     assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [(SEARCH, ["@in", "@in/a.png"]), (DUPLICATES, ["@in"]), (PAGE, ["--photos", "@in"])],
+)
+def test_own_photos_with_a_read_only_project(at, monkeypatch, capsys, name, arguments):
+    """Nothing could be searched there: the network and the embeddings had no other place."""
+    os.mkdir(at("@in"))
+    Image.new("RGB", (9, 9)).save(at("@in/a.png"))
+    module, kept = importlib.import_module(name), []
+    monkeypatch.setenv("XDG_CACHE_HOME", at("@cache"))
+    monkeypatch.setattr(module, "OWN_PHOTOS", at("@file/own_photos"))
+    monkeypatch.setattr(module, "packaged_engine", lambda run: kept.append(run) or 1 / 0)
+    assert module.main([*map(at, arguments)]) == 1
+    assert kept == [Path(at("@cache")) / "image-retrieval-system" / "own_photos"]
+    where, failed = capsys.readouterr().err.splitlines()
+    assert "file/own_photos can't be written to: " in where and str(kept[0]) in where
+    assert "ZeroDivisionError" in failed
 
 
 def test_a_damaged_pre_training_names_the_folder(at, monkeypatch, capsys):

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lib.app.answer import JOBS, SearchError, open_gallery
+from lib.app.gallery import JOBS, open_option
 from lib.app.web import counted, picture_uri
 from lib.data.copies import HASHED, KINDS, SCENE, Group, group_copies
 from lib.data.duplicates import perceptual_hash
@@ -39,7 +39,7 @@ from lib.data.photos import (
     picture_and_size,
     picture_of,
 )
-from lib.files import checksum, project_root, replacing, show_name, show_path
+from lib.files import checksum, or_cache, project_root, replacing, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, Engine, packaged_engine
 from lib.programs import as_path, program
 from lib.search.exact import nearest
@@ -112,14 +112,10 @@ def find_copies(folder: Path, engine: Engine, jobs: Path) -> Copies:
         jobs: a folder that keeps the descriptors; made if absent.
 
     Raises:
-        NoPhotosError: there is no photo, or none that can be read.
-        JobBusyError, EmbeddingJobError: see :func:`lib.app.answer.open_gallery`.
+        ValueError, JobBusyError, EmbeddingJobError: see :func:`lib.app.gallery.open_option`.
     """
     paths, left_out = find_photos(folder)
-    try:
-        gallery = open_gallery(engine, folder, jobs)
-    except SearchError as error:  # names no path
-        raise NoPhotosError(f"{show_path(folder)}: {error}") from None
+    gallery = open_option(engine, folder, jobs, "PHOTOS", verifiable=False)
     sizes = Counter(map(_size, paths))
     several = {size for size, count in sizes.items() if count > 1}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes without the GIL
@@ -291,8 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     paths, left_out = find_photos(options.photos)  # before the network is made
     if not paths:
         raise NoPhotosError(f"{show_path(options.photos)} holds no photos", left_out)
-    run = project_root() / OWN_PHOTOS
-    out = options.out or project_root() / "runs" / "duplicates"
+    run = or_cache(project_root() / OWN_PHOTOS)
+    out = options.out or run.parent / "duplicates"
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     copies = find_copies(options.photos, packaged_engine(run), run / JOBS)
     write_csv(copies, out)

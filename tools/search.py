@@ -6,12 +6,15 @@
 The first search embeds the folder, with a progress bar; later ones only what is new or changed. The
 network is pre-trained (:func:`lib.network.engine.packaged_engine`); ``--run-dir`` names a run whose
 trained network is used instead. A query that is one of the folder's photos is not among its
-results. The ranking is that of the app (:mod:`lib.app.answer`).
+results. The ranking is that of the app (:mod:`lib.app.answer`): by similarity, and the first
+photos by the probability that they show the query's place.
 
 ``--json`` prints a list with an object for each query::
 
-    [{"query": "query.jpg", "results": [{"name": "2024/a.jpg", "similarity": 0.83}]}]
+    [{"query": "query.jpg", "results": [{"name": "2024/a.jpg", "similarity": 0.83,
+                                         "probability": 0.97, "verdict": "same place"}]}]
 
+Probability and verdict are absent where nothing is verified, as with a run's trained network.
 A query that can't be read has ``"error"`` in place of ``"results"``, a line on standard error, and
 makes the exit status 1.
 """
@@ -25,9 +28,10 @@ import os
 import sys
 from pathlib import Path
 
-from lib.app.answer import JOBS, Question, Search, open_option
+from lib.app.answer import Question, Search
+from lib.app.gallery import JOBS, open_option
 from lib.data.photos import Box, PhotoError
-from lib.files import project_root, show_name, show_path
+from lib.files import or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, one_line, program
 
@@ -51,7 +55,7 @@ def main(given: list[str] | None = None) -> int:
         raise UsageError("--box is a part of one query: give one QUERY with it")
     if not options.photos.is_dir():
         raise FileNotFoundError(f"there is no folder {show_path(options.photos)} (PHOTOS)")
-    run = options.run_dir or project_root() / OWN_PHOTOS
+    run = options.run_dir or or_cache(project_root() / OWN_PHOTOS)
     engine = open_engine(run) if options.run_dir else packaged_engine(run)
     gallery = open_option(engine, options.photos, run / JOBS, "PHOTOS")
     if gallery.unreadable or gallery.left_out:
@@ -67,7 +71,9 @@ def main(given: list[str] | None = None) -> int:
         elif not options.json:
             print(show_name(answer["query"]))
             for rank, found in enumerate(answer["results"], start=1):
-                print(f"{rank:4}  {found['similarity']:6.3f}  {show_name(found['name'])}")
+                verdict = f"  {found['verdict']:12}" if "verdict" in found else ""
+                shown = f"{found['similarity']:6.3f}{verdict}"
+                print(f"{rank:4}  {shown}  {show_name(found['name'])}")
     return int(any("error" in answer for answer in answers))
 
 
@@ -85,6 +91,9 @@ def _answer(search: Search, query: Path, k: int, box: Box | None) -> dict:
     answer = search.answer(photo, Question(k), without=own)
     pairs = zip(answer.names, answer.similarities.tolist(), strict=True)
     results = [{"name": name, "similarity": round(value, 4)} for name, value in pairs]
+    places = zip(answer.probabilities, answer.verdicts, strict=True)  # none if nothing is verified
+    for result, (chance, verdict) in zip(results, places, strict=False):
+        result |= {"probability": round(chance, 4), "verdict": verdict}
     return {"query": str(query), "results": results}
 
 

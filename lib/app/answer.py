@@ -5,66 +5,60 @@
     search = Search(engine, gallery)
     photo = search.read(Path("query.jpg"))
     answer = search.answer(photo, Question(k=8, kind="exact", rerank="none"))
-    answer.names, answer.similarities, answer.votes
+    answer.names, answer.similarities, answer.votes, answer.verdicts
 
-A gallery is a folder of photos, embedded once (:func:`lib.search.embedding.embed_job`). The way to
-a photo's folder is its landmark, unless the folders turn out to be something else
-(:attr:`Search.landmarks`). Neither TensorFlow nor Keras is needed.
+A gallery is a folder of photos (:mod:`lib.app.gallery`). If it has local features, the first photos
+of a ranking are verified by geometry (:mod:`lib.search.same_place`). The way to a photo's folder is
+its landmark, unless the folders turn out to be something else (:attr:`Search.landmarks`). Neither
+TensorFlow nor Keras is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import filecmp
-import hashlib
-import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
+from lib.app.gallery import GONE, Gallery, SearchError, landmark_of
 from lib.data.photos import (
     Box,
-    NoPhotosError,
     PhotoError,
-    landmark_name,
-    left_out_lines,
     open_picture,
     picture_of,
     read_photo,
+    shrunk,
 )
-from lib.files import only_writer, read_json, show_path
 from lib.network.engine import Engine
-from lib.search.embedding import FORMAT, JOB, JobBusyError, embed_job, photos_below, place_of
 from lib.search.exact import nearest
+from lib.search.geometry import verify_all
+from lib.search.local_features import (
+    LONGEST,
+    ROW_BYTES,
+    Features,
+    local_features,
+    unpacked,
+)
 from lib.search.photo_index import IndexSettings, PhotoIndex
+from lib.search.same_place import TOP, evidence_of, probability_of, shipped_calibration
 
 if TYPE_CHECKING:
     from lib.network.whitening import Whitening
 
-JOBS = "galleries"  # folder in a run that keeps the embeddings of galleries
 KINDS = ("exact", "inverted lists", "graph")
 RERANKINGS = ("none", "query expansion")
-GONE = "This photo can no longer be read."
 
-_BATCH = 32  # photos between two reports of progress
-_KEPT = 30 * 24 * 3600  # seconds that embeddings of a folder that is gone are kept
 _LEAST_TO_WHITEN = 10  # photos
 _MOST_TO_LEARN = 20_000  # photos that a whitening is learned from
 _MOST_TO_ASK, _NEAREST = 200, 10  # photos that tell whether folders are landmarks, and of each
 SHRINKAGE = 0.9  # of the covariance: few photos say little of it, see benchmarks/README.md
 NEIGHBOURS = 3  # for query expansion; many landmarks have no more photos
-
-
-class SearchError(ValueError):
-    """A folder or photo can't be used; the message names no path and may be shown to anyone."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,9 @@ class Question:
     # Whether a photo that is a copy of one more similar to the query (lib.data.copies) is folded
     # into it, so that k different photos are found.
     fold: bool = False
+    # Whether the first photos of the ranking are verified by geometry, if the gallery has local
+    # features: they are then in the order of the probability that they show the query's place.
+    verify: bool = True
 
     def __post_init__(self):
         if self.k < 1:
@@ -92,142 +89,17 @@ class Question:
 class Answer(NamedTuple):
     """The result of a search."""
 
-    names: list[str]  # of the k photos found, most similar first
+    names: list[str]  # of the k photos found, the best first
     similarities: np.ndarray  # float32 (k,), cosines from -1 to 1
     # Landmark -> its share of these photos, weighted by similarity, largest first. Shares sum to 1;
     # there are none if no photo lies in a landmark's folder.
     votes: dict[str, float]
     seconds: float  # to embed the query and to search
     copies: list[list[str]]  # names of the photos that were folded into each of these
-
-
-@dataclass(frozen=True, eq=False)
-class Gallery:
-    """An embedded folder of photos."""
-
-    folder: Path
-    names: list[str]  # n paths relative to the folder
-    embeddings: np.ndarray  # float32 (n, d) of unit norm
-    unreadable: int  # number of other photos, which could not be read
-    left_out: str = ""  # sentences on what else was left out
-
-    def path(self, name: str) -> Path:
-        """Locate the file of a photo.
-
-        Raises:
-            SearchError: a link on its path leads outside the folder.
-        """
-        path = self.folder / name
-        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
-            raise SearchError("This photo is no longer in the folder.")
-        return path
-
-    def landmarks(self) -> list[str]:
-        """The landmarks of the photos, sorted."""
-        return sorted({landmark_of(name) for name in self.names} - {""})
-
-
-def landmark_of(name: str) -> str:
-    """Derive a photo's landmark from its name: the folder it lies in, "" without one.
-
-    It is the whole way to the folder: "Paris/old" and "Rome/old" are two landmarks.
-    """
-    return landmark_name(name.rpartition("/")[0])
-
-
-def folder_below(root: Path, typed: str) -> Path:
-    """Find the folder that a user typed, absolute or relative to ``root``; resolves all links.
-
-    Raises:
-        SearchError: there is no such folder, or it is not below ``root``, or a name on the way
-            begins with a dot; the message does not say which.
-    """
-    try:
-        root = Path(root).resolve()
-        folder = (root / Path(typed.strip()).expanduser()).resolve()
-        parts = folder.relative_to(root).parts  # raises a ValueError outside
-        if parts and not any(part[0] == "." for part in parts) and folder.is_dir():
-            return folder
-    except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte, an unknown user
-        pass
-    raise SearchError("There is no such folder that may be searched in.")
-
-
-def open_gallery(
-    engine: Engine,
-    folder: Path,
-    jobs: Path,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Gallery:
-    """Embed the photos of a folder and its subfolders, or load their stored embeddings.
-
-    Only photos that are new or changed are embedded. Stored embeddings of other networks or earlier
-    versions are removed, and those of folders that are gone, a month after they were last used.
-
-    Args:
-        engine, on_progress: see :func:`lib.search.embedding.embed_job`.
-        folder: of photos.
-        jobs: folder to store embeddings in, with a subfolder for each folder of photos.
-
-    Raises:
-        SearchError: there is no photo, or none that can be read.
-        JobBusyError: another process embeds the same photos.
-        EmbeddingJobError: the stored embeddings can't be used.
-    """
-    try:
-        source = photos_below(folder)
-    except NoPhotosError as error:
-        text = "There are no photos in this folder, nor in the folders in it."
-        raise SearchError(text + _sentences(error.left_out)) from None
-    place = place_of(folder, Path(jobs))
-    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
-    job = Path(jobs) / key.hexdigest()[:16]
-    _remove_superseded(Path(jobs), engine)
-    embeddings, names, skipped = embed_job(engine, source, job, _BATCH, on_progress)
-    with contextlib.suppress(OSError):
-        (job / JOB).touch()  # its time is that of the last use
-    left_out = _sentences(source.left_out)
-    if not names:
-        raise SearchError(f"None of the photos in this folder can be read.{left_out}")
-    unreadable = len(skipped) - len(source.left_out)
-    return Gallery(Path(folder), names, embeddings, unreadable, left_out)
-
-
-def open_option(engine: Engine, folder: Path, jobs: Path, option: str) -> Gallery:
-    """:func:`open_gallery` for a program, whose errors name the folder and the option it came by.
-
-    Raises:
-        ValueError: there is no photo, or none that can be read.
-        JobBusyError, EmbeddingJobError: as in :func:`open_gallery`.
-    """
-    named = f"{show_path(folder)} ({option})"
-    try:
-        return open_gallery(engine, folder, jobs)
-    except SearchError as error:  # names no path
-        raise ValueError(f"{named}: {error}") from None
-    except JobBusyError as error:  # names a folder of ours
-        raise JobBusyError(f"{named} is being read: {error}") from None
-
-
-def _remove_superseded(jobs: Path, engine: Engine) -> None:
-    """Remove embeddings of folders that are gone, and those of other networks."""
-    for path in jobs.glob(f"{'[0-9a-f]' * 16}/{JOB}"):
-        with contextlib.suppress(JobBusyError, OSError, ValueError, TypeError):
-            job, at = dict(read_json(path)), os.path.realpath(path.parent)
-            # Earlier versions made a job for each state of a folder, and did not name the folder.
-            folder = os.fsdecode(unquote_to_bytes(str(job.get("folder"))))
-            # Not at once: it may lie on a drive that is not connected today.
-            gone = time.time() - path.stat().st_mtime > _KEPT and not os.path.isdir(
-                os.path.join(at, folder)
-            )
-            other = job.get("tower") != engine.fingerprint or job.get("format") != FORMAT
-            if gone or other or "folder" not in job:
-                with only_writer(path.parent, JobBusyError()):
-                    shutil.rmtree(path.parent)
-
-
-def _sentences(left_out: dict[str, int]) -> str:
-    return "".join(f" {line.capitalize()}." for line in left_out_lines(left_out))
+    # If verified: the probability, from 0 to 1, that each of the k shows the query's place, and the
+    # verdict, of lib.search.same_place.VERDICTS; else both are empty.
+    probabilities: list[float]
+    verdicts: list[str]
 
 
 class Search:
@@ -244,9 +116,15 @@ class Search:
             self._vectors, self._whitening = _whitened(gallery.embeddings)
         self._index, self._hash = cache(self._build_index), cache(self._perceptual_hash)
 
+    @property
+    def image_size(self) -> int:
+        """The side or longest side in pixels of a query photo, see :meth:`read`."""
+        verified = self.gallery.features is not None
+        return max(self.engine.image_size, LONGEST) if verified else self.engine.image_size
+
     def read(self, file: Path | BinaryIO, crop: Box | None = None) -> np.ndarray:
         """Read a query photo, or a part of it, as :meth:`answer` needs it; raises PhotoError."""
-        return read_photo(file, self.engine.image_size, self.engine.squashes, crop)
+        return read_photo(file, self.image_size, self.engine.squashes, crop)
 
     def answer(self, photo: np.ndarray, question: Question, without: str = "") -> Answer:
         """Find the photos most similar to a photo.
@@ -258,24 +136,31 @@ class Search:
         """
         start = time.perf_counter()
         index, gallery = self._index(question.kind), self.gallery
-        query = self.engine.embed([photo])
+        query = self.engine.embed([shrunk(photo, self.engine.image_size)])
         if self._whitening is not None:
             query = self._whitening.apply(query)
+        verified = question.verify and gallery.features is not None
+        features, own = local_features(photo) if verified else None, query[0]
         if question.rerank == "query expansion" and gallery.names != [without]:
             from lib.search.rerank import expand_queries  # here: it loads SciPy
 
             # The query must not expand itself.
             others = self._vectors[[name != without for name in gallery.names]]
             query = expand_queries(query, others, k=NEIGHBOURS)
-        wanted = (1 + question.fold) * question.k + bool(without)
+        wanted = max((1 + question.fold) * question.k, TOP * verified) + bool(without)
         while True:
-            ranked, similarities = index.search(query, wanted)
-            groups = self._grouped(ranked[0], question, without)
+            (ranked,), similarities = index.search(query, wanted)
+            log_odds = np.empty(0)
+            if verified:
+                log_odds, order = self._verified(features, own, ranked, without)
+                ranked, similarities = [ranked[i] for i in order], similarities[:, order]
+            groups = self._grouped(ranked, question, without)
             if not question.fold or len(groups) == question.k or wanted >= len(gallery.names):
                 break
             wanted *= 2
-        names = [[ranked[0][place] for place in group] for group in groups]
-        similarities = similarities[0, [group[0] for group in groups]]
+        names = [[ranked[place] for place in group] for group in groups]
+        firsts = [group[0] for group in groups]
+        similarities, log_odds = similarities[0, firsts], log_odds[firsts if verified else []]
         votes: Counter[str] = Counter()
         for (name, *_), similarity in zip(names, similarities.tolist(), strict=True):
             if self.landmarks and (landmark := landmark_of(name)) and similarity > 0:
@@ -286,7 +171,31 @@ class Search:
             votes={landmark: vote / votes.total() for landmark, vote in votes.most_common()},
             seconds=time.perf_counter() - start,
             copies=[copies for _, *copies in names],
+            probabilities=probability_of(log_odds).tolist(),
+            verdicts=[shipped_calibration().verdict(value) for value in log_odds.tolist()],
         )
+
+    def _verified(
+        self, features: Features, query: np.ndarray, ranked: list[str], without: str
+    ) -> tuple[np.ndarray, list[int]]:
+        """Verify the first TOP photos of a ranking.
+
+        Returns:
+            the log-odds that each of n photos shows the query's place, float64 (n,), descending in
+            its first TOP, -inf after them; and for each its place in the given ranking.
+        """
+        places = [place for place, name in enumerate(ranked) if name != without]
+        first, plain = places[:TOP], np.zeros(ROW_BYTES, np.uint8)
+        names = [ranked[place] for place in first]
+        found = verify_all(features, (unpacked(self.gallery.features.get(n, plain)) for n in names))
+        # Only of whitened descriptors is a cosine known to mean something; geometry is left.
+        cosines = np.zeros(len(names))
+        if self._whitening is not None:
+            cosines = self._vectors[[self._rows[name] for name in names]] @ query
+        log_odds = shipped_calibration().log_odds(evidence_of(cosines, found))
+        order = np.argsort(-log_odds, kind="stable")
+        rest = np.full(len(places) - len(first), -np.inf)
+        return np.concatenate([log_odds[order], rest]), [*np.array(first)[order], *places[TOP:]]
 
     def _grouped(self, names: list[str], question: Question, without: str) -> list[list[int]]:
         """Places in a ranking: of the first k photos, each before the places of its copies."""

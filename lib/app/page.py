@@ -23,12 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from lib.app.answer import JOBS, open_option
-from lib.files import only_writer, project_root, show_path
+from lib.app.gallery import JOBS, open_option
+from lib.files import only_writer, or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program
 
 NOTEBOOK = "08_search_app.ipynb"
+TITLE = "Landmark search"
 PORT = 8866
 READY = 1  # kernels started in advance
 MOST_KERNELS = 8  # of some 260 MB each, with those in advance; more pages are refused
@@ -63,17 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 1 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: choose a number from 1 to 65535")
-    root = project_root()
+    root, title = project_root(), TITLE
     run, gallery, option = (root / options.run_dir).resolve(), root / options.gallery, "--gallery"
     if options.photos is not None:
         gallery, option = options.photos.absolute(), "--photos"
-        run = root / OWN_PHOTOS
+        title = f"Search in {show_name(gallery.resolve().name or str(gallery))}"
     else:
         engine = open_engine(run)
     for name, folder in {option: gallery, "--folders-root": root / options.folders_root}.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {show_path(folder)} ({name})")
     if options.photos is not None:
+        run = or_cache(root / OWN_PHOTOS)
         engine = packaged_engine(run)
     open_option(engine, gallery, run / JOBS, option)
     parameters = {
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Not shared between processes, since the notebook contains this one's gallery and folders.
     with _own_folder() as folder:
         page = folder / "search_app.ipynb"
-        write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root)
+        write_page_notebook(root / "notebooks" / NOTEBOOK, page, parameters, root, title)
         serve(page, root / "notebooks" / "page", options.port, not options.no_browser)
     return 0
 
@@ -106,7 +108,11 @@ def _own_folder() -> Iterator[Path]:
 
 
 def write_page_notebook(
-    notebook: Path, path: Path, parameters: dict, start_in: Path | None = None
+    notebook: Path,
+    path: Path,
+    parameters: dict,
+    start_in: Path | None = None,
+    title: str = TITLE,
 ) -> None:
     """Write the notebook of the page to ``path``.
 
@@ -114,6 +120,7 @@ def write_page_notebook(
         notebook: its cells tagged ``parameters`` or ``app`` are copied.
         parameters: values to set after the cell tagged ``parameters``.
         start_in: working directory of the page; None: the folder of ``path``.
+        title: of the page, as text; Voila's template escapes it.
     """
     import nbformat  # here: it takes half a second
 
@@ -128,7 +135,7 @@ def write_page_notebook(
             content.cells.append(cell)
         if "parameters" in tags:
             content.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
-    content.metadata["title"] = "Landmark search"
+    content.metadata["title"] = title
     nbformat.write(content, path)
 
 

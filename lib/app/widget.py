@@ -20,27 +20,17 @@ import ipywidgets as widgets
 import numpy as np
 from tqdm import tqdm
 
-from lib.app.answer import (
-    GONE,
-    KINDS,
-    RERANKINGS,
-    Answer,
-    Gallery,
-    Question,
-    Search,
-    SearchError,
-    folder_below,
-    landmark_of,
-    open_gallery,
-)
+from lib.app.answer import KINDS, RERANKINGS, Answer, Question, Search
 from lib.app.box import LargePhoto, PhotoBox
 from lib.app.drop import PhotoDrop
+from lib.app.gallery import GONE, Gallery, SearchError, folder_below, landmark_of, open_gallery
 from lib.app.upload import Upload, UploadError, read_upload, with_picture
 from lib.app.web import counted, load, message, picture_uri, valid
 from lib.data.decoding import resize
 from lib.data.photos import Box, open_picture, picture_of
 from lib.network.engine import Engine
 from lib.search.embedding import EmbeddingJobError, JobBusyError
+from lib.search.same_place import SAME, SIMILAR, TOP, VERDICTS
 
 GALLERY = "the gallery"  # the name of the first one in the list of galleries
 SAMPLES = 8  # photos offered as queries
@@ -50,6 +40,7 @@ LARGE = 1600  # the same, of a photo that is opened
 VOTES = 3  # landmarks shown
 _COMPARED = ("every photo", "those in the nearest lists (IVF)", "those along a graph (HNSW)")
 _THEN = ("nothing", "search again with the best found (query expansion)")
+_VERIFY = ("verified by geometry", "not verified")
 
 _BUSY = "This folder is being read in another window: try again in a moment."
 _UNUSABLE = "The stored embeddings of this folder can't be used; the log of the app says why."
@@ -104,7 +95,7 @@ class SearchApp(widgets.VBox):
 
         Args:
             engine: from :func:`lib.network.engine.load_engine`.
-            gallery: the first to search in, from :func:`lib.app.answer.open_gallery`.
+            gallery: the first to search in, from :func:`lib.app.gallery.open_gallery`.
             jobs: folder that stores the embeddings of galleries.
             folders_root: users can search in the folders below it; None: the home folder.
         """
@@ -126,6 +117,7 @@ class SearchApp(widgets.VBox):
         self._kind = _choice("Compare with", _COMPARED, KINDS)
         self._rerank = _choice("Then", _THEN, RERANKINGS)
         self._fold = _choice("Copies", ("folded", "one by one"), (True, False))
+        self._verify = _choice("Same place", _VERIFY, (True, False))
         self._where = widgets.Dropdown(description="Search in", options=[GALLERY])
         self._cells = [self._new_cell(rank) for rank in range(max(NUMBERS))]
         self._grid = _box("grid")
@@ -136,7 +128,7 @@ class SearchApp(widgets.VBox):
         self._progress = widgets.HTML()
 
         left = _box("left", self._drop, self._box, self._votes, self._why)
-        settings = self._k, self._kind, self._rerank, self._fold
+        settings = self._k, self._kind, self._rerank, self._fold, self._verify
         right = _box(
             "right", self._status, _box("controls", *settings, self._where), self._grid, self._large
         )
@@ -208,7 +200,7 @@ class SearchApp(widgets.VBox):
         if not typed:
             raise SearchError("Type the name of a folder first.")
         folder = folder_below(self._folders_root, typed)
-        self._open.disabled, self._began = True, time.monotonic()
+        self._open.disabled, self._began, self._done = True, time.monotonic(), 0
         try:
             gallery = open_gallery(self.search.engine, folder, self._jobs, self._show_progress)
         finally:
@@ -251,6 +243,7 @@ class SearchApp(widgets.VBox):
         for sample in old:
             sample.close()
         self._query = self.answer = None
+        self._verify.layout.display = "none" if gallery.features is None else ""
         self._votes.value = self._why.value = ""
         self._box.show(np.empty((0, 0, 3), np.uint8), (1, 1))
         self._grid.children = ()
@@ -261,9 +254,9 @@ class SearchApp(widgets.VBox):
 
     def _read(self, name: str, content: bytes, box: Box | None = None) -> _Query:
         """Read a photo, or a part of it in its own resolution; see _Query."""
-        search, engine = self.search, self.search.engine
+        search = self.search
         if not name:
-            upload = read_upload(content, engine.image_size, engine.squashes, box)
+            upload = read_upload(content, search.image_size, search.engine.squashes, box)
         else:
             pixels = search.photo(name, box)
             with open_picture(search.gallery.path(name)) as image:
@@ -274,7 +267,11 @@ class SearchApp(widgets.VBox):
         """Search with a photo, and show the answer."""
         self._query, upload = query, query.upload
         question = Question(
-            self._k.value, self._kind.value, self._rerank.value, fold=self._fold.value
+            self._k.value,
+            self._kind.value,
+            self._rerank.value,
+            fold=self._fold.value,
+            verify=self._verify.value,
         )
         self.answer = answer = self.search.answer(upload.pixels, question, query.name)
         self._why.value = ""
@@ -282,12 +279,16 @@ class SearchApp(widgets.VBox):
         self._votes.value = _vote_bars(answer.votes)
         uris = list(self._threads.map(partial(self._thumbnail, self.search.gallery), answer.names))
         for rank, (found, uri) in enumerate(zip(answer.names, uris, strict=True)):
-            similarity = float(answer.similarities[rank])
-            self._draw_cell(rank, found, uri, similarity, answer.copies[rank])
+            self._draw_cell(rank, found, uri)
         self._grid.children = self._cells[: len(answer.names)]
         best = next(iter(answer.votes), "")
         first = f"Looks most like {_title(best)}." if best else "The photos most like it:"
         how = question.kind + f", {question.rerank}" * (question.rerank != "none")
+        if answer.verdicts:
+            verified = min(TOP, len(self.search.gallery.names) - bool(query.name))
+            how += f", the first {verified} verified"
+            none = {*answer.verdicts} == {SIMILAR}
+            first = f"{_places_in_words(answer.verdicts)} {'' if none or not best else first}"
         part = f" {_in_words(query.box, upload.size)}" if query.box else ""
         gone = uris.count("")
         lost = f" Gone or unreadable: {counted(gone, 'file')} of those shown." if gone else ""
@@ -306,15 +307,21 @@ class SearchApp(widgets.VBox):
         large.on_click(lambda _: self._on_large(rank))
         return _box("cell", widgets.HTML(), _box("buttons", more, why, large))
 
-    def _draw_cell(
-        self, rank: int, name: str, uri: str, similarity: float, copies: list[str]
-    ) -> None:
+    def _draw_cell(self, rank: int, name: str, uri: str) -> None:
         shown, buttons = self._cells[rank].children
-        title = self._title(name)
+        answer, title = self.answer, self._title(name)
+        similarity = float(answer.similarities[rank])
         gone = "" if uri else " (file gone or unreadable)"
         img = _img(uri or _grey(), f"Result {rank + 1}: {title}{gone}, similarity {similarity:.2f}")
         bar = _bar(f"{rank + 1}. {title}{gone}", similarity, f"{similarity:.2f}")
-        shown.value = img + bar + _folded(copies)
+        place = ""
+        if answer.verdicts:
+            verdict, probability = answer.verdicts[rank], answer.probabilities[rank]
+            place = (
+                f'<div class="verdict verdict-{VERDICTS.index(verdict)}" '
+                f'title="probability of the same place: {probability:.0%}">{verdict}</div>'
+            )
+        shown.value = img + bar + place + _folded(answer.copies[rank])
         more, why, large = buttons.children
         more.tooltip = f"Search with result {rank + 1}, {title}"
         why.tooltip = f"Show what matched in result {rank + 1}, {title}"
@@ -332,6 +339,9 @@ class SearchApp(widgets.VBox):
         return _title((landmark_of(name) if self.search.landmarks else "") or name)
 
     def _show_progress(self, done: int, total: int) -> None:
+        if done < self._done:  # the photos are read again, for their local features
+            self._began = time.monotonic()
+        self._done = done
         bar = f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress>'
         rate = done / max(time.monotonic() - self._began, 1e-3)
         left = tqdm.format_interval((total - done) / rate)
@@ -385,6 +395,17 @@ def _vote_bars(votes: dict[str, float]) -> str:
         for landmark, share in list(votes.items())[:VOTES]
     )
     return f'<div class="votes"><h2>Landmark</h2><ol>{rows}</ol></div>'
+
+
+def _places_in_words(verdicts: list[str]) -> str:
+    """Say how many of the photos found show the query's place."""
+    if same := verdicts.count(SAME):
+        return (
+            f"{counted(same, 'photo')} of those shown {'show' if same > 1 else 'shows'} this place."
+        )
+    if set(verdicts) == {SIMILAR}:
+        return "None of your photos shows this place, as far as can be told. Those most like it:"
+    return "Perhaps one of these shows this place."
 
 
 def _folded(copies: list[str]) -> str:

@@ -28,6 +28,7 @@ from lib.cluster.emulated import ClusterError, connected_to, emulated_cluster, i
 from lib.data.photos import left_out_lines
 from lib.network.engine import PRECISIONS, Engine, keras_engine, load_engine
 from lib.search.embedding import Embedded, PhotoSource, claimed, describe_job, embed_pictures
+from lib.search.local_features import LocalFeatures
 
 if TYPE_CHECKING:  # not needed for embedding
     import keras
@@ -198,10 +199,10 @@ def _train_in_worker(config: dict) -> None:
 class _Embedder:
     """A worker that loads the tower once, and then embeds batch after batch."""
 
-    def __init__(self, tower: str, source: Any, precision: str, threads: int):
+    def __init__(self, tower: Path | None, source: Any, precision: str, threads: int):
         import ray
 
-        self._engine, _ = _load(Path(tower), precision, threads)
+        self._engine, _ = _load(tower, precision, threads)
         self._source = ray.get(source)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
@@ -209,7 +210,7 @@ class _Embedder:
         done = embed_pictures(self._engine, self._source, numbers.tolist())
         names = [self._source.names[number] for number in numbers]
         embedded = np.isin(names, done.names)
-        embeddings = np.zeros((len(names), self._engine.dimension), np.float32)
+        embeddings = np.zeros((len(names), self._engine.dimension), self._engine.dtype)
         embeddings[embedded] = done.embeddings
         skipped = np.full(len(names), "", object)
         skipped[~embedded] = done.skipped
@@ -224,8 +225,12 @@ class _Embedder:
         )
 
 
-def _load(tower: Path, precision: str, threads: int | None = None) -> tuple[Engine, str]:
+def _load(
+    tower: Path | None, precision: str, threads: int | None = None
+) -> tuple[Engine | LocalFeatures, str]:
     """Load a tower and name its precision; check that this machine computes in ``precision``."""
+    if tower is None:
+        return LocalFeatures(threads), precision
     if tower.suffix == ".keras":
         from lib.network.tower import load_tower
 
@@ -243,7 +248,7 @@ def _load(tower: Path, precision: str, threads: int | None = None) -> tuple[Engi
 
 
 def embed(
-    tower: Path,
+    tower: Path | None,
     source: PhotoSource,
     out_folder: Path,
     batch_size: int = 128,
@@ -257,7 +262,8 @@ def embed(
 
     Args:
         tower: file of an exported tower, for the CPU; or a ``.keras`` file, for Keras' backend and
-            its GPU.
+            its GPU; or None: local features are found in place of descriptors, see
+            :mod:`lib.search.local_features`.
         source, batch_size: see :func:`lib.search.embedding.embed_job`.
         out_folder: for this job only, on a disk that all machines share; created if missing.
         precision: of all workers: "float32", "bfloat16", or "auto": the fast one on this machine
@@ -272,8 +278,9 @@ def embed(
             does not compute in the precision; or rows are missing at the end.
         EmbeddingJobError: as :func:`lib.search.embedding.embed_job`.
     """
-    folder, tower = Path(out_folder).resolve(), Path(tower).resolve()
-    if cluster.gpus and tower.suffix != ".keras":
+    folder = Path(out_folder).resolve()
+    tower = None if tower is None else Path(tower).resolve()
+    if cluster.gpus and tower is not None and tower.suffix != ".keras":
         raise ClusterError(
             f"{tower.name} is an exported tower, which runs on processors only: take the .keras "
             "file of its run, or workers without GPUs"
@@ -285,12 +292,12 @@ def embed(
         missing = _missing(folder, len(source))
         if len(missing):
             with _connected(cluster) as ray:
-                worker = (str(tower), ray.put(source), precision, cluster.threads)
+                worker = (tower, ray.put(source), precision, cluster.threads)
                 _embed_on(ray, worker, missing, batch_size, folder / PARTS, cluster)
         if left := len(_missing(folder, len(source))):
             raise ClusterError(f"{left} of {len(source)} pictures have no row: run the job again")
         if not len(source):
-            return Embedded(np.empty((0, engine.dimension), np.float32), [], [])
+            return Embedded(np.empty((0, engine.dimension), engine.dtype), [], [])
         table = pa.concat_tables([pq.read_table(path) for path in _files(folder)])
         # The first row of each picture, in the order of the pictures.
         found = _embedded(table, np.unique(table["number"].to_numpy(), return_index=True)[1])

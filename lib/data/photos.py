@@ -283,6 +283,13 @@ def picture_of(image: Image.Image, longest: int, crop: Box | None = None) -> Ima
         return image
 
 
+def shrunk(photo: np.ndarray, longest: int) -> np.ndarray:
+    """Shrink a photo, uint8 (h, w, 3), to a longer side as :func:`picture_of` does."""
+    image = Image.fromarray(photo)
+    image.thumbnail((longest, longest))
+    return np.asarray(image)
+
+
 def picture_and_size(image: Image.Image, longest: int) -> tuple[Image.Image, tuple[int, int]]:
     """:func:`picture_of`, and width and height in pixels of the whole picture, upright."""
     width, height = image.size  # before the decoder shrinks it

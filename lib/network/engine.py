@@ -43,9 +43,12 @@ from lib.network.openvino import NETWORK_FILES, compile_network, export_network,
 if TYPE_CHECKING:  # an exported tower runs without Keras
     import keras
 
+    from lib.network.tower import TowerSettings
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 ENGINE = "tower.engine"  # name of a run's exported tower
-OWN_PHOTOS = "runs/own_photos"  # in the project, for packaged_engine and embeddings made with it
+# In the project (lib.files.or_cache), for packaged_engine and embeddings made with it.
+OWN_PHOTOS = "runs/own_photos"
 
 _FORMAT = 2
 GEM_P, VIEWS = 2.0, (160, 224, 320)  # of the packaged network
@@ -83,6 +86,7 @@ class Engine:
     name: str
     views: tuple[int, ...] = ()
     dtype: ClassVar = np.dtype("<f4")  # of the embeddings
+    task: ClassVar = "embedding"  # for progress bars
 
     @property
     def squashes(self) -> bool:
@@ -219,6 +223,19 @@ def open_engine(run: Path) -> Engine:
     return load_engine(engine)
 
 
+def packaged_settings(image_size: int = max(VIEWS), gem_p: float = GEM_P) -> TowerSettings:
+    """The network of :func:`packaged_engine`, for :func:`lib.network.tower.build_tower`."""
+    from lib.network.tower import TowerSettings  # loads Keras
+
+    return TowerSettings(
+        image_size,
+        embedding_size=0,
+        gem_p=gem_p,
+        backbone="EfficientNetLite0",
+        weights="packaged",
+    )
+
+
 def packaged_engine(folder: Path) -> Engine:
     """Load a network for photographs of anything, after exporting it if ``folder`` lacks it.
 
@@ -233,18 +250,11 @@ def packaged_engine(folder: Path) -> Engine:
     engine, origin = folder / ENGINE, f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"
     if _origin_of(engine) != origin:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
-        from lib.network.tower import TowerSettings, build_tower  # loads Keras
+        from lib.network.tower import build_tower  # loads Keras
 
         print("exporting the pre-trained network", file=sys.stderr)
-        settings = TowerSettings(
-            image_size=max(VIEWS),
-            embedding_size=0,
-            gem_p=GEM_P,
-            backbone="EfficientNetLite0",
-            weights="packaged",
-        )
         folder.mkdir(parents=True, exist_ok=True)
-        export_engine(build_tower(settings), engine, origin, VIEWS)
+        export_engine(build_tower(packaged_settings()), engine, origin, VIEWS)
     return load_engine(engine)
 
 

@@ -470,7 +470,7 @@ def _embed(
             return error
 
     done = len(source) - len(numbers)
-    bar = tqdm(total=len(source), initial=done, desc="embedding", unit=" photos", disable=silent)
+    bar = tqdm(total=len(source), initial=done, desc=engine.task, unit=" photos", disable=silent)
     with ThreadPoolExecutor(_THREADS) as threads, bar:
         ahead = threads.map(read, numbers[:batch_size])
         for start in range(0, len(numbers), batch_size):

@@ -14,12 +14,15 @@ MAGSAC++ of OpenCV (Barath, Noskova, Ivashechkin, Matas, CVPR 2020), which is de
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from lib.search.local_features import Features
 
@@ -112,8 +115,18 @@ def verify_all(
     def one(other: Features) -> Geometry:
         return _fit(features, other, _match(own, _unit(other), RATIO), model)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    # Products of a thread each: BLAS's own threads would wait for one another, and are several
+    # times slower on a busy machine. The limit is the process's, hence one at a time.
+    with (
+        _LIMIT,
+        _blas().limit(limits=1, user_api="blas"),
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
         return list(threads.map(one, others))
+
+
+_LIMIT = threading.Lock()
+_blas = cache(ThreadpoolController)
 
 
 def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -> Geometry:
@@ -131,7 +144,8 @@ def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
     fits = _distances(a, b, matrix, model) <= WITHIN
-    if fits.sum() < _LEAST[model]:
+    # Several features may lie at one place, turned differently; they say nothing of the model.
+    if min(_places(a[fits]), _places(b[fits])) < _LEAST[model]:
         return none
     cells = min(_cells(a[fits], features.size), _cells(b[fits], other.size))
     return Geometry(matches, fits, matrix, cells)
@@ -162,6 +176,11 @@ def _distances(a: np.ndarray, b: np.ndarray, matrix: np.ndarray, model: str) -> 
             # A plane is seen from one side: the points that it would turn over don't fit.
             found[at[:, 2] * np.median(at[:, 2]) <= 0] = np.inf
     return np.where(np.isfinite(found), found, np.inf)
+
+
+def _places(points: np.ndarray) -> int:
+    """How many pixels hold some of the points, float64 (m, 2)."""
+    return len({*map(tuple, points.round().tolist())})
 
 
 def _cells(points: np.ndarray, size: Sequence[int]) -> int:

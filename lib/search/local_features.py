@@ -21,7 +21,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import cv2
 import numpy as np
@@ -98,18 +99,22 @@ def unpacked(row: np.ndarray) -> Features:
     return Features(points.astype(np.float32) / _STEPS, descriptors, (width, height))
 
 
+@dataclass(frozen=True)
 class LocalFeatures:
     """Finds local features where an :class:`lib.network.engine.Engine` computes descriptors."""
 
-    image_size = LONGEST
-    squashes = False
-    dimension = ROW_BYTES
-    dtype = np.dtype(np.uint8)
-    fingerprint = f"RootSIFT, {MOST} of contrast {_CONTRAST} in {LONGEST} pixels"
-    name = "opencv " + cv2.__version__.partition(".")[0]
+    threads: int | None = None  # None: as many as there are cores
+
+    task: ClassVar = "local features"
+    image_size: ClassVar = LONGEST
+    squashes: ClassVar = False
+    dimension: ClassVar = ROW_BYTES
+    dtype: ClassVar = np.dtype(np.uint8)
+    fingerprint: ClassVar = f"RootSIFT, {MOST} of contrast {_CONTRAST} in {LONGEST} pixels"
+    name: ClassVar = "opencv " + cv2.__version__.partition(".")[0]
 
     def embed(self, photos: Sequence[np.ndarray]) -> np.ndarray:
-        """Rows of the features of n photos, uint8 (n, ROW_BYTES), on all cores."""
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        """Rows of the features of n photos, uint8 (n, ROW_BYTES)."""
+        with ThreadPoolExecutor(self.threads or os.cpu_count()) as threads:
             rows = list(threads.map(lambda photo: packed(local_features(photo)), photos))
         return np.array(rows, np.uint8).reshape(-1, ROW_BYTES)

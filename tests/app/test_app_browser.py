@@ -457,16 +457,17 @@ def sample(name, box, longest=640):
 def own_photos(tmp_path_factory):
     """Photographs in folders of months, two of them copies; and the page that searches them."""
     home = tmp_path_factory.mktemp("own")
+    photos = home / "Us & <i>them"
     for name in ("china", "flower"):
         for number in range(5):
-            folder = home / "photos" / f"2024/{5 + number % 2:02}"
+            folder = photos / f"2024/{5 + number % 2:02}"
             folder.mkdir(parents=True, exist_ok=True)
             part = sample(name, (70 * number, 40 * number, 70 * number + 340, 40 * number + 260))
             part.save(folder / f"{name} {number}.jpg")
-    for folder in ("home", "photos/sent"):
-        (home / folder).mkdir()
-    sample("china", (0, 0, 340, 260), 170).save(home / "photos/sent/<i>small.jpg", quality=80)
-    program = [*changed(OWN_PHOTOS=str(home / "run")), "--photos", home / "photos"]
+    for folder in (home / "home", photos / "sent"):
+        folder.mkdir()
+    sample("china", (0, 0, 340, 260), 170).save(photos / "sent/<i>small.jpg", quality=80)
+    program = [*changed(OWN_PHOTOS=str(home / "run")), "--photos", photos]
     with serve(home, home, program) as address:
         yield address
 
@@ -476,6 +477,7 @@ def test_photos_of_ones_own(page, own_photos):
     app = App(page)
     page.goto(own_photos)
     app.status("11 photos ready.")
+    assert page.title() == "Search in Us & <i>them"
     api.expect(page.get_by_role("heading", level=1)).to_have_text("Search with a photo")
     both = Image.new("RGB", (680, 260))
     both.paste(sample("flower", (0, 0, 340, 260)))

@@ -14,9 +14,10 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from lib.app import page as app_page
-from lib.app.answer import Question, SearchError, landmark_of, open_gallery
+from lib.app.answer import Question
 from lib.app.box import LEAST
 from lib.app.drop import PhotoDrop
+from lib.app.gallery import SearchError, landmark_of, open_gallery
 from lib.app.upload import MOST_BYTES
 from lib.app.widget import LARGE, SAMPLES, SearchApp, _thumbnail
 from lib.files import only_writer
@@ -228,7 +229,7 @@ def test_folders_that_are_no_landmarks_are_not_named_so(folder, tmp_path):
     assert "landmark" not in app._head.value.rpartition("</style>")[2]
     assert len(app._samples.children) == SAMPLES
     send(app._drop, png(5))
-    assert "The photos most like it:" in app._status.value and app._votes.value == ""
+    assert "this place" in app._status.value and app._votes.value == ""
     assert ". 1/landmark 05.png</span>" in "".join(results(app))
 
 
@@ -391,14 +392,15 @@ def test_a_job_that_fails_is_told_by_its_kind(app, tmp_path, monkeypatch, error,
 # ---- The page
 
 
-def run_main(tmp_path, monkeypatch, gallery, fails=None):
+def run_main(tmp_path, monkeypatch, gallery, fails=None, *options):
     """The page's command with a fake network; returns its status and what it would serve."""
     served = []
     monkeypatch.setattr(app_page, "open_engine", lambda run: fake_engine())
     monkeypatch.setattr(app_page, "serve", lambda page, *_: served.append((page, page.read_text())))
     if fails:
-        monkeypatch.setattr("lib.app.answer.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
-    return app_page.main(["--run-dir", str(tmp_path), "--gallery", str(gallery)]), served
+        monkeypatch.setattr("lib.app.gallery.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
+    places = "--run-dir", str(tmp_path), "--gallery", str(gallery)
+    return app_page.main([*places, *options]), served
 
 
 def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
@@ -407,6 +409,16 @@ def test_each_page_has_a_notebook_of_its_own(folder, tmp_path, monkeypatch):
     (first,), (second,) = (run_main(tmp_path, monkeypatch, f)[1] for f in (folder, other))
     assert first[0] != second[0] and str(other) not in first[1] and str(other) in second[1]
     assert not first[0].parent.exists() and not list(tmp_path.glob("*.ipynb"))
+
+
+def test_the_title_says_what_is_searched(folder, tmp_path, monkeypatch):
+    """It was "Landmark search" for own photos, too."""
+    monkeypatch.setattr(app_page, "packaged_engine", lambda run: fake_engine())
+    monkeypatch.setattr(app_page, "OWN_PHOTOS", str(tmp_path / "run"))
+    own = ["--photos", f"{folder}/."]
+    for title, options in {"Landmark search": [], "Search in photos": own}.items():
+        status, ((_, notebook),) = run_main(tmp_path, monkeypatch, folder, None, *options)
+        assert status == 0 and nbformat.reads(notebook, 4).metadata.title == title
 
 
 def test_folders_of_killed_servers_are_removed(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import lib.cluster.ray
 from lib.cluster.emulated import ClusterError, busy_processes, emulated_cluster
@@ -33,11 +34,18 @@ from lib.network.losses import TripletLoss
 from lib.network.mining import BatchHard
 from lib.network.openvino import fast_precision
 from lib.network.tower import load_tower, save_tower
-from lib.search.embedding import EmbeddingJobError, PhotoSource, embed_job, photos_in_shards
+from lib.search.embedding import (
+    EmbeddingJobError,
+    PhotoSource,
+    embed_job,
+    photos_below,
+    photos_in_shards,
+)
+from lib.search.local_features import LocalFeatures
 from lib.training.checkpoint import CHECKPOINT
 from lib.training.log import HISTORY
 from lib.training.stages import Stage, TrainingSettings, train
-from tests.conftest import wait_for
+from tests.conftest import textured, wait_for
 
 needs_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="needs Ray: make cluster"
@@ -246,6 +254,17 @@ def when(condition, act) -> threading.Thread:
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+
+def test_local_features_are_found_as_on_one_machine(cluster, tmp_path):
+    (folder := tmp_path / "photos").mkdir()
+    for number in range(5):
+        Image.fromarray(textured(number)).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    alone = embed_job(LocalFeatures(), photos_below(folder), tmp_path / "alone")
+    assert_each_once(
+        embed(None, photos_below(folder), tmp_path / "job", 2), alone, tmp_path / "job"
+    )
 
 
 def test_a_killed_actor_makes_no_difference(cluster, engine, shards, expected, tmp_path):

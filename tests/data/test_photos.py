@@ -14,7 +14,7 @@ import pillow_heif
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from lib.app.answer import landmark_of
+from lib.app.gallery import landmark_of
 from lib.app.upload import UploadError, read_upload
 from lib.data.catalogue import inspect_picture
 from lib.data.photos import (

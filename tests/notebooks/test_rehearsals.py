@@ -182,12 +182,12 @@ def draw_photos(folder, counts):
             Image.fromarray(photo).save(folder / f"landmark {landmark}" / f"{number}.jpg")
 
 
-def open_app(project, log, *arguments):
+def open_app(project, log, *arguments, before=()):
     """Start the app as README says, until its page answers."""
-    command = [sys.executable, "-m", "lib.app.page", "--no-browser", "--port", str(free_port())]
+    command = [*map(str, before), sys.executable, "-m", "lib.app.page", "--no-browser"]
+    command += ["--port", str(free_port()), *map(str, arguments)]
     where = {"cwd": project, "env": environment(project), "start_new_session": True}
     with log.open("w") as output:
-        command += map(str, arguments)
         server = subprocess.Popen(command, **where, stdout=output, stderr=output)
     try:
         wait_for(lambda: "http://" in log.read_text(), server, log)
@@ -239,9 +239,29 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
 
 # Mounts the first argument on itself, to read only, and runs the others; for this process alone.
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+UNSHARE = "unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY
+needs_unshare = pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare of Linux")
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare of Linux")
+@needs_unshare
+def test_own_photos_in_a_read_only_project(tmp_path, monkeypatch):
+    """The three programs keep the network and the embeddings in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    project, photos = copy_project(tmp_path / "project"), tmp_path / "photos"
+    draw_photos(photos, [3] * 4)
+    before = *UNSHARE, project
+    query = photos / "landmark 0" / "0.jpg"
+    shown = python(project, "-m", "tools.search", photos, query, before=before)
+    assert "can't be written to" in shown and "landmark 0/1.jpg" in shown
+    shown = python(project, "-m", "tools.duplicates", photos, before=before)
+    assert "duplicates.html in a browser" in shown and "exporting" not in shown
+    open_app(project, tmp_path / "log", "--photos", photos, before=before)
+    assert not (project / "runs").exists()
+    kept = tmp_path / "cache" / "image-retrieval-system"
+    assert {path.name for path in kept.iterdir()} == {"own_photos", "duplicates"}
+
+
+@needs_unshare
 def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
     """As on a server where data and code can only be read; started in another folder."""
     project = copy_project(tmp_path / "project")
@@ -272,7 +292,7 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
             *("-m", "papermill", project / "notebooks" / f"{name}.ipynb", run / f"{name}.ipynb"),
             *("-f", elsewhere / "own.yaml", "-k", "python3"),
             folder=elsewhere,
-            before=["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, project],
+            before=[*UNSHARE, project],
         )
     metrics = metrics_of(run)
     assert metrics["training"]["epochs"] == 2

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from lib.app.gallery import JOBS
 from lib.data.copies import SAME_BYTES, SAME_PICTURE, SAME_SCENE
-from lib.network.engine import Engine
+from lib.files import only_writer
+from lib.network.engine import OWN_PHOTOS, Engine
 from tools import duplicates
 from tools.duplicates import PAGE, TABLE, find_copies, main, near_pairs
 
@@ -124,13 +126,13 @@ def test_files_that_can_not_be_read_are_named(photos, tmp_path, capsys):
 def test_a_photo_that_is_gone_after_it_was_embedded(photos, tmp_path, capsys, monkeypatch):
     shutil.copy(photos / "one.jpg", photos / "again.jpg")
 
-    def gone_meanwhile(*arguments):
+    def gone_meanwhile(*arguments, **settings):
         gallery = whole(*arguments)
         (photos / "again.jpg").unlink()
         return gallery
 
-    whole = duplicates.open_gallery
-    monkeypatch.setattr(duplicates, "open_gallery", gone_meanwhile)
+    whole = duplicates.open_option
+    monkeypatch.setattr(duplicates, "open_option", gone_meanwhile)
     groups, _, printed = found(photos, tmp_path / "out", capsys)
     assert groups == [] and "can't be read: 1 photo: again.jpg" in printed
 
@@ -204,6 +206,16 @@ def test_no_photos_end_in_one_line(tmp_path, capsys, name, said):
     assert main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert name in last and said in last and not (tmp_path / "out" / PAGE).exists()
+
+
+def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys):
+    """The message named the folder of its embeddings."""
+    found(photos, tmp_path / "out", capsys)
+    (job,) = (tmp_path / OWN_PHOTOS / JOBS).iterdir()
+    with only_writer(job, RuntimeError()):
+        assert main([str(photos), "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "photos (PHOTOS): another process" in line and JOBS not in line
 
 
 def test_a_report_that_can_not_be_written_ends_in_one_line(photos, tmp_path, capsys):

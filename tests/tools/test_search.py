@@ -1,18 +1,26 @@
 """The command line's search: the app's ranking, and lines for whatever goes wrong."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lib.app.answer import JOBS, Question, Search, open_gallery
+from lib.app.answer import Question, Search
+from lib.app.gallery import JOBS, open_gallery
 from lib.app.upload import read_upload
 from lib.data.photos import read_photo
-from lib.network.engine import export_engine, load_engine
+from lib.files import only_writer, project_root
+from lib.network.engine import ENGINE, OWN_PHOTOS, export_engine, load_engine
 from lib.network.tower import TowerSettings, build_tower
-from lib.search.embedding import JobBusyError
+from lib.search.embedding import PROGRESS
+from tests.conftest import wait_for
 from tools import search as command
 
 
@@ -53,7 +61,7 @@ def test_every_door_ranks_alike(photos, tmp_path, exported, capsys):
     engine = load_engine(exported, "float32")
     search = Search(engine, open_gallery(engine, photos, tmp_path / "runs/own_photos" / JOBS))
     by_hand = search.answer(search.read(query), Question(24))
-    upload = read_upload(query.read_bytes(), engine.image_size, engine.squashes)
+    upload = read_upload(query.read_bytes(), search.image_size, engine.squashes)
     in_the_app = search.answer(upload.pixels, Question(24))
     assert by_hand.names == in_the_app.names == [found["name"] for found in answer["results"]]
 
@@ -80,14 +88,48 @@ def test_a_link_in_the_folder_does_not_find_itself(photos, capsys):
         assert query not in found and found[0] == other and len(found) == 24
 
 
-def test_a_folder_that_another_program_reads_is_named(photos, capsys, monkeypatch):
-    def busy(*_):
-        raise JobBusyError("another process works on it: wait until it has finished")
+def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys):
+    """The message named the folder of its embeddings."""
+    results(capsys, photos, photos / "00.png")
+    job = min((tmp_path / OWN_PHOTOS / JOBS).iterdir())
+    with only_writer(job, RuntimeError()):
+        assert command.main([str(photos), str(photos / "00.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "photos (PHOTOS): another process reads these photos: wait" in line
+    assert JOBS not in line
 
-    monkeypatch.setattr("lib.app.answer.open_gallery", busy)
-    assert command.main([str(photos), str(photos / "00.png")]) == 1
-    printed = capsys.readouterr().err
-    assert "photos (PHOTOS) is being read: another process" in printed and printed.count("\n") == 1
+
+@pytest.mark.long
+def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, exported):
+    run, photos, n = tmp_path / "run", tmp_path / "photos", 160
+    for folder in (run, photos):
+        folder.mkdir()
+    shutil.copy(exported, run / ENGINE)
+    # Takes some time to read, so that the signal comes before the end.
+    colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(colours).resize((1600, 1200)).save(tmp_path / "query.png")
+    for number in range(n):
+        os.link(tmp_path / "query.png", photos / f"{number:03}.png")
+    line = [sys.executable, "-m", "tools.search", photos, tmp_path / "query.png", "--run-dir", run]
+    where = {"cwd": project_root(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # What a script starts in the background ignores Ctrl-C, and so does what that starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(line, **where, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: any(p.stat().st_size for p in run.glob(f"{JOBS}/*/{PROGRESS}")), process)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and not printed
+    *bar, last = said.strip().splitlines()
+    assert last.startswith("interrupted: run this again")
+    assert all(shown.startswith("embedding: ") for shown in bar)
+    (progress,) = run.glob(f"{JOBS}/*/{PROGRESS}")
+    kept = sum(len(json.loads(batch)["names"]) for batch in progress.read_bytes().splitlines())
+    again = subprocess.run(line, **where, text=True)
+    assert again.returncode == 0 and again.stdout.splitlines()[1].split()[1] == "1.000"
+    assert 0 < kept < n and int(re.search(rf"(\d+)/{n} ", again.stderr)[1]) == kept
 
 
 def test_a_box_searches_with_a_part(photos, tmp_path, capsys):
@@ -95,7 +137,8 @@ def test_a_box_searches_with_a_part(photos, tmp_path, capsys):
     wall.paste(Image.open(photos / "07.png"), (100, 60))
     wall.save(tmp_path / "wall.png")
     (answer,) = results(capsys, photos, tmp_path / "wall.png", "--box", "100,60,260,180")
-    assert answer["results"][0] == {"name": "07.png", "similarity": 1.0}
+    best = answer["results"][0]
+    assert best.items() >= {"name": "07.png", "similarity": 1.0, "verdict": "same place"}.items()
     part = read_photo(tmp_path / "wall.png", 500, squash=False, crop=(100, 60, 260, 180))
     np.testing.assert_array_equal(part, np.asarray(Image.open(photos / "07.png")))
 

@@ -1,0 +1,59 @@
+"""The verdict on two photos: its evidence, its calibration, and the file that is shipped."""
+
+import numpy as np
+import pytest
+
+from lib.network.engine import GEM_P, VIEWS
+from lib.search.geometry import Geometry
+from lib.search.same_place import (
+    PERHAPS,
+    SAME,
+    SIMILAR,
+    Calibration,
+    evidence_of,
+    learn_weights,
+    probability_of,
+    shipped_calibration,
+)
+
+
+def geometry(inliers: int, cells: int) -> Geometry:
+    return Geometry(np.zeros((inliers, 2), int), np.ones(inliers, bool), None, cells)
+
+
+def test_evidence_is_similarity_inliers_beyond_chance_and_spread():
+    found = evidence_of([0.5, -0.1], [geometry(4, 3), geometry(24, 50)])
+    np.testing.assert_allclose(found, [[0.5, 0, 0.03], [-0.1, np.log(21), 0.5]])
+    assert evidence_of([], []).shape == (0, 3)
+
+
+def test_more_of_any_evidence_makes_the_same_place_likelier():
+    shipped = shipped_calibration()
+    assert all(weight > 0 for weight in shipped.weights)
+    alike = shipped.log_odds(evidence_of([0.1] * 3, [geometry(n, n // 2) for n in (0, 12, 60)]))
+    assert [*map(shipped.verdict, alike)][::2] == [SIMILAR, SAME]
+    assert (np.diff(alike) > 0).all()
+
+
+def test_the_shipped_calibration_is_that_of_the_packaged_network():
+    shipped = shipped_calibration()
+    assert shipped.network == f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"
+    assert 0.5 < shipped.same < 1 and shipped.false_yes <= 0.01
+
+
+def test_verdicts_follow_the_probability():
+    calibration = Calibration("", (1.0, 0.0, 0.0), 0.0, same=0.9, false_yes=0.01)
+    odds = calibration.log_odds(np.array([[3.0, 0, 0], [1.0, 0, 0], [-1.0, 0, 0]]))
+    assert [*map(calibration.verdict, odds)] == [SAME, PERHAPS, SIMILAR]
+    np.testing.assert_allclose(probability_of(np.log([9.0, 1.0])), [0.9, 0.5])
+    assert probability_of(np.array([-1e9, 1e9])).tolist() == pytest.approx([0, 1])
+
+
+def test_weights_are_learned_from_pairs(rng):
+    evidence = rng.normal(size=(4000, 3))
+    odds = evidence @ (2.0, 1.0, 0.5) - 1
+    same = rng.random(4000) < probability_of(odds)
+    weights, bias = learn_weights(evidence, same, np.ones(4000))
+    np.testing.assert_allclose([*weights, bias], [2, 1, 0.5, -1], atol=0.2)
+    with pytest.raises(ValueError):
+        learn_weights(evidence, np.ones(4000, bool), np.ones(4000))
