@@ -8,14 +8,16 @@ rankings are verified: the app's, of descriptors whitened by the folder itself, 
 cross-fitted whitening (see :mod:`benchmarks.own_photos`).
 
 The landmarks are dealt into five folds. Whether a pair shows one place is decided by a logistic
-regression learned from the queries of the other four (:mod:`lib.search.same_place`); so are all
-rows below but "as shipped", which is what the app does.
+regression and a threshold, learned from pairs of photos of the other four
+(:mod:`lib.search.same_place`); so are all rows but "as shipped", which is what the app does. The
+settings of features and matching (:mod:`lib.search.local_features`, :mod:`lib.search.geometry`)
+are fixed.
 
-Prints the gains with 95 % intervals and paired tests, and how often a place is named that a photo
-does not show: of all pairs of two landmarks that were verified, and of all queries when the right
-photos are taken away. ``--compare`` tries other models, other features and the network's own maps
-on up to 200 queries. Writes ``benchmarks/results/geometry_<name>.json`` for each folder.
-``--write`` learns the calibration that is shipped from all folders, each of equal weight.
+Prints the gains with 95 % intervals and paired tests, and how often "same place" is said of what is
+not: of all pairs of two landmarks that were verified, and of all queries when the right photos are
+taken away. ``--compare`` tries other models, other features and the network's own maps on up to 200
+queries, each against the homography. Writes ``benchmarks/results/geometry_<name>.json`` for each
+folder. ``--write`` learns the calibration that is shipped from all folders, each of equal weight.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +52,8 @@ from lib.app.answer import NEIGHBOURS, SHRINKAGE
 from lib.data.decoding import resize
 from lib.data.photos import read_photo
 from lib.evaluation.metrics import average_precision, compare, hit_at, interval
-from lib.files import project_root, show_path, write_json
-from lib.network.engine import packaged_settings
+from lib.files import project_root, write_json
+from lib.network.engine import PACKAGED, packaged_settings
 from lib.network.tower import build_tower, feature_maps
 from lib.network.whitening import learn_pca_whitening
 from lib.programs import as_path, program
@@ -71,21 +73,26 @@ from lib.studies.fixes import landmark_folds
 FOLDS = 5
 TOPS = (20, 50, TOP)
 COMPARED = 200  # queries
+_ALPHA = 3.0  # of expansion
 FALSE_YES = 0.01  # share of the queries without a right answer that may get one
 APP, CROSS_FITTED = "whitened by the folder itself", "cross-fitted whitening"
 STEP = "geometric verification"
 
 
 class Ranking(NamedTuple):
-    """Every photo's ranking of the others, and what verification found of its first.
+    """Rankings of a folder's n photos for q of them, and what verification found of the first.
 
     Attributes:
-        similarities: float32 (n, n), rows of queries; -inf on the diagonal.
-        order: int (n, n - 1), of all others, the most similar first.
-        evidence: float64 (n, TOP, 3), of the first of them.
-        same: bool (n, TOP), whether they show the query's landmark.
+        labels: (n,), the landmark of each photo.
+        queries: int (q,), which photos are queries.
+        similarities: float32 (q, n); -inf for the query itself.
+        order: int (q, n - 1), of all others, the most similar first.
+        evidence: float64 (q, m, 3), of the first m of them.
+        same: bool (q, m), whether they show the query's landmark.
     """
 
+    labels: np.ndarray
+    queries: np.ndarray
     similarities: np.ndarray
     order: np.ndarray
     evidence: np.ndarray
@@ -107,30 +114,81 @@ def rank(
         pairs = [known[query, other] for other in row.tolist()]
         evidence.append(evidence_of(similarities[query, row], pairs))
     same = labels[order[:, :TOP]] == labels[:, None]
-    return Ranking(similarities, order, np.array(evidence), same)
+    queries = np.arange(len(labels))
+    return Ranking(labels, queries, similarities, order, np.array(evidence), same)
 
 
-def cross_fitted(ranking: Ranking, labels: np.ndarray) -> np.ndarray:
-    """Log-odds, float64 (n, TOP), each by a regression that has not seen the query's landmark."""
-    found = np.empty(ranking.same.shape)
-    for own in landmark_folds(labels, FOLDS, seed=0):
-        evidence, same = ranking.evidence[~own].reshape(-1, 3), ranking.same[~own].ravel()
-        fitted = Calibration("", *learn_weights(evidence, same, np.ones(len(same))), 0, 0)
-        found[own] = fitted.log_odds(ranking.evidence[own])
-    return found
+def cross_fitted(ranking: Ranking) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds, float64 (q, m), and the limits of "same place", float64 (q, 1).
 
-
-def hits_of(
-    ranking: Ranking, labels: np.ndarray, scores: np.ndarray, asked: np.ndarray | None = None
-) -> np.ndarray:
-    """Hits, bool (n, n - 1), with the first photos in the order of scores, float (n, m).
-
-    The queries' labels are ``asked``; by default, each photo is a query.
+    Each by a calibration that has seen no photo of the landmarks of the query's fold.
     """
-    order, m = ranking.order.copy(), scores.shape[1]
-    better = np.argsort(-scores, axis=1, kind="stable")
-    order[:, :m] = np.take_along_axis(order[:, :m], better, axis=1)
-    return labels[order] == (labels if asked is None else asked)[:, None]
+    odds, limits = np.empty(ranking.same.shape), np.empty((len(ranking.queries), 1))
+    for own in landmark_folds(ranking.labels, FOLDS, seed=0):
+        fitted, asked = fit([(ranking, ~own)]), own[ranking.queries]
+        odds[asked], limits[asked] = fitted.log_odds(ranking.evidence[asked]), limit_of(fitted)
+    return odds, limits
+
+
+def limit_of(calibration: Calibration) -> float:
+    """The log-odds from which on a photo is of the same place."""
+    return float(np.log(calibration.same / (1 - calibration.same)))
+
+
+def fit(parts: list[tuple[Ranking, np.ndarray]]) -> Calibration:
+    """Learn a calibration from pairs of known photos, bool (n,), of some folders of equal weight.
+
+    The threshold lets a share FALSE_YES of the queries without a right photo have a false one, on
+    the average of the folders.
+    """
+    evidence, same, importance = [], [], []
+    for ranking, known in parts:
+        used = known[ranking.queries, None] & known[ranking.order[:, : ranking.same.shape[1]]]
+        evidence.append(ranking.evidence[used])
+        same.append(ranking.same[used])
+        importance.append(np.full(used.sum(), 1000 / max(ranking.same[used].sum(), 1)))
+    rows = (np.concatenate(rows) for rows in (evidence, same, importance))
+    weights, bias = learn_weights(*rows)
+    fitted = Calibration(PACKAGED, tuple(round(w, 3) for w in weights), round(bias, 3))
+    wrong, importance = [], []
+    for ranking, known in parts:
+        usable = ~ranking.same & known[ranking.order[:, : ranking.same.shape[1]]]
+        usable &= ranking.evidence[..., 1] > 0
+        odds = np.where(usable, fitted.log_odds(ranking.evidence), -np.inf).max(axis=1)
+        odds = odds[known[ranking.queries]]
+        wrong.append(odds)
+        importance.append(np.full(len(odds), 1 / len(odds)))
+    wrong, importance = np.concatenate(wrong), np.concatenate(importance)
+    order = np.argsort(-wrong, kind="stable")
+    share = np.cumsum(importance[order]) / importance.sum()
+    first = wrong[order][np.searchsorted(share, FALSE_YES)]  # the first that would be too many
+    same = float(probability_of(max(first, 0))) + 1e-4  # above "perhaps"
+    return replace(fitted, same=round(min(same, 0.9999), 4))
+
+
+def calibrate(rankings: dict[str, Ranking]) -> Calibration:
+    """The calibration to ship, from all folders; its false_yes is of landmarks that it left out."""
+    counts = dict.fromkeys(rankings, 0)
+    for fold in range(FOLDS):
+        own = {n: landmark_folds(r.labels, FOLDS, seed=0)[fold] for n, r in rankings.items()}
+        fitted = fit([(ranking, ~own[name]) for name, ranking in rankings.items()])
+        for name, ranking in rankings.items():
+            odds = np.where(ranking.same, -np.inf, fitted.log_odds(ranking.evidence))
+            yes = (odds >= limit_of(fitted)).any(axis=1)
+            counts[name] += int(yes[own[name][ranking.queries]].sum())
+    shipped = fit([(r, np.ones(len(r.labels), bool)) for r in rankings.values()])
+    shares = {name: round(count / len(rankings[name].queries), 4) for name, count in counts.items()}
+    return replace(shipped, false_yes=shares)
+
+
+def hits_of(ranking: Ranking, scores: np.ndarray | None = None) -> np.ndarray:
+    """Hits, bool (q, n - 1), with the first photos in the order of scores, float (q, m), if any."""
+    order = ranking.order
+    if scores is not None:
+        order, m = order.copy(), scores.shape[1]
+        better = np.argsort(-scores, axis=1, kind="stable")
+        order[:, :m] = np.take_along_axis(order[:, :m], better, axis=1)
+    return ranking.labels[order] == ranking.labels[ranking.queries, None]
 
 
 def expanded(
@@ -141,7 +199,7 @@ def expanded(
     Args:
         vectors: float32 (n, d) of unit norm.
         chosen: bool (n, TOP), which of a photo's first others it may be moved to; the first
-            NEIGHBOURS of them count.
+            NEIGHBOURS of them count, weighted as in :func:`lib.search.rerank.expand_queries`.
         gallery: whether the gallery is moved (database augmentation), else the queries.
     """
     near = ranking.order[:, :TOP]
@@ -151,9 +209,10 @@ def expanded(
         usable = chosen & (near != query) if gallery else chosen[[query]]
         usable = usable & (np.cumsum(usable, axis=1) <= NEIGHBOURS)
         row, place = np.nonzero(usable)
-        others = near[row if gallery else query, place]
-        ones = np.ones(len(row), np.float32)
-        added = csr_array((ones, (row, others)), shape=(len(usable), len(vectors))) @ vectors
+        of = row if gallery else np.full(len(row), query)
+        others = near[of, place]
+        weights = np.maximum(ranking.similarities[of, others], 0) ** _ALPHA
+        added = csr_array((weights, (row, others)), shape=(len(usable), len(vectors))) @ vectors
         moved = added + (vectors if gallery else vectors[[query]])
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
         found[query] = vectors[query] @ moved.T if gallery else moved[0] @ vectors.T
@@ -161,11 +220,9 @@ def expanded(
     return found
 
 
-def false_yes(log_odds: np.ndarray, same: np.ndarray, least: float) -> dict[str, float]:
+def false_yes(odds: np.ndarray, same: np.ndarray, limit: np.ndarray | float) -> dict[str, float]:
     """Shares of the pairs of two places, and of the queries without a right photo, called same."""
-    wrong = np.where(same, -np.inf, log_odds)
-    limit = np.log(least / (1 - least))
-    yes = wrong >= limit
+    yes = np.where(same, -np.inf, odds) >= limit
     return {"pairs": float(yes[~same].mean()), "queries": float(yes.any(axis=1).mean())}
 
 
@@ -183,67 +240,73 @@ def row_of(hits: np.ndarray, base: np.ndarray, labels: np.ndarray) -> dict[str, 
     }
 
 
-def measure(folder: Path) -> tuple[dict, Ranking, np.ndarray, list[np.ndarray], list[Features]]:
-    """The figures of a folder, the app's ranking with its labels, the photos and their features."""
-    paths, labels = labelled_photos(folder)
-    engine = packaged(GEM_P, VIEWS)
-    vectors = describe(engine, paths, "embedding")
+class Folder(NamedTuple):
+    """A folder's photos, uint8 (h, w, 3), their local features, descriptors and rankings."""
+
+    photos: list[np.ndarray]
+    features: list[Features]
+    whitened: np.ndarray
+    rankings: dict[str, Ranking]
+
+
+def open_folder(path: Path) -> tuple[Folder, dict[str, float]]:
+    """Embed, find local features, rank and verify; returns the speed, too."""
+    paths, labels = labelled_photos(path)
+    vectors = describe(packaged(GEM_P, VIEWS), paths, "embedding")
     whitened = learn_pca_whitening(vectors, shrinkage=SHRINKAGE).apply(vectors)
     photos = [read_photo(path, LONGEST, squash=False) for path in paths]
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
     start = time.perf_counter()
     features = [local_features(photo) for photo in tqdm(photos, "features", leave=False)]
     rate = len(photos) / (time.perf_counter() - start)
-
+    cv2.setNumThreads(threads)
     known: dict = {}
     rankings = {
         APP: rank(whitened @ whitened.T, labels, features, known),
         CROSS_FITTED: rank(cross_fitted_similarities(vectors, labels), labels, features, known),
     }
+    queries = range(0, len(paths), max(1, len(paths) // 50))
     start = time.perf_counter()
-    for query in range(0, len(paths), max(1, len(paths) // 50)):
+    for query in queries:
         near = rankings[APP].order[query, :50]
-        own = local_features(photos[query])
-        verify_all(own, (features[other] for other in near))
-    queries = len(range(0, len(paths), max(1, len(paths) // 50)))
-    milliseconds = 1000 * (time.perf_counter() - start) / queries
+        verify_all(local_features(photos[query]), (features[other] for other in near))
+    seconds = (time.perf_counter() - start) / len(queries)
+    speed = {
+        "features_per_second_and_core": round(rate, 1),
+        "milliseconds_to_verify_50": round(1000 * seconds, 1),
+    }
+    return Folder(photos, features, whitened, rankings), speed
 
-    steps, answers = {}, {}
-    for name, ranking in rankings.items():
-        base = labels[ranking.order] == labels[:, None]
-        odds = cross_fitted(ranking, labels)
-        steps[name] = row_of(base, base, labels)
+
+def measure(folder: Folder) -> dict[str, dict]:
+    """The steps and the false answers of a folder."""
+    steps, answers, cross = {}, {}, {}
+    for name, ranking in folder.rankings.items():
+        base = hits_of(ranking)
+        odds, limits = cross[name] = cross_fitted(ranking)
+        steps[name] = row_of(base, base, ranking.labels)
         for top in TOPS:
-            hits = hits_of(ranking, labels, odds[:, :top])
-            steps[f"{name}, {STEP} of the first {top}"] = row_of(hits, base, labels)
-        answers[name] = false_yes(odds, ranking.same, shipped_calibration().same)
-    ranking = rankings[APP]
-    base = labels[ranking.order] == labels[:, None]
-    shipped = shipped_calibration().log_odds(ranking.evidence)
-    hits = hits_of(ranking, labels, shipped)
-    steps[f"{APP}, {STEP} as shipped"] = row_of(hits, base, labels)
-    answers["as shipped"] = false_yes(shipped, ranking.same, shipped_calibration().same)
-
-    odds = cross_fitted(ranking, labels)
-    limit = np.log(shipped_calibration().same / (1 - shipped_calibration().same))
-    every, sure = np.ones(ranking.same.shape, bool), odds >= limit
+            hits = hits_of(ranking, odds[:, :top])
+            steps[f"{name}, {STEP} of the first {top}"] = row_of(hits, base, ranking.labels)
+        answers[name] = false_yes(odds, ranking.same, limits)
+    ranking, shipped = folder.rankings[APP], shipped_calibration()
+    base, odds = hits_of(ranking), shipped.log_odds(ranking.evidence)
+    steps[f"{APP}, {STEP} as shipped"] = row_of(hits_of(ranking, odds), base, ranking.labels)
+    answers["as shipped"] = false_yes(odds, ranking.same, limit_of(shipped))
+    odds, limits = cross[APP]
+    every, sure = np.ones(ranking.same.shape, bool), odds >= limits
     for name, chosen, of_gallery in (
         ("query expansion", every, False),
         ("verified query expansion", sure, False),
         ("database augmentation", every, True),
         ("verified database augmentation", sure, True),
     ):
-        moved = expanded(whitened, ranking, chosen, of_gallery)
+        moved = expanded(folder.whitened, ranking, chosen, of_gallery)
         order = np.argsort(-moved, axis=1, kind="stable")[:, :-1]
-        steps[f"{APP}, {name}"] = row_of(labels[order] == labels[:, None], base, labels)
-    result = {
-        "photos": len(paths),
-        "landmarks": len(np.unique(labels)),
-        "features_per_second_and_core": round(rate, 1),
-        "milliseconds_to_verify_50": round(milliseconds, 1),
-        "steps": steps,
-        "false_yes": answers,
-    }
-    return result, ranking, labels, photos, features
+        hits = hits_of(ranking._replace(order=order))
+        steps[f"{APP}, {name}"] = row_of(hits, base, ranking.labels)
+    return {"steps": steps, "false_yes": answers}
 
 
 @program()
@@ -254,29 +317,33 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help="try other models and features")
     parser.add_argument("--write", action="store_true", help="learn the calibration anew")
     options = parser.parse_args(given)
-    rankings = []
-    for folder in options.photos:
-        result, ranking, labels, photos, features = measure(folder)
-        rankings.append((ranking, labels))
-        if options.compare:
-            result["compared"] = compare_ways(ranking, labels, photos, features)
-        result = {
-            "name": folder.name,
-            "command": f"python -m benchmarks.geometry PHOTOS{' --compare' * options.compare}",
-            "protocol": "every photo searched among all others; regression and whitening from the "
-            "landmarks of the other folds, but for 'as shipped'",
-            "settings": {"longest": LONGEST, "features": MOST, "views": VIEWS, "gem_p": GEM_P},
-            "versions": {"python": platform.python_version(), "opencv": cv2.__version__},
-            **result,
-        }
-        print(show_path(folder), json.dumps({k: v for k, v in result.items() if k != "steps"}))
-        print(table(result["steps"]).to_string(), end="\n\n", flush=True)
-        if "compared" in result:
-            print(table(result["compared"]).to_string(), end="\n\n", flush=True)
-        write_json(project_root() / f"benchmarks/results/geometry_{folder.name}.json", result)
+    opened = {path.resolve().name: open_folder(path) for path in options.photos}
     if options.write:
-        write_json(Path(same_place.__file__).with_suffix(".json"), asdict(calibrate(rankings)))
-        print(json.dumps(asdict(calibrate(rankings))))
+        calibration = calibrate({name: of.rankings[APP] for name, (of, _) in opened.items()})
+        write_json(Path(same_place.__file__).with_suffix(".json"), asdict(calibration))
+        shipped_calibration.cache_clear()
+    for name, (folder, speed) in opened.items():
+        labels = folder.rankings[APP].labels
+        result = {
+            "name": name,
+            "command": f"python -m benchmarks.geometry PHOTOS{' --compare' * options.compare}",
+            "protocol": "every photo searched among all others; regression, threshold and "
+            "whitening from the landmarks of the other folds, but for 'as shipped'",
+            "photos": len(labels),
+            "landmarks": len(np.unique(labels)),
+            "settings": {"longest": LONGEST, "features": MOST, "views": VIEWS, "gem_p": GEM_P},
+            "shipped": asdict(shipped_calibration()),
+            "versions": {"python": platform.python_version(), "opencv": cv2.__version__},
+            **speed,
+            **measure(folder),
+        }
+        if options.compare:
+            result["compared"] = compare_ways(folder)
+        shown = {key: result[key] for key in ("name", "photos", *speed, "false_yes")}
+        print(json.dumps(shown), table(result["steps"]).to_string(), sep="\n", end="\n\n")
+        if options.compare:
+            print(table(result["compared"]).to_string(), end="\n\n")
+        write_json(project_root() / f"benchmarks/results/geometry_{name}.json", result)
     return 0
 
 
@@ -297,66 +364,36 @@ def table(steps: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def calibrate(rankings: list[tuple[Ranking, np.ndarray]]) -> Calibration:
-    """Learn the shipped calibration from all folders, with equal weight.
-
-    The threshold of "same place" is chosen on landmarks that the weights were not learned from: on
-    the average of the folders, a share FALSE_YES of the queries without a right photo gets one.
-    """
-    wrong, importance = [], []
-    for fold in range(FOLDS):
-        parts = [(r, landmark_folds(labels, FOLDS, seed=0)[fold]) for r, labels in rankings]
-        weights, bias = _pooled([(r, ~own) for r, own in parts])
-        fitted = Calibration("", weights, bias, 0, 0)
-        for ranking, own in parts:
-            odds = fitted.log_odds(ranking.evidence[own])
-            wrong += np.where(ranking.same[own], -np.inf, odds).max(axis=1).tolist()
-            importance += [1 / len(ranking.same)] * int(own.sum())
-    order = np.argsort(wrong)[::-1]
-    share = np.cumsum(np.array(importance)[order]) / sum(importance)
-    last = int(np.searchsorted(share, FALSE_YES))  # the first query that would be too many
-    same = float(probability_of(np.array(wrong)[order][last])) + 1e-4
-    weights, bias = _pooled([(r, np.ones(len(labels), bool)) for r, labels in rankings])
-    network = f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"
-    weights = tuple(round(weight, 3) for weight in weights)
-    return Calibration(network, weights, round(bias, 3), round(same, 4), FALSE_YES)
-
-
-def _pooled(parts: list[tuple[Ranking, np.ndarray]]) -> tuple[tuple[float, float, float], float]:
-    evidence = [ranking.evidence[chosen].reshape(-1, 3) for ranking, chosen in parts]
-    same = [ranking.same[chosen].ravel() for ranking, chosen in parts]
-    importance = [np.full(len(s), 1000 / s.sum()) for s in same]
-    return learn_weights(*(np.concatenate(rows) for rows in (evidence, same, importance)))
-
-
-def compare_ways(
-    ranking: Ranking, labels: np.ndarray, photos: list[np.ndarray], features: list[Features]
-) -> dict[str, dict]:
-    """Other models, other features and none, on some queries; each with its own regression."""
-    chosen = np.random.default_rng(0).permutation(len(labels))[:COMPARED]
-    near, similarities = ranking.order[chosen, :TOP], ranking.similarities[chosen]
-    base, same = (labels[ranking.order] == labels[:, None])[chosen], ranking.same[chosen]
-    found = {}
-
-    def add(way: str, scores: np.ndarray) -> None:
-        some = Ranking(similarities, ranking.order[chosen], np.empty(0), same)
-        order = hits_of(some, labels, scores, labels[chosen])
-        found[way] = row_of(order, base, labels[chosen])
-
-    ways = {model: (features, model) for model in MODELS}
-    if (learned := xfeat(photos)) is not None:
+def compare_ways(folder: Folder) -> dict[str, dict]:
+    """Other models, other features and none, against RootSIFT's homography, on some queries."""
+    whole = folder.rankings[APP]
+    queries = np.random.default_rng(0).permutation(whole.queries)[:COMPARED]
+    some = whole._replace(
+        queries=queries,
+        similarities=whole.similarities[queries],
+        order=whole.order[queries],
+        same=whole.same[queries],
+    )
+    near, labels = some.order[:, :TOP], whole.labels[queries]
+    ways = {model: (folder.features, model) for model in MODELS}
+    if (learned := xfeat(folder.photos)) is not None:
         ways["XFeat, homography"] = learned, "homography"
+    hits = {}
     for way, (of, model) in ways.items():
         evidence = []
-        for query, row, others in zip(tqdm(chosen, way), similarities, near, strict=True):
+        for query, row, others in zip(
+            tqdm(queries, way, leave=False), some.similarities, near, strict=True
+        ):
             pairs = verify_all(of[query], (of[other] for other in others), model)
             evidence.append(evidence_of(row[others], pairs))
-        some = Ranking(similarities, near, np.array(evidence), same)
-        add(way, cross_fitted(some, labels[chosen]))
-    maps = places_of_maps(photos)
-    scores = [[chamfer(maps[q], maps[g]) for g in row] for q, row in zip(chosen, near, strict=True)]
-    add("Chamfer similarity of the network's maps", np.array(scores))
-    return found
+        ranking = some._replace(evidence=np.array(evidence))
+        hits[way] = hits_of(ranking, cross_fitted(ranking)[0])
+    maps = places_of_maps(folder.photos)
+    scores = [
+        [chamfer(maps[q], maps[g]) for g in row] for q, row in zip(queries, near, strict=True)
+    ]
+    hits["Chamfer similarity of the network's maps"] = hits_of(some, np.array(scores))
+    return {way: row_of(of, hits[MODELS[0]], labels) for way, of in hits.items()}
 
 
 def xfeat(photos: list[np.ndarray]) -> list[Features] | None:

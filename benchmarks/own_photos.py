@@ -61,6 +61,7 @@ from lib.files import project_root, show_path, write_json
 from lib.network.engine import (
     ENGINE,
     GEM_P,
+    PACKAGED,
     VIEWS,
     Engine,
     export_engine,
@@ -94,7 +95,8 @@ def packaged(gem_p: float, views: tuple[int, ...]) -> Engine:
     """The packaged network with an exponent and views; () for a squashed square of 224 pixels."""
     settings = packaged_settings(max(views, default=224), gem_p)
     with tempfile.TemporaryDirectory() as folder:
-        export_engine(build_tower(settings), Path(folder) / ENGINE, views=views)
+        origin = PACKAGED if (gem_p, views) == (GEM_P, VIEWS) else ""
+        export_engine(build_tower(settings), Path(folder) / ENGINE, origin, views)
         return load_engine(Path(folder) / ENGINE)
 
 

@@ -1,4 +1,4 @@
-"""Finds the photos of a folder that are most similar to query photos.
+"""Finds the photos of a folder that are most like query photos, or show the same place.
 
     python -m tools.search ~/Pictures query.jpg another.jpg
     python -m tools.search ~/Pictures query.jpg --box 120,40,480,360 --k 5 --json
@@ -14,7 +14,8 @@ photos by the probability that they show the query's place.
     [{"query": "query.jpg", "results": [{"name": "2024/a.jpg", "similarity": 0.83,
                                          "probability": 0.97, "verdict": "same place"}]}]
 
-Probability and verdict are absent where nothing is verified, as with a run's trained network.
+Probability and verdict are absent where nothing is verified: beyond the first hundred, or with a
+run's trained network.
 A query that can't be read has ``"error"`` in place of ``"results"``, a line on standard error, and
 makes the exit status 1.
 """
@@ -93,7 +94,8 @@ def _answer(search: Search, query: Path, k: int, box: Box | None) -> dict:
     results = [{"name": name, "similarity": round(value, 4)} for name, value in pairs]
     places = zip(answer.probabilities, answer.verdicts, strict=True)  # none if nothing is verified
     for result, (chance, verdict) in zip(results, places, strict=False):
-        result |= {"probability": round(chance, 4), "verdict": verdict}
+        if verdict:
+            result |= {"probability": round(chance, 4), "verdict": verdict}
     return {"query": str(query), "results": results}
 
 

@@ -1,4 +1,4 @@
-"""Finds the photos of a folder that are most similar to a query photo.
+"""Finds the photos of a folder that are most like a query photo, or show the same place.
 
     engine = load_engine(run / ENGINE)
     gallery = open_gallery(engine, Path("Dataset/demo_world/unseen"), run / JOBS)
@@ -46,7 +46,14 @@ from lib.search.local_features import (
     unpacked,
 )
 from lib.search.photo_index import IndexSettings, PhotoIndex
-from lib.search.same_place import TOP, evidence_of, probability_of, shipped_calibration
+from lib.search.same_place import (
+    PERHAPS,
+    SAME,
+    TOP,
+    evidence_of,
+    probability_of,
+    shipped_calibration,
+)
 
 if TYPE_CHECKING:
     from lib.network.whitening import Whitening
@@ -91,13 +98,14 @@ class Answer(NamedTuple):
 
     names: list[str]  # of the k photos found, the best first
     similarities: np.ndarray  # float32 (k,), cosines from -1 to 1
-    # Landmark -> its share of these photos, weighted by similarity, largest first. Shares sum to 1;
-    # there are none if no photo lies in a landmark's folder.
+    # Landmark -> its share of these photos, weighted by similarity or, if verified, of those that
+    # show the same place or perhaps do, by probability. The largest first; shares sum to 1, or
+    # there are none.
     votes: dict[str, float]
     seconds: float  # to embed the query and to search
     copies: list[list[str]]  # names of the photos that were folded into each of these
     # If verified: the probability, from 0 to 1, that each of the k shows the query's place, and the
-    # verdict, of lib.search.same_place.VERDICTS; else both are empty.
+    # verdict, of lib.search.same_place.VERDICTS, or 0 and "" beyond the first TOP; else both empty.
     probabilities: list[float]
     verdicts: list[str]
 
@@ -161,10 +169,14 @@ class Search:
         names = [[ranked[place] for place in group] for group in groups]
         firsts = [group[0] for group in groups]
         similarities, log_odds = similarities[0, firsts], log_odds[firsts if verified else []]
+        verdicts = [shipped_calibration().verdict(v) if v > -np.inf else "" for v in log_odds]
         votes: Counter[str] = Counter()
-        for (name, *_), similarity in zip(names, similarities.tolist(), strict=True):
-            if self.landmarks and (landmark := landmark_of(name)) and similarity > 0:
-                votes[landmark] += similarity
+        for place, (name, *_) in enumerate(names):
+            vote = float(similarities[place])
+            if verified:
+                vote = float(probability_of(log_odds[place])) * (verdicts[place] in (SAME, PERHAPS))
+            if self.landmarks and (landmark := landmark_of(name)) and vote > 0:
+                votes[landmark] += vote
         return Answer(
             names=[name for name, *_ in names],
             similarities=similarities,
@@ -172,7 +184,7 @@ class Search:
             seconds=time.perf_counter() - start,
             copies=[copies for _, *copies in names],
             probabilities=probability_of(log_odds).tolist(),
-            verdicts=[shipped_calibration().verdict(value) for value in log_odds.tolist()],
+            verdicts=verdicts,
         )
 
     def _verified(
@@ -188,9 +200,10 @@ class Search:
         first, plain = places[:TOP], np.zeros(ROW_BYTES, np.uint8)
         names = [ranked[place] for place in first]
         found = verify_all(features, (unpacked(self.gallery.features.get(n, plain)) for n in names))
-        # Only of whitened descriptors is a cosine known to mean something; geometry is left.
+        # What a cosine means is known of these descriptors, whitened; else geometry is left.
         cosines = np.zeros(len(names))
-        if self._whitening is not None:
+        known = self.engine.origin == shipped_calibration().network
+        if known and self._whitening is not None:
             cosines = self._vectors[[self._rows[name] for name in names]] @ query
         log_odds = shipped_calibration().log_odds(evidence_of(cosines, found))
         order = np.argsort(-log_odds, kind="stable")

@@ -28,9 +28,11 @@ from lib.search.embedding import (
     EMBEDDINGS,
     FORMAT,
     JOB,
+    TAKEN,
     Embedded,
     EmbeddingJobError,
     JobBusyError,
+    PhotoSource,
     embed_job,
     photos_below,
     place_of,
@@ -152,9 +154,10 @@ def open_gallery(
     embeddings, names, skipped = rows_of(engine)
     left_out, features = _sentences(source.left_out), None
     if names and engine.views and verifiable:
-        stored = job_of(LocalFeatures()) / EMBEDDINGS
-        needed = len(names) * ROW_BYTES - (stored.stat().st_size if stored.exists() else 0)
-        if needed <= 0 or shutil.disk_usage(jobs).free > needed + _ROOM:
+        # Once as much as all: while a changed folder's rows are taken over, there are two of each.
+        if _is_stored(job_of(LocalFeatures()), source) or (
+            shutil.disk_usage(jobs).free > len(names) * ROW_BYTES + _ROOM
+        ):
             rows, of, _ = rows_of(LocalFeatures())
             features = dict(zip(of, np.asarray(rows), strict=True))
         else:
@@ -163,6 +166,14 @@ def open_gallery(
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")
     unreadable = len(skipped) - len(source.left_out)
     return Gallery(Path(folder), names, embeddings, unreadable, left_out, features)
+
+
+def _is_stored(job: Path, source: PhotoSource) -> bool:
+    """Whether a job of exactly these photos is finished."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        whole = not (job / TAKEN).exists() and (job / EMBEDDINGS).exists()
+        return whole and dict(read_json(job / JOB)).get("digest") == source.digest
+    return False
 
 
 def open_option(
@@ -194,8 +205,10 @@ def _remove_superseded(jobs: Path, engine: Engine) -> None:
             gone = time.time() - path.stat().st_mtime > _KEPT and not os.path.isdir(
                 os.path.join(at, folder)
             )
-            ours = job.get("tower") in (engine.fingerprint, LocalFeatures.fingerprint)
-            other = not ours or job.get("format") != FORMAT
+            ours = (LocalFeatures.fingerprint, LocalFeatures.name)
+            own = job.get("tower") == engine.fingerprint
+            own = own or (job.get("tower"), job.get("engine")) == ours
+            other = not own or job.get("format") != FORMAT
             if gone or other or "folder" not in job:
                 with only_writer(path.parent, JobBusyError()):
                     shutil.rmtree(path.parent)

@@ -287,8 +287,7 @@ class SearchApp(widgets.VBox):
         if answer.verdicts:
             verified = min(TOP, len(self.search.gallery.names) - bool(query.name))
             how += f", the first {verified} verified"
-            none = {*answer.verdicts} == {SIMILAR}
-            first = f"{_places_in_words(answer.verdicts)} {'' if none or not best else first}"
+            first = f"{_places_in_words(answer.verdicts)} {first if best else ''}".strip()
         part = f" {_in_words(query.box, upload.size)}" if query.box else ""
         gone = uris.count("")
         lost = f" Gone or unreadable: {counted(gone, 'file')} of those shown." if gone else ""
@@ -339,7 +338,7 @@ class SearchApp(widgets.VBox):
         return _title((landmark_of(name) if self.search.landmarks else "") or name)
 
     def _show_progress(self, done: int, total: int) -> None:
-        if done < self._done:  # the photos are read again, for their local features
+        if done <= self._done:  # the photos are read again, for their local features
             self._began = time.monotonic()
         self._done = done
         bar = f'<progress max="{total}" value="{done}" aria-label="Photos read"></progress>'
@@ -404,7 +403,7 @@ def _places_in_words(verdicts: list[str]) -> str:
             f"{counted(same, 'photo')} of those shown {'show' if same > 1 else 'shows'} this place."
         )
     if set(verdicts) == {SIMILAR}:
-        return "None of your photos shows this place, as far as can be told. Those most like it:"
+        return "None of your photos shows this place, as far as can be told."
     return "Perhaps one of these shows this place."
 
 

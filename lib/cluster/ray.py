@@ -280,7 +280,9 @@ def embed(
     """
     folder = Path(out_folder).resolve()
     tower = None if tower is None else Path(tower).resolve()
-    if cluster.gpus and tower is not None and tower.suffix != ".keras":
+    if cluster.gpus and tower is None:
+        raise ClusterError("local features are found on processors only: take workers without GPUs")
+    if cluster.gpus and tower.suffix != ".keras":
         raise ClusterError(
             f"{tower.name} is an exported tower, which runs on processors only: take the .keras "
             "file of its run, or workers without GPUs"

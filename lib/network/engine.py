@@ -52,6 +52,7 @@ OWN_PHOTOS = "runs/own_photos"
 
 _FORMAT = 2
 GEM_P, VIEWS = 2.0, (160, 224, 320)  # of the packaged network
+PACKAGED = f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"  # its origin
 _MOST_VIEWS = 16
 _MOST_SIZE = 4096  # side of a photo in pixels; no number of a file is believed unseen
 _BATCH = 64  # photos that go through the network together
@@ -85,6 +86,7 @@ class Engine:
     fingerprint: str
     name: str
     views: tuple[int, ...] = ()
+    origin: str = ""  # of an exported tower, see export_engine
     dtype: ClassVar = np.dtype("<f4")  # of the embeddings
     task: ClassVar = "embedding"  # for progress bars
 
@@ -247,14 +249,14 @@ def packaged_engine(folder: Path) -> Engine:
         WeightsUnavailableError: the package is absent or damaged.
         EngineError: the exported network is damaged.
     """
-    engine, origin = folder / ENGINE, f"EfficientNetLite0, packaged, GeM {GEM_P}, views {VIEWS}"
-    if _origin_of(engine) != origin:
+    engine = folder / ENGINE
+    if _origin_of(engine) != PACKAGED:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is chatty
         from lib.network.tower import build_tower  # loads Keras
 
         print("exporting the pre-trained network", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
-        export_engine(build_tower(packaged_settings()), engine, origin, VIEWS)
+        export_engine(build_tower(packaged_settings()), engine, PACKAGED, VIEWS)
     return load_engine(engine)
 
 
@@ -306,7 +308,8 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
             raise ValueError(f"dimension {manifest['dimension']}, unlike the network's")
         side = -1 if views else size
         compute, name = compile_network(model, (side, side, 3), precision, threads)
-        return Engine(compute, size, manifest["dimension"], manifest["fingerprint"], name, views)
+        fields = manifest["dimension"], manifest["fingerprint"], name, views, manifest["origin"]
+        return Engine(compute, size, *fields)
     except Exception as error:  # damage raises errors of zipfile, json and OpenVINO
         raise EngineError(
             f"{show_path(path)} is no exported tower, or a damaged one ({show_error(error)}): "

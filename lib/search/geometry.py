@@ -144,8 +144,7 @@ def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
     fits = _distances(a, b, matrix, model) <= WITHIN
-    # Several features may lie at one place, turned differently; they say nothing of the model.
-    if min(_places(a[fits]), _places(b[fits])) < _LEAST[model]:
+    if fits.sum() < _LEAST[model] or min(_breadth(a[fits]), _breadth(b[fits])) < WITHIN:
         return none
     cells = min(_cells(a[fits], features.size), _cells(b[fits], other.size))
     return Geometry(matches, fits, matrix, cells)
@@ -178,9 +177,12 @@ def _distances(a: np.ndarray, b: np.ndarray, matrix: np.ndarray, model: str) -> 
     return np.where(np.isfinite(found), found, np.inf)
 
 
-def _places(points: np.ndarray) -> int:
-    """How many pixels hold some of the points, float64 (m, 2)."""
-    return len({*map(tuple, points.round().tolist())})
+def _breadth(points: np.ndarray) -> float:
+    """The standard deviation in pixels of points, float64 (m, 2), where it is smallest.
+
+    On a line, or at one place, any points fit some model to within the threshold.
+    """
+    return float(np.sqrt(max(np.linalg.eigvalsh(np.cov(points.T))[0], 0)))
 
 
 def _cells(points: np.ndarray, size: Sequence[int]) -> int:

@@ -115,6 +115,11 @@ class LocalFeatures:
 
     def embed(self, photos: Sequence[np.ndarray]) -> np.ndarray:
         """Rows of the features of n photos, uint8 (n, ROW_BYTES)."""
-        with ThreadPoolExecutor(self.threads or os.cpu_count()) as threads:
-            rows = list(threads.map(lambda photo: packed(local_features(photo)), photos))
+        before = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # OpenCV would take all cores in each thread
+        try:
+            with ThreadPoolExecutor(self.threads or os.cpu_count()) as threads:
+                rows = list(threads.map(lambda photo: packed(local_features(photo)), photos))
+        finally:
+            cv2.setNumThreads(before)
         return np.array(rows, np.uint8).reshape(-1, ROW_BYTES)

@@ -14,8 +14,8 @@ photos of known places by ``python -m benchmarks.geometry``, for the descriptors
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -49,21 +49,27 @@ class Calibration:
         network: whose descriptors it is for.
         weights: of the three columns.
         bias: added to the weighted sum.
-        same: the least probability that is called the same place; half of it being right is
-            "perhaps".
-        false_yes: the share of the queries without a right answer that got a false one, when
-            ``same`` was chosen, on landmarks that the regression had not seen.
+        same: the least probability that is called the same place; from one half on it is "perhaps".
+        false_yes: set of photos -> the share of its queries that got a false "same place" when
+            their right photos were taken away; threshold and weights from other landmarks.
     """
 
     network: str
     weights: tuple[float, float, float]
     bias: float
-    same: float
-    false_yes: float
+    same: float = 1.0
+    false_yes: Mapping[str, float] = field(default_factory=dict)
 
     def log_odds(self, evidence: np.ndarray) -> np.ndarray:
-        """The logarithm of the odds for the same place, float64 (n,), of evidence (n, 3)."""
-        return evidence @ np.array(self.weights) + self.bias
+        """The logarithm of the odds for the same place, float64 (n,), of evidence (n, 3).
+
+        Photos without an inlier beyond chance are "perhaps" of the same place, at most: two plain
+        walls are as similar as can be.
+        """
+        found = evidence @ np.array(self.weights) + self.bias
+        with np.errstate(divide="ignore"):
+            limit = np.log(np.divide(self.same, 1 - self.same)) - 1e-6
+        return np.where(evidence[..., 1] > 0, found, np.minimum(found, limit))
 
     def verdict(self, log_odds: float) -> str:
         """One of VERDICTS."""
@@ -73,7 +79,8 @@ class Calibration:
 
 def probability_of(log_odds: np.ndarray | float) -> np.ndarray | float:
     """The probability, from 0 to 1, of the logarithm of odds."""
-    return 1 / (1 + np.exp(-np.clip(log_odds, -500, 500)))
+    with np.errstate(over="ignore"):  # to 0
+        return 1 / (1 + np.exp(-np.asarray(log_odds, float)))
 
 
 def learn_weights(

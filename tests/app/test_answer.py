@@ -495,7 +495,38 @@ def test_a_photo_that_is_gone_or_plain_is_verified_as_far_as_can_be(places, tmp_
     for photo in (plain, plain[:1, :1], textured(5)):
         found = search.answer(photo, Question(k=13))
         assert len(found.names) == len(found.verdicts) == 13
-    assert found.names[0] == "05.png"
+        assert SAME not in found.verdicts and found.votes == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verified_answers_with_copies_and_beyond_the_first(places, tmp_path, monkeypatch, kind):
+    """Copies fold into one, each kind of index is verified, and what is beyond has no verdict."""
+    monkeypatch.setattr(answer, "TOP", 5)
+    for number in range(3):
+        shutil.copy(places / "03.png", places / f"copy{number}.png")
+    engine = with_views(fake_engine())
+    search = Search(engine, open_gallery(engine, places, tmp_path / "jobs"))
+    view = cv2.warpPerspective(textured(3), VIEW, (480, 360), borderMode=cv2.BORDER_REFLECT)
+    found = search.answer(view, Question(k=10, kind=kind, fold=True), without="copy1.png")
+    own = [{name, *copies} for name, copies in zip(found.names, found.copies, strict=True)]
+    assert {"03.png", "copy0.png", "copy2.png"} in own and len(own) == 10
+    assert own[0] == {"03.png", "copy0.png", "copy2.png"} and found.verdicts[0] == SAME
+    assert found.verdicts[5:] == [""] * 5 and found.probabilities[5:] == [0] * 5
+    assert "" not in found.verdicts[:2]
+
+
+def test_votes_are_of_photos_of_the_same_place(places, tmp_path):
+    """Seven similar photos of another landmark outvoted the one of the same place."""
+    for path in places.glob("*.png"):
+        landmark = "it" if path.name == "03.png" else "other"
+        (places / landmark).mkdir(exist_ok=True)
+        path.rename(places / landmark / path.name)
+    engine = with_views(fake_engine())
+    search = Search(engine, open_gallery(engine, places, tmp_path / "jobs"))
+    search.landmarks = ["it", "other"]
+    view = cv2.warpPerspective(textured(3), VIEW, (480, 360))
+    assert "other" in search.answer(view, Question(k=8, verify=False)).votes
+    assert search.answer(view, Question(k=8)).votes == {"it": 1.0}
 
 
 def test_few_photos_are_verified_by_geometry_alone(places, tmp_path):

@@ -229,7 +229,8 @@ def test_folders_that_are_no_landmarks_are_not_named_so(folder, tmp_path):
     assert "landmark" not in app._head.value.rpartition("</style>")[2]
     assert len(app._samples.children) == SAMPLES
     send(app._drop, png(5))
-    assert "this place" in app._status.value and app._votes.value == ""
+    assert "None of your photos shows this place" in app._status.value
+    assert app._votes.value == "" and "only similar" in "".join(results(app))
     assert ". 1/landmark 05.png</span>" in "".join(results(app))
 
 
@@ -398,7 +399,9 @@ def run_main(tmp_path, monkeypatch, gallery, fails=None, *options):
     monkeypatch.setattr(app_page, "open_engine", lambda run: fake_engine())
     monkeypatch.setattr(app_page, "serve", lambda page, *_: served.append((page, page.read_text())))
     if fails:
-        monkeypatch.setattr("lib.app.gallery.open_gallery", lambda *_: (_ for _ in ()).throw(fails))
+        monkeypatch.setattr(
+            "lib.app.gallery.open_gallery", lambda *_, **__: (_ for _ in ()).throw(fails)
+        )
     places = "--run-dir", str(tmp_path), "--gallery", str(gallery)
     return app_page.main([*places, *options]), served
 

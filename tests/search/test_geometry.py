@@ -103,8 +103,13 @@ def test_what_determines_no_model_has_no_inliers(points, model):
 
 
 def test_a_line_or_one_descriptor_everywhere_is_no_error():
+    rng = np.random.default_rng(2)
+    spread, patch = rng.uniform(0, 400, (40, 2)), rng.uniform(0, 8, (40, 2))
+    noisy = ON_A_LINE + rng.normal(0, 1, ON_A_LINE.shape)
     for model in MODELS:
-        verify(made(ON_A_LINE), made(ON_A_LINE[:, ::-1]), model)
+        for points in (ON_A_LINE, noisy, patch):
+            assert verify(made(points), made(ON_A_LINE[:, ::-1]), model).inliers == 0
+            assert verify(made(spread), made(points), model).inliers == 0
     zeros = np.zeros((40, 128), np.uint8)
     assert verify(made(ON_A_LINE, zeros), made(ON_A_LINE, zeros)).inliers <= 1
     same = np.full((40, 128), 45, np.uint8)
