@@ -29,6 +29,7 @@ from lib.search.local_features import Features
 MODELS = ("homography", "affine", "fundamental")
 RATIO = 0.85  # of the distances to the nearest and the second descriptor, at most (Lowe)
 WITHIN = 6.0  # pixels between a feature and where the model puts it, at most
+_BREADTH = 0.01  # of the longer side: inliers that lie more narrowly say nothing
 GRID = 10  # a photo is parted into GRID x GRID cells
 _ROUNDS, _CONFIDENCE = 2000, 0.999  # of the random samples
 _LEAST = {"homography": 5, "affine": 4, "fundamental": 9}  # matches: one more than always fit
@@ -144,7 +145,9 @@ def _fit(features: Features, other: Features, matches: np.ndarray, model: str) -
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
     fits = _distances(a, b, matrix, model) <= WITHIN
-    if fits.sum() < _LEAST[model] or min(_breadth(a[fits]), _breadth(b[fits])) < WITHIN:
+    if fits.sum() < _LEAST[model]:
+        return none
+    if min(_breadth(a[fits], features.size), _breadth(b[fits], other.size)) < _BREADTH:
         return none
     cells = min(_cells(a[fits], features.size), _cells(b[fits], other.size))
     return Geometry(matches, fits, matrix, cells)
@@ -177,12 +180,12 @@ def _distances(a: np.ndarray, b: np.ndarray, matrix: np.ndarray, model: str) -> 
     return np.where(np.isfinite(found), found, np.inf)
 
 
-def _breadth(points: np.ndarray) -> float:
-    """The standard deviation in pixels of points, float64 (m, 2), where it is smallest.
+def _breadth(points: np.ndarray, size: Sequence[int]) -> float:
+    """The smallest standard deviation of points, float64 (m, 2), as a share of the longer side.
 
     On a line, or at one place, any points fit some model to within the threshold.
     """
-    return float(np.sqrt(max(np.linalg.eigvalsh(np.cov(points.T))[0], 0)))
+    return float(np.sqrt(max(np.linalg.eigvalsh(np.cov(points.T))[0], 0))) / max(size)
 
 
 def _cells(points: np.ndarray, size: Sequence[int]) -> int:
