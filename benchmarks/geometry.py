@@ -73,6 +73,7 @@ from lib.studies.fixes import landmark_folds
 FOLDS = 5
 TOPS = (20, 50, TOP)
 COMPARED = 200  # queries
+ALPHA = 3.0  # the power of a neighbour's similarity in expansion
 FALSE_YES = 0.01  # share of the queries without a right answer that may get one
 APP, CROSS_FITTED = "whitened by the folder itself", "cross-fitted whitening"
 STEP = "geometric verification"
@@ -191,16 +192,14 @@ def hits_of(ranking: Ranking, scores: np.ndarray | None = None) -> np.ndarray:
 
 
 def expanded(
-    vectors: np.ndarray, ranking: Ranking, chosen: np.ndarray, alpha: float, gallery: bool
+    vectors: np.ndarray, ranking: Ranking, chosen: np.ndarray, gallery: bool
 ) -> np.ndarray:
     """Similarities after each query, or each photo of the gallery, was moved to some neighbours.
 
     Args:
         vectors: float32 (n, d) of unit norm.
         chosen: bool (n, TOP), which of a photo's first others it may be moved to; the first
-            NEIGHBOURS of them count.
-        alpha: they are weighted by their similarity to this power, as in
-            :func:`lib.search.rerank.expand_queries`; 0 gives the plain mean.
+            NEIGHBOURS of them count, weighted as in :func:`lib.search.rerank.expand_queries`.
         gallery: whether the gallery is moved (database augmentation), else the queries.
     """
     near = ranking.order[:, :TOP]
@@ -212,7 +211,7 @@ def expanded(
         row, place = np.nonzero(usable)
         of = row if gallery else np.full(len(row), query)
         others = near[of, place]
-        weights = np.maximum(ranking.similarities[of, others], 0) ** alpha
+        weights = np.maximum(ranking.similarities[of, others], 0) ** ALPHA
         added = csr_array((weights, (row, others)), shape=(len(usable), len(vectors))) @ vectors
         moved = added + (vectors if gallery else vectors[[query]])
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
@@ -297,17 +296,13 @@ def measure(folder: Folder) -> dict[str, dict]:
     answers["as shipped"] = false_yes(odds, ranking.same, limit_of(shipped))
     odds, limits = cross[APP]
     every, sure = np.ones(ranking.same.shape, bool), odds >= limits
-    for name, chosen, alpha, of_gallery in (
-        ("query expansion", every, 3.0, False),
-        ("query expansion by the plain mean", every, 0.0, False),
-        ("verified query expansion", sure, 3.0, False),
-        ("verified query expansion by the plain mean", sure, 0.0, False),
-        ("database augmentation", every, 3.0, True),
-        ("database augmentation by the plain mean", every, 0.0, True),
-        ("verified database augmentation", sure, 3.0, True),
-        ("verified database augmentation by the plain mean", sure, 0.0, True),
+    for name, chosen, of_gallery in (
+        ("query expansion", every, False),
+        ("verified query expansion", sure, False),
+        ("database augmentation", every, True),
+        ("verified database augmentation", sure, True),
     ):
-        moved = expanded(folder.whitened, ranking, chosen, alpha, of_gallery)
+        moved = expanded(folder.whitened, ranking, chosen, of_gallery)
         order = np.argsort(-moved, axis=1, kind="stable")[:, :-1]
         hits = hits_of(ranking._replace(order=order))
         steps[f"{APP}, {name}"] = row_of(hits, base, ranking.labels)

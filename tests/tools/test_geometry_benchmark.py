@@ -49,13 +49,10 @@ def test_a_query_never_moves_the_gallery_that_it_searches(ranking, rng, gallery)
     vectors = unit(rng.normal(size=(40, 8))).astype(np.float32)
     chosen = np.zeros(ranking.same.shape, bool)
     chosen[:, :5] = True
-    found = expanded(vectors, ranking, chosen, 0.0, gallery)
-    query = 7
+    found = expanded(vectors, ranking, chosen, gallery)
+    query, weights = 7, np.maximum(ranking.similarities, 0) ** 3
     near = [[o for o in row[:5] if o != query][:3] for row in ranking.order]
-    if gallery:
-        moved = unit(np.array([vectors[i] + vectors[n].sum(axis=0) for i, n in enumerate(near)]))
-        expected = moved @ vectors[query]
-    else:
-        expected = vectors @ unit(vectors[query] + vectors[ranking.order[query, :3]].sum(axis=0))
+    moved = np.array([vectors[i] + weights[i, n] @ vectors[n] for i, n in enumerate(near)])
+    expected = unit(moved) @ vectors[query] if gallery else vectors @ unit(moved[query])
     expected[query] = -np.inf
     np.testing.assert_allclose(found[query], expected, atol=1e-5)
