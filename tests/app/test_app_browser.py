@@ -483,12 +483,13 @@ def test_photos_of_ones_own(page, own_photos):
     both.paste(sample("flower", (0, 0, 340, 260)))
     both.paste(sample("china", (0, 0, 340, 260)), (340, 0))
     app.input.set_input_files(photo_of(0) | {"buffer": jpeg(both)})
-    app.status("The photos most like it: 11 photos searched")
+    app.status("this place. 11 photos searched")
     drag(app, (0.51, 0.02), (0.99, 0.98))
     app.status("for the middle right part")
     first = page.locator(".app-cell").first
     api.expect(first.locator("img")).to_have_attribute("alt", re.compile("china 0|small"))
     assert page.locator(".votes").count() == 0
+    api.expect(first.locator(".verdict")).to_have_text("same place")
     copies = first.locator("details")
     api.expect(copies.locator("li")).to_be_hidden()
     copies.locator("summary").click()
