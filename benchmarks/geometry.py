@@ -126,13 +126,8 @@ def cross_fitted(ranking: Ranking) -> tuple[np.ndarray, np.ndarray]:
     odds, limits = np.empty(ranking.same.shape), np.empty((len(ranking.queries), 1))
     for own in landmark_folds(ranking.labels, FOLDS, seed=0):
         fitted, asked = fit([(ranking, ~own)]), own[ranking.queries]
-        odds[asked], limits[asked] = fitted.log_odds(ranking.evidence[asked]), limit_of(fitted)
+        odds[asked], limits[asked] = fitted.log_odds(ranking.evidence[asked]), fitted.limit
     return odds, limits
-
-
-def limit_of(calibration: Calibration) -> float:
-    """The log-odds from which on a photo is of the same place."""
-    return float(np.log(calibration.same / (1 - calibration.same)))
 
 
 def fit(parts: list[tuple[Ranking, np.ndarray]]) -> Calibration:
@@ -174,7 +169,7 @@ def calibrate(rankings: dict[str, Ranking]) -> Calibration:
         fitted = fit([(ranking, ~own[name]) for name, ranking in rankings.items()])
         for name, ranking in rankings.items():
             odds = np.where(ranking.same, -np.inf, fitted.log_odds(ranking.evidence))
-            yes = (odds >= limit_of(fitted)).any(axis=1)
+            yes = (odds >= fitted.limit).any(axis=1)
             counts[name] += int(yes[own[name][ranking.queries]].sum())
     shipped = fit([(r, np.ones(len(r.labels), bool)) for r in rankings.values()])
     shares = {name: round(count / len(rankings[name].queries), 4) for name, count in counts.items()}
@@ -293,7 +288,7 @@ def measure(folder: Folder) -> dict[str, dict]:
     ranking, shipped = folder.rankings[APP], shipped_calibration()
     base, odds = hits_of(ranking), shipped.log_odds(ranking.evidence)
     steps[f"{APP}, {STEP} as shipped"] = row_of(hits_of(ranking, odds), base, ranking.labels)
-    answers["as shipped"] = false_yes(odds, ranking.same, limit_of(shipped))
+    answers["as shipped"] = false_yes(odds, ranking.same, shipped.limit)
     odds, limits = cross[APP]
     every, sure = np.ones(ranking.same.shape, bool), odds >= limits
     for name, chosen, of_gallery in (

@@ -149,6 +149,7 @@ class Search:
             query = self._whitening.apply(query)
         verified = question.verify and gallery.features is not None
         features, own = local_features(photo) if verified else None, query[0]
+        odds: dict[str, float] = {}  # name -> log-odds, of the photos that are verified
         if question.rerank == "query expansion" and gallery.names != [without]:
             from lib.search.rerank import expand_queries  # here: it loads SciPy
 
@@ -157,18 +158,20 @@ class Search:
             query = expand_queries(query, others, k=NEIGHBOURS)
         wanted = max((1 + question.fold) * question.k, TOP * verified) + bool(without)
         while True:
-            (ranked,), similarities = index.search(query, wanted)
-            log_odds = np.empty(0)
+            (ranked,), (similarities,) = index.search(query, wanted)
             if verified:
-                log_odds, order = self._verified(features, own, ranked, without)
-                ranked, similarities = [ranked[i] for i in order], similarities[:, order]
+                first = [name for name in ranked if name != without][:TOP]
+                odds |= self._log_odds(features, own, [name for name in first if name not in odds])
+                order = np.argsort([-odds.get(name, -np.inf) for name in ranked], kind="stable")
+                ranked, similarities = [ranked[i] for i in order], similarities[order]
             groups = self._grouped(ranked, question, without)
             if not question.fold or len(groups) == question.k or wanted >= len(gallery.names):
                 break
             wanted *= 2
         names = [[ranked[place] for place in group] for group in groups]
         firsts = [group[0] for group in groups]
-        similarities, log_odds = similarities[0, firsts], log_odds[firsts if verified else []]
+        similarities = similarities[firsts]
+        log_odds = np.array([odds.get(name, -np.inf) for name, *_ in names if verified])
         verdicts = [shipped_calibration().verdict(v) if v > -np.inf else "" for v in log_odds]
         votes: Counter[str] = Counter()
         for place, (name, *_) in enumerate(names):
@@ -187,18 +190,11 @@ class Search:
             verdicts=verdicts,
         )
 
-    def _verified(
-        self, features: Features, query: np.ndarray, ranked: list[str], without: str
-    ) -> tuple[np.ndarray, list[int]]:
-        """Verify the first TOP photos of a ranking.
-
-        Returns:
-            the log-odds that each of n photos shows the query's place, float64 (n,), descending in
-            its first TOP, -inf after them; and for each its place in the given ranking.
-        """
-        places = [place for place, name in enumerate(ranked) if name != without]
-        first, plain = places[:TOP], np.zeros(ROW_BYTES, np.uint8)
-        names = [ranked[place] for place in first]
+    def _log_odds(
+        self, features: Features, query: np.ndarray, names: list[str]
+    ) -> dict[str, float]:
+        """Verify photos of the gallery: name -> log-odds that it shows the query's place."""
+        plain = np.zeros(ROW_BYTES, np.uint8)
         found = verify_all(features, (unpacked(self.gallery.features.get(n, plain)) for n in names))
         # What a cosine means is known of these descriptors, whitened; else geometry is left.
         cosines = np.zeros(len(names))
@@ -206,9 +202,7 @@ class Search:
         if known and self._whitening is not None:
             cosines = self._vectors[[self._rows[name] for name in names]] @ query
         log_odds = shipped_calibration().log_odds(evidence_of(cosines, found))
-        order = np.argsort(-log_odds, kind="stable")
-        rest = np.full(len(places) - len(first), -np.inf)
-        return np.concatenate([log_odds[order], rest]), [*np.array(first)[order], *places[TOP:]]
+        return dict(zip(names, log_odds.tolist(), strict=True))
 
     def _grouped(self, names: list[str], question: Question, without: str) -> list[list[int]]:
         """Places in a ranking: of the first k photos, each before the places of its copies."""

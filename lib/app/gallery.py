@@ -133,32 +133,17 @@ def open_gallery(
     except NoPhotosError as error:
         text = "There are no photos in this folder, nor in the folders in it."
         raise SearchError(text + _sentences(error.left_out)) from None
-    _remove_superseded(Path(jobs), engine)
-
-    def job_of(engine: Engine | LocalFeatures) -> Path:
-        place = place_of(folder, Path(jobs))
-        key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place}".encode())
-        return Path(jobs) / key.hexdigest()[:16]
-
-    def rows_of(engine: Engine | LocalFeatures) -> Embedded:
-        job = job_of(engine)
-        try:
-            found = embed_job(engine, source, job, _BATCH, on_progress)
-        except JobBusyError:  # names a folder of ours
-            text = "another process reads these photos: wait until it has finished"
-            raise JobBusyError(text) from None
-        with contextlib.suppress(OSError):
-            (job / JOB).touch()  # its time is that of the last use
-        return found
-
-    embeddings, names, skipped = rows_of(engine)
+    jobs = Path(jobs)
+    _remove_superseded(jobs, engine)
+    job = _job_of(engine, folder, jobs)
+    embeddings, names, skipped = _rows_of(engine, source, job, on_progress)
     left_out, features = _sentences(source.left_out), None
     if names and engine.views and verifiable:
         # Once as much as all: while a changed folder's rows are taken over, there are two of each.
-        if _is_stored(job_of(LocalFeatures()), source) or (
-            shutil.disk_usage(jobs).free > len(names) * ROW_BYTES + _ROOM
-        ):
-            rows, of, _ = rows_of(LocalFeatures())
+        job = _job_of(LocalFeatures(), folder, jobs)
+        needed = len(names) * ROW_BYTES + _ROOM
+        if _is_stored(job, source) or shutil.disk_usage(jobs).free > needed:
+            rows, of, _ = _rows_of(LocalFeatures(), source, job, on_progress)
             features = dict(zip(of, np.asarray(rows), strict=True))
         else:
             left_out += " The disk has no room to verify what shows the same place."
@@ -166,6 +151,27 @@ def open_gallery(
         raise SearchError(f"None of the photos in this folder can be read.{left_out}")
     unreadable = len(skipped) - len(source.left_out)
     return Gallery(Path(folder), names, embeddings, unreadable, left_out, features)
+
+
+def _job_of(engine: Engine | LocalFeatures, folder: Path, jobs: Path) -> Path:
+    key = hashlib.sha256(f"{engine.fingerprint} {engine.name} {place_of(folder, jobs)}".encode())
+    return jobs / key.hexdigest()[:16]
+
+
+def _rows_of(
+    engine: Engine | LocalFeatures,
+    source: PhotoSource,
+    job: Path,
+    on_progress: Callable[[int, int], None] | None,
+) -> Embedded:
+    try:
+        found = embed_job(engine, source, job, _BATCH, on_progress)
+    except JobBusyError:  # names a folder of ours
+        text = "another process reads these photos: wait until it has finished"
+        raise JobBusyError(text) from None
+    with contextlib.suppress(OSError):
+        (job / JOB).touch()  # its time is that of the last use
+    return found
 
 
 def _is_stored(job: Path, source: PhotoSource) -> bool:

@@ -67,14 +67,17 @@ class Calibration:
         walls are as similar as can be.
         """
         found = evidence @ np.array(self.weights) + self.bias
+        return np.where(evidence[..., 1] > 0, found, np.minimum(found, self.limit - 1e-6))
+
+    @property
+    def limit(self) -> float:
+        """The log-odds from which on a photo is called the same place."""
         with np.errstate(divide="ignore"):
-            limit = np.log(np.divide(self.same, 1 - self.same)) - 1e-6
-        return np.where(evidence[..., 1] > 0, found, np.minimum(found, limit))
+            return float(np.log(np.divide(self.same, 1 - self.same)))
 
     def verdict(self, log_odds: float) -> str:
         """One of VERDICTS."""
-        probability = probability_of(log_odds)
-        return SAME if probability >= self.same else PERHAPS if probability >= 0.5 else SIMILAR
+        return SAME if log_odds >= self.limit else PERHAPS if log_odds >= 0 else SIMILAR
 
 
 def probability_of(log_odds: np.ndarray | float) -> np.ndarray | float:

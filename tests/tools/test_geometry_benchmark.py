@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.geometry import Ranking, cross_fitted, expanded, false_yes, fit, hits_of, limit_of
+from benchmarks.geometry import Ranking, cross_fitted, expanded, false_yes, fit, hits_of
 from tests.conftest import unit
 
 
@@ -35,7 +35,7 @@ def test_verification_by_other_places_puts_the_right_photo_first(ranking):
     before, after = (hits_of(ranking, scores)[:, 0].mean() for scores in (None, odds))
     assert after > before + 0.3
     assert false_yes(odds, ranking.same, limits)["pairs"] < 0.01
-    assert limits.shape == (40, 1) and limit_of(fit([(ranking, ranking.labels > 0)])) > 0
+    assert limits.shape == (40, 1) and fit([(ranking, ranking.labels > 0)]).limit > 0
 
 
 def test_false_answers_are_counted_by_pair_and_by_query():
