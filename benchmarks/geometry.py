@@ -69,6 +69,7 @@ from lib.search.same_place import (
     shipped_calibration,
 )
 from lib.studies.fixes import landmark_folds
+from lib.studies.folds import Pairs
 
 FOLDS = 5
 TOPS = (20, 50, TOP)
@@ -99,20 +100,15 @@ class Ranking(NamedTuple):
     same: np.ndarray
 
 
-def rank(
-    similarities: np.ndarray, labels: np.ndarray, features: list[Features], known: dict
-) -> Ranking:
-    """Rank and verify; ``known`` keeps what was verified, by pair."""
+def rank(similarities: np.ndarray, labels: np.ndarray, pairs: Pairs) -> Ranking:
+    """Rank and verify."""
     similarities = similarities.astype(np.float32)
     np.fill_diagonal(similarities, -np.inf)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :-1]
     evidence = []
     for query, row in enumerate(tqdm(order[:, :TOP], "verifying", unit=" queries", leave=False)):
-        new = [other for other in row.tolist() if (query, other) not in known]
-        found = verify_all(features[query], (features[other] for other in new))
-        known.update(zip([(query, other) for other in new], found, strict=True))
-        pairs = [known[query, other] for other in row.tolist()]
-        evidence.append(evidence_of(similarities[query, row], pairs))
+        found = pairs.verify(query, row.tolist())
+        evidence.append(evidence_of(similarities[query, row], found))
     same = labels[order[:, :TOP]] == labels[:, None]
     queries = np.arange(len(labels))
     return Ranking(labels, queries, similarities, order, np.array(evidence), same)
@@ -256,10 +252,10 @@ def open_folder(path: Path) -> tuple[Folder, dict[str, float]]:
     features = [local_features(photo) for photo in tqdm(photos, "features", leave=False)]
     rate = len(photos) / (time.perf_counter() - start)
     cv2.setNumThreads(threads)
-    known: dict = {}
+    pairs = Pairs(features)
     rankings = {
-        APP: rank(whitened @ whitened.T, labels, features, known),
-        CROSS_FITTED: rank(cross_fitted_similarities(vectors, labels), labels, features, known),
+        APP: rank(whitened @ whitened.T, labels, pairs),
+        CROSS_FITTED: rank(cross_fitted_similarities(vectors, labels), labels, pairs),
     }
     queries = range(0, len(paths), max(1, len(paths) // 50))
     start = time.perf_counter()

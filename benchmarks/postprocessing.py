@@ -33,22 +33,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from tqdm import tqdm
 
-from lib.data.photos import read_gallery
+from benchmarks.own_photos import labelled_photos
+from lib.data.photos import read_gallery, read_photo
 from lib.files import project_root, show_path, write_json
 from lib.network.tower import TowerSettings, build_tower
 from lib.programs import as_path, program
+from lib.search.local_features import LONGEST, local_features
 from lib.studies.fixes import landmark_folds
+from lib.studies.folds import Fold, Pairs, Photos, query_rounds
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
-    Fold,
     Options,
-    Photos,
     Trial,
     describe_all,
     embedding_ms,
-    query_rounds,
     run_postprocessing,
     summarize,
 )
@@ -56,6 +57,7 @@ from lib.studies.postprocessing import (
 OPTIONS = Options(
     image_size=224,
     image_sizes=((160, 224, 320), (224, 320), (224, 320, 448)),
+    verified=(20, 50, 100),
 )
 
 
@@ -123,7 +125,12 @@ def main(given: list[str] | None = None) -> int:
     for message in skipped:
         print("skipped:", message)
     views = describe_all(tower, lambda size: read_gallery(arguments.photos, size)[0], OPTIONS.views)
-    photos = Photos(views, labels)
+    paths, _ = labelled_photos(arguments.photos)
+    features = [
+        local_features(read_photo(path, LONGEST, squash=False))
+        for path in tqdm(paths, "local features", unit=" photos")
+    ]
+    photos = Photos(views, labels, Pairs(features), np.arange(len(labels)))
     folds = make_folds(photos, arguments.folds)
     steps = run_postprocessing(folds, OPTIONS)
     queries = np.concatenate([queries for fold in folds for queries, _ in fold.rounds])

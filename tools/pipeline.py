@@ -13,6 +13,7 @@ import ast
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
+from traitlets.config import Config
 
 from lib.files import only_writer, project_root, replacing, show_path
 from lib.programs import UsageError, as_path, one_line, program
@@ -125,7 +127,12 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
     root = project_root()
     run_dir = run.relative_to(root).as_posix() if run.is_relative_to(root) else str(run)
     parameters = {**parameters, "run_dir": run_dir}
-    with tqdm(NOTEBOOKS, unit=" notebooks", file=sys.stderr) as bar:
+    with (
+        tempfile.TemporaryDirectory() as sockets,
+        tqdm(NOTEBOOKS, unit=" notebooks", file=sys.stderr) as bar,
+    ):
+        # Files in place of TCP ports: another program could take a port before the kernel does.
+        connection = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
         for name in bar:
             bar.set_description(name)
             source, target = notebooks / f"{name}.ipynb", run / f"{name}.ipynb"
@@ -139,6 +146,7 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
                     cwd=str(notebooks),
                     progress_bar=False,
                     store_widget_state=False,  # photos, once more, that no page shows
+                    config=Config(KernelManager=connection),
                 )
             finally:
                 if target.is_file():

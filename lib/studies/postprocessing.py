@@ -40,11 +40,7 @@ from lib.search.rerank import (
     rerank_k_reciprocal,
     rerank_superglobal,
 )
-
-# Side of the photo in pixels, whether it is mirrored, GeM's exponent (None: the tower's).
-View = tuple[int, bool, float | None]
-# Indices of the queries, and of the gallery they search.
-Round = tuple[np.ndarray, np.ndarray]
+from lib.studies.folds import Fold, Photos, Round, View, query_rounds
 
 AS_TRAINED, PLAIN, CHOSEN = "as trained", "no re-ranking", "chosen on validation"
 
@@ -89,6 +85,8 @@ class Options:
         neighbours: numbers of neighbours for the re-rankings, from about the photos per landmark to
             several times that.
         candidates: numbers of photos that SuperGlobal re-ranks.
+        verified: numbers of photos that geometric verification re-ranks; it needs local features,
+            see :class:`Photos`, and is left out without a number.
     """
 
     image_size: int
@@ -98,6 +96,7 @@ class Options:
     dimensions: tuple[int, ...] = (32, 64, 128, 256)
     neighbours: tuple[int, ...] = (1, 2, 4, 8)
     candidates: tuple[int, ...] = (20, 100)
+    verified: tuple[int, ...] = ()
 
     @property
     def views(self) -> list[View]:
@@ -125,6 +124,8 @@ class Reranking:
         settings: the settings to choose from.
         prepare: (gallery (n, d), settings) -> data computed once per gallery.
         scores: (queries (q, d), gallery, prepared data, settings) -> float32 (q, n).
+        verifies: whether the settings' ``top`` photos are then sorted by their inliers, those with
+            ``least`` or more first, see :func:`lib.search.geometry.verify`.
     """
 
     settings: list[dict[str, Any]]
@@ -132,13 +133,14 @@ class Reranking:
     scores: Callable[[np.ndarray, np.ndarray, Any, dict], np.ndarray] = (
         lambda queries, gallery, prepared, settings: queries @ gallery.T
     )
+    verifies: bool = False
 
 
 def rerankings(options: Options) -> dict[str, Reranking]:
-    """List the re-rankings of :mod:`lib.search.rerank` by name."""
+    """List the re-rankings of :mod:`lib.search.rerank`, and geometric verification, by name."""
     ks = options.neighbours
     expansion = _grid(k=ks, alpha=(0.0, 3.0))
-    return {
+    methods = {
         PLAIN: Reranking([{}]),
         "query expansion": Reranking(
             expansion, scores=lambda q, g, _, s: expand_queries(q, g, **s) @ g.T
@@ -169,62 +171,15 @@ def rerankings(options: Options) -> dict[str, Reranking]:
             _grid(top=options.candidates, k=ks, beta=(0.15, 0.5)),
             scores=lambda q, g, _, s: rerank_superglobal(q, g, **s),
         ),
+        "geometric verification": Reranking(
+            _grid(top=options.verified, least=(6, 8, 12)), verifies=True
+        ),
     }
+    return {name: method for name, method in methods.items() if method.settings}
 
 
 def _grid(**values: Iterable) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-
-
-@dataclass(frozen=True, eq=False)
-class Photos:
-    """Descriptors of labelled photos, in several views.
-
-    Attributes:
-        views: float32 (n, d) of unit norm for each view.
-        labels: (n,), the landmark of each photo.
-    """
-
-    views: Mapping[View, np.ndarray]
-    labels: np.ndarray
-
-    def take(self, rows: np.ndarray) -> Photos:
-        """Select the photos at ``rows``, int or bool."""
-        return Photos({view: x[rows] for view, x in self.views.items()}, self.labels[rows])
-
-
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """A split into photos to learn and choose settings from, and test photos.
-
-    Attributes:
-        known: photos of the landmarks that are not tested.
-        validation: bool (v, n), v parts of ``known``. To choose settings, the photos of each part
-            are searched among all known photos, with a whitening learned from those outside the
-            part. For the test, the whitening is learned from all known photos.
-        test: photos to measure on.
-        rounds: the searches among the test photos.
-
-    Raises:
-        ValueError: a query shows a known landmark, or a validation part has some but not all photos
-            of a landmark.
-    """
-
-    known: Photos
-    validation: np.ndarray
-    test: Photos
-    rounds: Sequence[Round]
-
-    def __post_init__(self):
-        labels = self.known.labels
-        pairs = [({*labels[part]}, {*labels[~part]}) for part in self.validation]
-        queried = {label for queries, _ in self.rounds for label in self.test.labels[queries]}
-        for some, others in ((queried, {*labels}), *pairs):
-            if both := some & others:
-                raise ValueError(
-                    f"landmark {str(min(both))!r} would be both learned from, or chosen by, and "
-                    "measured on"
-                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,30 +205,6 @@ class Trial:
     prepare_ms: float
     base_ap: np.ndarray | None = None
     kept: bool = True
-
-
-def query_rounds(labels: np.ndarray, queried: np.ndarray | None = None) -> list[Round]:
-    """Plan rounds in which each photo is a query once, and no query is in the gallery.
-
-    The queries of round r are the r-th photos of all landmarks that have more than one; all other
-    photos are the gallery.
-
-    Args:
-        labels: (n,), the landmark of each photo.
-        queried: bool (n,), the photos to use as queries; None: all. The others are in the gallery
-            of every round.
-
-    Raises:
-        ValueError: no queried photo has another photo of its landmark.
-    """
-    labels = pd.Series(np.asarray(labels))
-    place = labels.groupby(labels).cumcount().to_numpy()
-    size = labels.groupby(labels).transform("size").to_numpy()
-    can_be_query = (size > 1) & (True if queried is None else queried)
-    if not can_be_query.any():
-        raise ValueError("no landmark has two photos: there is nothing to find")
-    searched = [(place == r) & can_be_query for r in range(size[can_be_query].max())]
-    return [(np.flatnonzero(chosen), np.flatnonzero(~chosen)) for chosen in searched]
 
 
 def describe_all(
@@ -362,7 +293,7 @@ def _best(
     validation = [
         np.concatenate(
             [
-                _search(x, labels, query_rounds(labels, part), method, settings)[0]
+                _search(x, fold.known, query_rounds(labels, part), method, settings)[0]
                 for x, part in zip(describe(recipe)[0], fold.validation, strict=True)
             ]
         )
@@ -370,7 +301,7 @@ def _best(
     ]
     best = int(np.argmax([ap.mean() for ap in validation]))
     recipe, settings = choices[best]
-    found = _search(describe(recipe)[1], fold.test.labels, fold.rounds, method, settings)
+    found = _search(describe(recipe)[1], fold.test, fold.rounds, method, settings)
     return Trial(recipe, settings, validation[best], *found)
 
 
@@ -403,9 +334,10 @@ def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> White
 
 
 def _search(
-    x: np.ndarray, labels: np.ndarray, rounds: Sequence[Round], method: Reranking, settings: dict
+    x: np.ndarray, photos: Photos, rounds: Sequence[Round], method: Reranking, settings: dict
 ) -> tuple[np.ndarray, float, float]:
     """Search in all rounds; return ``ap``, ``search_ms`` and ``prepare_ms`` of a trial."""
+    labels = photos.labels
     ap, preparing, searching = [], 0.0, 0.0
     for queries, gallery in rounds:
         start = time.perf_counter()
@@ -414,10 +346,31 @@ def _search(
         scores = method.scores(x[queries], x[gallery], prepared, settings)
         ranked = np.argsort(-scores, axis=1, kind="stable")
         searching += time.perf_counter() - middle
+        if method.verifies:
+            ranked = np.stack(
+                [
+                    _verified(photos, query, gallery, row, **settings)
+                    for query, row in zip(queries, ranked, strict=True)
+                ]
+            )
         preparing += middle - start
         ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
     n_queries, n_photos = (sum(map(len, rows)) for rows in zip(*rounds, strict=True))
-    return np.concatenate(ap), 1000 * searching / n_queries, 1000 * preparing / n_photos
+    search_ms = 1000 * searching / n_queries
+    if method.verifies:  # as if no pair were known
+        search_ms += settings["top"] * photos.pairs.pair_ms
+    return np.concatenate(ap), search_ms, 1000 * preparing / n_photos
+
+
+def _verified(
+    photos: Photos, query: int, gallery: np.ndarray, ranked: np.ndarray, top: int, least: int
+) -> np.ndarray:
+    """A ranking of the gallery whose first photos are sorted by their inliers, if enough."""
+    near = photos.places[gallery[ranked[:top]]]
+    found = photos.pairs.verify(int(photos.places[query]), near.tolist())
+    inliers = np.array([geometry.inliers for geometry in found])
+    better = np.argsort(np.where(inliers >= least, -inliers, 0), kind="stable")
+    return np.concatenate([ranked[:top][better], ranked[top:]])
 
 
 def summarize(

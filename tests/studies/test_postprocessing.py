@@ -12,19 +12,18 @@ from lib.evaluation.metrics import average_precision
 from lib.network.tower import TowerSettings, build_tower
 from lib.network.whitening import learn_pca_whitening
 from lib.search.descriptors import describe_views
+from lib.search.geometry import Geometry
 from lib.studies.figures import plot_postprocessing
+from lib.studies.folds import Fold, Pairs, Photos, query_rounds
 from lib.studies.postprocessing import (
     AS_TRAINED,
     CHOSEN,
     PLAIN,
-    Fold,
     Options,
-    Photos,
     Recipe,
     Trial,
     describe_all,
     embedding_ms,
-    query_rounds,
     rerankings,
     run_postprocessing,
     summarize,
@@ -167,6 +166,52 @@ def test_each_step_builds_on_the_last_one_that_is_proven_on_validation(fold):
     chosen = steps[CHOSEN].settings["method"]
     assert chosen in (PLAIN, max(rerankings(OPTIONS), key=validation.get))
     np.testing.assert_array_equal(steps[CHOSEN].ap, steps[chosen].ap)
+
+
+class MadeUpPairs:
+    """Most photos of a landmark have 20 inliers, some none; those of two have 7."""
+
+    pair_ms = 2.0
+
+    def __init__(self):
+        self.asked = set()
+
+    def verify(self, query, others):
+        self.asked |= {(query, other) for other in others}
+        counts = [7 if query // 3 != other // 3 else 20 * (other % 3 > 0) for other in others]
+        return [Geometry(None, np.ones(n, bool), None, 1) for n in counts]
+
+
+def test_geometric_verification_sorts_the_first_photos_where_they_have_local_features(rng):
+    pairs = MadeUpPairs()
+    known, test = made_up(rng, 30, 0.9), made_up(rng, 15, 0.9, first=30)
+    known = replace(known, pairs=pairs, places=np.arange(90))
+    test = replace(test, pairs=pairs, places=np.arange(90, 135))
+    fold = Fold(known, known.labels[None] >= 20, test, query_rounds(test.labels))
+    steps = run(fold, replace(OPTIONS, verified=(5, 40)))
+    step = steps["geometric verification"]
+    assert step.settings == {"top": 40, "least": 8}  # six would let the wrong ones in
+    assert step.ap.mean() > step.base_ap.mean() + 0.1
+    assert 80 <= step.search_ms < 180 and steps[CHOSEN].settings["method"] == (
+        "geometric verification"
+    )
+    assert all(query != other for query, other in pairs.asked)
+    assert "geometric verification" not in run(fold)
+
+
+def test_a_pair_is_verified_once(monkeypatch):
+    def verified(query, others):
+        calls.append((query, others))
+        return [f"{query}-{other}" for other in others]
+
+    calls = []
+    monkeypatch.setattr("lib.studies.folds.verify_all", verified)
+    pairs = Pairs("abcd")
+    assert pairs.pair_ms == 0
+    assert pairs.verify(0, [1, 2]) == ["a-b", "a-c"]
+    assert pairs.verify(0, [2, 3, 1]) == ["a-c", "a-d", "a-b"]
+    assert pairs.verify(1, [0]) == ["b-a"]
+    assert calls == [("a", ["b", "c"]), ("a", ["d"]), ("b", ["a"])] and pairs.pair_ms > 0
 
 
 def test_what_makes_no_difference_is_not_kept(fold):
