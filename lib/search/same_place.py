@@ -26,6 +26,7 @@ from lib.search.geometry import GRID, Geometry
 VERDICTS = SAME, PERHAPS, SIMILAR = ("same place", "perhaps", "only similar")
 TOP = 100  # photos of a ranking that are verified
 CHANCE = 4  # matches that fit a homography whatever they are
+SURE = 7.0  # log-odds, a probability of 0.999
 _FILE = Path(__file__).with_name("same_place.json")
 
 
@@ -64,10 +65,13 @@ class Calibration:
         """The logarithm of the odds for the same place, float64 (n,), of evidence (n, 3).
 
         Photos without an inlier beyond chance are "perhaps" of the same place, at most: two plain
-        walls are as similar as can be.
+        walls are as similar as can be. Beyond SURE the inliers alone count, so that the photo that
+        a query is a part of goes first: it is in few cells of the other, and less similar to it.
         """
         found = evidence @ np.array(self.weights) + self.bias
-        return np.where(evidence[..., 1] > 0, found, np.minimum(found, self.limit - 1e-6))
+        beyond = evidence[..., 1]
+        found = np.where(found > SURE, SURE + beyond, found)
+        return np.where(beyond > 0, found, np.minimum(found, self.limit - 1e-6))
 
     @property
     def limit(self) -> float:

@@ -9,6 +9,7 @@ from lib.search.same_place import (
     PERHAPS,
     SAME,
     SIMILAR,
+    SURE,
     Calibration,
     evidence_of,
     learn_weights,
@@ -45,9 +46,18 @@ def test_verdicts_follow_the_probability():
     calibration = Calibration("", (1.0, 0.0, 0.0), 0.0, same=0.9)
     odds = calibration.log_odds(np.array([[3.0, 1, 0], [1.0, 1, 0], [-1.0, 1, 0], [9.0, 0, 0]]))
     assert [*map(calibration.verdict, odds)] == [SAME, PERHAPS, SIMILAR, PERHAPS]
-    assert Calibration("", (1.0, 0.0, 0.0), 0.0).log_odds(np.array([[9.0, 0, 0]])) == 9
+    assert Calibration("", (1.0, 0.0, 0.0), 0.0).log_odds(np.array([[6.0, 0, 0]])) == 6
     np.testing.assert_allclose(probability_of(np.log([9.0, 1.0])), [0.9, 0.5])
     assert probability_of(np.array([-1e9, 1e9])).tolist() == pytest.approx([0, 1])
+
+
+def test_among_sure_photos_that_with_most_inliers_is_first():
+    """A part of a photo is in few of its cells, and less similar to it than another photo."""
+    other_view, whole = geometry(60, 60), geometry(300, 40)
+    odds = shipped_calibration().log_odds(evidence_of([0.8, 0.5], [other_view, whole]))
+    assert SURE < odds[0] < odds[1]
+    ramp = Calibration("", (1.0, 0.0, 0.0), 0.0).log_odds(np.array([[v, 1, 1] for v in range(20)]))
+    assert (np.diff(ramp) >= 0).all() and ramp[7] == 7 and ramp[8] == ramp[19] == 8
 
 
 def test_weights_are_learned_from_pairs(rng):
