@@ -1,11 +1,10 @@
 """What post-processing is worth on real photographs, with a network that is only frozen.
 
-    python -m benchmarks.postprocessing PHOTOS --weights FILE
+    python -m benchmarks.postprocessing PHOTOS
 
-PHOTOS holds a folder of photos for each landmark, FILE the ImageNet weights, without top, of Keras'
-MobileNet of width 0.25 for 224 pixels (``mobilenet_2_5_224_tf_no_top.h5``); ``--backbone`` and
-``--width`` name another network, and FILE may be the word imagenet, or packaged for an
-EfficientNet-Lite. Nothing is trained: a photo's descriptor is GeM (p = 3) of the last feature map.
+PHOTOS holds a folder of photos for each landmark. The network is the packaged EfficientNet-Lite0;
+``--backbone``, ``--width`` and ``--weights``, imagenet or a file without top, name another.
+Nothing is trained: a photo's descriptor is GeM (p = 3) of the last feature map.
 
 Two protocols: every photo is a query, or the first photo of each landmark is, as in INRIA
 Holidays. All other photos are its gallery. The landmarks are dealt into folds; settings are chosen,
@@ -57,6 +56,7 @@ from lib.studies.postprocessing import (
 OPTIONS = Options(
     image_size=224,
     image_sizes=((160, 224, 320), (224, 320), (224, 320, 448)),
+    dimensions=(64, 128, 256, 512),
     verified=(20, 50, 100),
 )
 
@@ -106,9 +106,9 @@ def main(given: list[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("photos", type=as_path, metavar="PHOTOS", help="a folder per landmark")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="or: imagenet, packaged")
-    parser.add_argument("--backbone", default="MobileNet", help="of lib.network.tower")
-    parser.add_argument("--width", type=float, default=0.25, help="of a MobileNet")
+    parser.add_argument("--backbone", default="EfficientNetLite0", help="of lib.network.tower")
+    parser.add_argument("--width", type=float, default=1.0, help="of a MobileNet")
+    parser.add_argument("--weights", default="packaged", help="imagenet, packaged, or a file")
     parser.add_argument("--name", default="", help="of the result; by default the folder's")
     parser.add_argument("--folds", type=int, default=5)
     arguments = parser.parse_args(given)
@@ -117,7 +117,7 @@ def main(given: list[str] | None = None) -> int:
         OPTIONS.image_size,
         embedding_size=0,
         backbone=arguments.backbone,
-        width=arguments.width if arguments.backbone.startswith("MobileNet") else 1.0,
+        width=arguments.width,
         weights=arguments.weights,
     )
     tower = build_tower(settings)
@@ -140,11 +140,16 @@ def main(given: list[str] | None = None) -> int:
     summary = summarize(only(steps, first), labels[queries][first], view_ms)
 
     name = arguments.name or arguments.photos.resolve().name
-    command = "python -m benchmarks.postprocessing PHOTOS --weights FILE"
-    command += f" --backbone {arguments.backbone} --width {arguments.width} --name {name}"
+    others = {k: v for k, v in vars(arguments).items() if v != parser.get_default(k)}
+    del others["photos"]
     result = {
         "name": name,
-        "command": f"{command} --folds {arguments.folds}",
+        "command": " ".join(
+            [
+                "python -m benchmarks.postprocessing PHOTOS",
+                *(f"--{k} {v}" for k, v in others.items()),
+            ]
+        ),
         "protocol": "the first photo of each landmark searched among all other photos; settings "
         "and whitenings from the landmarks of the other folds",
         "photos": len(labels),

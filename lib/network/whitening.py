@@ -38,6 +38,15 @@ class Whitening:
     mean: np.ndarray
     projection: np.ndarray
 
+    def keep(self, dimension: int) -> Whitening:
+        """The whitening in fewer dimensions: its first columns.
+
+        Raises:
+            ValueError: fewer than one, or more than there are.
+        """
+        dimension = _dimension(dimension, self.projection.shape[1])
+        return Whitening(self.mean, self.projection[:, :dimension])
+
     def apply(self, descriptors: np.ndarray) -> np.ndarray:
         """Whiten descriptors: float (n, d) -> float32 (n, k) of unit norm, or 0 for the mean.
 

@@ -257,8 +257,9 @@ def run_postprocessing(folds: Sequence[Fold], options: Options) -> dict[str, lis
     steps = {name: [] for name in (*improvements, *methods, CHOSEN)}
     with tqdm(total=len(folds) * (len(steps) - 1), unit=" steps") as bar:
         for fold in folds:
-            # Learned once for all settings of the re-rankings.
-            describe = functools.cache(functools.partial(_describe, fold))
+            # Learned once for all dimensions, and for all settings of the re-rankings.
+            learn = functools.cache(functools.partial(_learn, fold))
+            describe = functools.cache(functools.partial(_describe, fold, learn))
             recipe, base = Recipe((options.image_size,)), None
             for name, changes in improvements.items():
                 choices = [(replace(recipe, **change), change) for change in changes]
@@ -313,24 +314,36 @@ def _is_proven(fold: Fold, trial: Trial, base: Trial) -> bool:
     return interval(trial.validation - base.validation, groups).low > 0
 
 
-def _describe(fold: Fold, recipe: Recipe) -> tuple[list[np.ndarray], np.ndarray]:
+def _describe(
+    fold: Fold, learn: Callable[[Recipe], list[Whitening]], recipe: Recipe
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Describe the known photos for each validation part, and the test photos, see Fold."""
-    known, test = (
-        aggregate(np.stack([photos.views[view] for view in recipe.views]), recipe.scale_p)
-        for photos in (fold.known, fold.test)
-    )
+    known, test = (_aggregated(photos, recipe) for photos in (fold.known, fold.test))
     if not recipe.whitening:
         return [known] * len(fold.validation), test
-    labels = fold.known.labels
-    parts = [_learn(recipe, known[~part], labels[~part]).apply(known) for part in fold.validation]
-    return parts, _learn(recipe, known, labels).apply(test)
+    *parts, whole = learn(replace(recipe, dimension=None))
+    dimension = min(recipe.dimension or np.inf, known.shape[1])
+    kept = [part.keep(dimension).apply(known) for part in parts]
+    return kept, whole.keep(dimension).apply(test)
 
 
-def _learn(recipe: Recipe, descriptors: np.ndarray, labels: np.ndarray) -> Whitening:
-    dimension = min(recipe.dimension or np.inf, descriptors.shape[1])
-    if recipe.whitening == "pca":
-        return learn_pca_whitening(descriptors, dimension)
-    return learn_supervised_whitening(descriptors, labels=labels, dimension=dimension)
+def _learn(fold: Fold, recipe: Recipe) -> list[Whitening]:
+    """Learn a recipe's whitening for each validation part, from what is outside, and for the test.
+
+    In all dimensions: those of a whitening in fewer are the first of these.
+    """
+    known, labels = _aggregated(fold.known, recipe), fold.known.labels
+    found = []
+    for rows in (*~fold.validation, np.ones(len(labels), bool)):
+        if recipe.whitening == "pca":
+            found.append(learn_pca_whitening(known[rows]))
+        else:
+            found.append(learn_supervised_whitening(known[rows], labels=labels[rows]))
+    return found
+
+
+def _aggregated(photos: Photos, recipe: Recipe) -> np.ndarray:
+    return aggregate(np.stack([photos.views[view] for view in recipe.views]), recipe.scale_p)
 
 
 def _search(

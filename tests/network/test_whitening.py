@@ -1,5 +1,6 @@
 """Whitenings against other implementations, and what they are good for."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -129,6 +130,17 @@ def test_lw_turns_down_what_varies_within_landmarks_and_pca_does_not(rng):
     assert mean_ap(lw.apply(unseen), unseen_labels) > plain + 0.15
     # The six directions are the first: nothing else is needed.
     assert mean_ap(cut.apply(unseen), unseen_labels) > plain + 0.3
+
+
+def test_the_whitening_in_fewer_dimensions_is_the_first_columns(rng):
+    x, labels = correlated(rng, 60, 12), np.repeat(np.arange(20), 3)
+    for learn in (learn_pca_whitening, partial(learn_supervised_whitening, labels=labels)):
+        kept, whole = learn(x, dimension=5), learn(x)
+        np.testing.assert_array_equal(whole.keep(5).projection, kept.projection)
+        np.testing.assert_array_equal(whole.keep(12).apply(x), whole.apply(x))
+        for wrong in (0, 13):
+            with pytest.raises(ValueError, match="dimension"):
+                whole.keep(wrong)
 
 
 def test_with_few_samples_the_covariance_is_shrunk(rng):

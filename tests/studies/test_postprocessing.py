@@ -243,9 +243,9 @@ def test_the_choice_does_not_see_the_test_photos(fold, rng):
 def test_the_whitening_that_chooses_learns_from_the_others_alone(fold, monkeypatch):
     learned_from = []
 
-    def spy(descriptors, dimension):
+    def spy(descriptors):
         learned_from.append(descriptors)
-        return learn_pca_whitening(descriptors, dimension)
+        return learn_pca_whitening(descriptors)
 
     monkeypatch.setattr("lib.studies.postprocessing.learn_pca_whitening", spy)
     run(fold, replace(OPTIONS, image_sizes=((32,),)))
