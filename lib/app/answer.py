@@ -19,6 +19,7 @@ import contextlib
 import filecmp
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -119,10 +120,19 @@ class Search:
 
     def __init__(self, engine: Engine, gallery: Gallery):
         self.engine, self.gallery = engine, gallery
-        self._vectors, self._whitening = gallery.embeddings, None
-        if engine.views and len(gallery.names) >= _LEAST_TO_WHITEN:
-            self._vectors, self._whitening = _whitened(gallery.embeddings)
+        # It takes seconds: meanwhile a page can be shown, or a query be read.
+        background = ThreadPoolExecutor(1)
+        self._learned = background.submit(_searched, engine, gallery)
+        background.shutdown(wait=False)
         self._index, self._hash = cache(self._build_index), cache(self._perceptual_hash)
+
+    @property
+    def _vectors(self) -> np.ndarray:
+        return self._learned.result()[0]
+
+    @property
+    def _whitening(self) -> Whitening | None:
+        return self._learned.result()[1]
 
     @property
     def image_size(self) -> int:
@@ -271,7 +281,8 @@ class Search:
         if len(landmarks) < 2 or not len(rows):
             return []
         rows = rows[:: -(-len(rows) // _MOST_TO_ASK)]
-        found, _ = nearest(self._vectors[rows], self._vectors, _NEAREST + 1)
+        embeddings = self.gallery.embeddings
+        found, _ = nearest(embeddings[rows], embeddings, _NEAREST + 1)
         shares = []
         for row, near in zip(rows, found, strict=True):
             near = near[near != row][: min(others[row], _NEAREST)]
@@ -319,8 +330,11 @@ class Search:
         return PhotoIndex.build(self._vectors, names, self.engine.fingerprint, settings[kind])
 
 
-def _whitened(embeddings: np.ndarray) -> tuple[np.ndarray, Whitening | None]:
-    """Embeddings (n, d) whitened by a whitening learned from them; as they are if all are equal."""
+def _searched(engine: Engine, gallery: Gallery) -> tuple[np.ndarray, Whitening | None]:
+    """The vectors to search among, float32 (n, d), and the whitening of a query, if any."""
+    embeddings = gallery.embeddings
+    if not engine.views or len(embeddings) < _LEAST_TO_WHITEN:
+        return embeddings, None
     from lib.network.whitening import learn_pca_whitening  # here: it loads scikit-learn
 
     step = -(-len(embeddings) // _MOST_TO_LEARN)
