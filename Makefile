@@ -134,7 +134,7 @@ test-lib: setup
 
 test-long: setup ## Run the long tests: kills, training, a real browser
 	@echo "== long tests"
-	$(PYTEST) -m long --ignore=tests/cluster
+	$(PYTEST) -m long --ignore=tests/cluster --durations=15
 
 rehearse: setup ## Walk the paths of users from end to end: half an hour
 	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py
@@ -170,7 +170,7 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 	@touch $@
 
 test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 09
-	$(PYTEST) -m long tests/cluster
+	$(PYTEST) -m long tests/cluster --durations=5
 	$(PYTEST) --nbval-lax notebooks/09*.ipynb
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install

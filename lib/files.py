@@ -177,15 +177,16 @@ def remove_half_written(folder: Path, subfolders: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, busy: Exception | None) -> Iterator[None]:
+def only_writer(folder: Path, busy: Exception | None, patience: float = 0) -> Iterator[None]:
     """Keep other processes and threads out; the system lifts the lock when the process dies.
 
-    ``busy`` is raised if another process holds the lock, the file ``.lock``; None: wait for it.
+    ``busy`` is raised if another process holds the lock, the file ``.lock``, for ``patience``
+    seconds; None: wait for it.
     """
     import filelock
 
     try:
-        lock = filelock.FileLock(folder / ".lock", timeout=0 if busy else -1).acquire()
+        lock = filelock.FileLock(folder / ".lock", timeout=patience if busy else -1).acquire()
     except filelock.Timeout:
         raise busy from None
     with lock:

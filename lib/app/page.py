@@ -10,6 +10,7 @@ requests for another host name are refused, and browsers can't send code to the 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import re
@@ -37,6 +38,7 @@ MOST_KERNELS = 8  # of some 260 MB each, with those in advance; more pages are r
 _FOLDER = "landmark_search_"  # prefix of a server's temporary folder
 _IDLE = 180  # seconds until a kernel ends whose page vanished without closing it
 _IDLE_CHECK = 30  # seconds between two looks for such kernels
+_START = 5  # seconds that a kernel takes to start, at most, if the machine is not busy
 _FULL = "Too many pages of the app are open: close one, wait a moment, then load this page again."
 
 
@@ -177,6 +179,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     config.VoilaConfiguration.file_allowlist = []  # the page needs no files
     config.VoilaConfiguration.preheat_kernel = True
     config.VoilaConfiguration.default_pool_size = READY
+    config.VoilaKernelManager.fill_delay = _START  # the next one, when the page is complete
     config.MappingKernelManager.cull_idle_timeout = _IDLE
     config.MappingKernelManager.cull_interval = _IDLE_CHECK
     config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
@@ -204,6 +207,11 @@ def _page_handler(voilas: type) -> type:
             _ = self.xsrf_token  # sets the cookie without which a closing page can't end its kernel
             PageHandler.waiting += 1
             try:
+                # At first the kernel made in advance is not known yet: another one beside it would
+                # delay both.
+                until = time.monotonic() + _START
+                while not self.kernel_manager.notebook_data and time.monotonic() < until:
+                    await asyncio.sleep(0.05)
                 await super().get(path)
             finally:
                 if self.kernel is None:

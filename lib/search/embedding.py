@@ -59,6 +59,7 @@ TAKEN = "taken.bin"  # rows of the job before, until the new one is finished
 FORMAT = 2  # of a job
 _HEADER = 128  # bytes of an .npy file before its rows
 _THREADS = os.cpu_count() or 1
+_LOOK = 3.0  # seconds that another process may take to find that nothing is to do
 
 
 class EmbeddingJobError(RuntimeError):
@@ -252,7 +253,8 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     where, remedy = show_path(folder), "choose another folder, or delete this one"
     busy = JobBusyError(f"another process works in {where}: wait until it has finished")
-    with only_writer(folder, busy):
+    # Two pages that open at once only look whether all is there.
+    with only_writer(folder, busy, _LOOK):
         remove_half_written(folder)
         if (folder / JOB).exists():
             try:

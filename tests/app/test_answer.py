@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import takewhile
 
@@ -272,7 +273,18 @@ def test_folders_without_photos_are_refused_without_a_path(tmp_path):
         open_gallery(fake_engine(), tmp_path / "empty", tmp_path / "jobs")
 
 
-def test_two_windows_do_not_embed_one_folder_at_a_time(folder, tmp_path):
+def test_two_windows_may_open_one_folder_at_once(folder, tmp_path):
+    gallery = open_gallery(fake_engine(), folder, tmp_path / "jobs")
+    (job,) = (tmp_path / "jobs").iterdir()
+    with ThreadPoolExecutor(1) as other:
+        with only_writer(job, RuntimeError()):
+            opened = other.submit(open_gallery, fake_engine(), folder, tmp_path / "jobs")
+            assert wait([opened], 0.3).not_done
+        assert opened.result().names == gallery.names
+
+
+def test_two_windows_do_not_embed_one_folder_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.search.embedding._LOOK", 0.1)
     open_gallery(fake_engine(), folder, tmp_path / "jobs")
     (job,) = (tmp_path / "jobs").iterdir()
     with only_writer(job, RuntimeError()), pytest.raises(JobBusyError, match="wait") as busy:
@@ -570,6 +582,20 @@ def test_without_room_for_local_features_one_searches_without(places, tmp_path, 
     search = Search(engine, gallery)
     assert search.image_size == SIZE
     assert search.answer(search.photo("00.png"), Question(k=3)).verdicts == []
+
+
+def test_the_steps_in_the_readme_are_the_stored_ones():
+    root = project_root()
+    lines = (root / "README.md").read_text("utf-8").partition("| step | mAP | gain")[2].splitlines()
+    rows = [row.split("|") for row in takewhile(lambda line: line.startswith("|"), lines[2:])]
+    stored = read_json(root / "benchmarks/results/postprocessing_holidays803.json")["summary"]
+    found = {row["step"]: row for row in stored}
+    assert len(rows) == 6
+    for _, step, value, gain, _ in rows:
+        row = found[step.partition(":")[0].strip()]
+        assert f"{row['map']:.3f}" == value.strip(" *")
+        told = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+        assert gain.strip() in (told, "") and (gain.strip() or row["gain"] == 0)
 
 
 def test_the_figures_of_the_readme_are_the_stored_ones():
