@@ -598,6 +598,23 @@ def test_the_steps_in_the_readme_are_the_stored_ones():
         assert gain.strip() in (told, "") and (gain.strip() or row["gain"] == 0)
 
 
+def test_the_steps_in_the_benchmarks_readme_are_the_stored_ones():
+    root = project_root() / "benchmarks"
+    table = (root / "README.md").read_text("utf-8").partition("## Post-processing")[2]
+    lines = table[table.index("| step") :].splitlines()
+    rows = [row.split("|")[1:-1] for row in takewhile(lambda line: line.startswith("|"), lines)]
+    for place, name in enumerate(rows[0][1:], 1):
+        stored = read_json(root / f"results/postprocessing_{name.strip()}.json")
+        every = stored["every_photo"]["map"]
+        first = {row["step"]: row["map"] for row in stored["summary"]}
+        said = {row[0].partition(":")[0].strip(): row[place].strip(" *") for row in rows[2:]}
+        assert said == {
+            step: f"{100 * every[step]:.1f} ({100 * first[step]:.1f})"
+            for step in every
+            if step != "no re-ranking"
+        }
+
+
 def test_the_figures_of_the_readme_are_the_stored_ones():
     root = project_root()
     text = (root / "README.md").read_text("utf-8")
