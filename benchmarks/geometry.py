@@ -154,7 +154,7 @@ def fit(parts: list[tuple[Ranking, np.ndarray]]) -> Calibration:
     share = np.cumsum(importance[order]) / importance.sum()
     first = wrong[order][np.searchsorted(share, FALSE_YES)]  # the first that would be too many
     same = float(probability_of(max(first, 0))) + 1e-4  # above "perhaps"
-    return replace(fitted, same=round(min(same, 0.9999), 4))
+    return replace(fitted, same=round(min(same, 0.999), 4))
 
 
 def calibrate(rankings: dict[str, Ranking]) -> Calibration:

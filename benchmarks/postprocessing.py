@@ -121,11 +121,8 @@ def main(given: list[str] | None = None) -> int:
         weights=arguments.weights,
     )
     tower = build_tower(settings)
-    _, labels, skipped = read_gallery(arguments.photos, 32)
-    for message in skipped:
-        print("skipped:", message)
+    paths, labels = labelled_photos(arguments.photos)
     views = describe_all(tower, lambda size: read_gallery(arguments.photos, size)[0], OPTIONS.views)
-    paths, _ = labelled_photos(arguments.photos)
     features = [
         local_features(read_photo(path, LONGEST, squash=False))
         for path in tqdm(paths, "local features", unit=" photos")
@@ -142,6 +139,8 @@ def main(given: list[str] | None = None) -> int:
     name = arguments.name or arguments.photos.resolve().name
     others = {k: v for k, v in vars(arguments).items() if v != parser.get_default(k)}
     del others["photos"]
+    if others.get("weights", "imagenet") != "imagenet":
+        others["weights"] = "FILE"
     result = {
         "name": name,
         "command": " ".join(

@@ -131,8 +131,7 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
         tempfile.TemporaryDirectory() as sockets,
         tqdm(NOTEBOOKS, unit=" notebooks", file=sys.stderr) as bar,
     ):
-        # Files in place of TCP ports: another program could take a port before the kernel does.
-        connection = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
+        connection = _connection(sockets)
         for name in bar:
             bar.set_description(name)
             source, target = notebooks / f"{name}.ipynb", run / f"{name}.ipynb"
@@ -151,6 +150,17 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
             finally:
                 if target.is_file():
                     write_page(target)
+
+
+def _connection(folder: str) -> dict[str, str]:
+    """Settings of a kernel's connection: by files in a folder, in place of TCP ports, if possible.
+
+    Another program could take a port before the kernel does.
+    """
+    name = f"{folder}/kernel"
+    # The path of a socket may have 103 bytes on macOS, 107 on Linux; "-5" is added to it.
+    usable = os.name == "posix" and len(os.fsencode(name)) <= 100
+    return {"transport": "ipc", "ip": name} if usable else {}
 
 
 def write_page(notebook: Path) -> Path:

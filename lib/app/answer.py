@@ -84,7 +84,8 @@ class Question:
     # into it, so that k different photos are found.
     fold: bool = False
     # Whether the first photos of the ranking are verified by geometry, if the gallery has local
-    # features: they are then in the order of the probability that they show the query's place.
+    # features: they are then in the order of the log-odds that they show the query's place, see
+    # lib.search.same_place.
     verify: bool = True
 
     def __post_init__(self):
@@ -103,7 +104,8 @@ class Answer(NamedTuple):
     # show the same place or perhaps do, by probability. The largest first; shares sum to 1, or
     # there are none.
     votes: dict[str, float]
-    seconds: float  # to embed the query and to search
+    # To embed the query, to search and to verify; at first, to wait until the whitening is learned.
+    seconds: float
     copies: list[list[str]]  # names of the photos that were folded into each of these
     # If verified: the probability, from 0 to 1, that each of the k shows the query's place, and the
     # verdict, of lib.search.same_place.VERDICTS, or 0 and "" beyond the first TOP; else both empty.
@@ -153,10 +155,10 @@ class Search:
             without: the query's name if it is in the gallery; it is left out of the results.
         """
         start = time.perf_counter()
-        index, gallery = self._index(question.kind), self.gallery
         query = self.engine.embed([shrunk(photo, self.engine.image_size)])
         if self._whitening is not None:
             query = self._whitening.apply(query)
+        index, gallery = self._index(question.kind), self.gallery
         verified = question.verify and gallery.features is not None
         features, own = local_features(photo) if verified else None, query[0]
         odds: dict[str, float] = {}  # name -> log-odds, of the photos that are verified
@@ -266,7 +268,8 @@ class Search:
 
         Folders of one's own photos may be years or trips. For an engine with views, folders are
         landmarks if the photos nearest to a photo, at most _NEAREST and as many as its folder has,
-        lie in its folder: half of them above those that would lie there by chance.
+        lie in its folder: half of them above those that would lie there by chance. By the plain
+        embeddings, so that a page need not wait for the whitening.
         """
         landmarks = self.gallery.landmarks()
         if not self.engine.views:

@@ -179,7 +179,7 @@ def serve(notebook: Path, templates: Path, port: int, open_browser: bool) -> Non
     config.VoilaConfiguration.file_allowlist = []  # the page needs no files
     config.VoilaConfiguration.preheat_kernel = True
     config.VoilaConfiguration.default_pool_size = READY
-    config.VoilaKernelManager.fill_delay = _START  # the next one, when the page is complete
+    config.VoilaKernelManager.fill_delay = 2.0  # seconds: the next one, when the page is complete
     config.MappingKernelManager.cull_idle_timeout = _IDLE
     config.MappingKernelManager.cull_interval = _IDLE_CHECK
     config.ZMQChannelsWebsocketConnection.limit_rate = False  # photos are large messages
@@ -210,7 +210,7 @@ def _page_handler(voilas: type) -> type:
                 # At first the kernel made in advance is not known yet: another one beside it would
                 # delay both.
                 until = time.monotonic() + _START
-                while not self.kernel_manager.notebook_data and time.monotonic() < until:
+                while READY and not self.kernel_manager.notebook_data and time.monotonic() < until:
                     await asyncio.sleep(0.05)
                 await super().get(path)
             finally:

@@ -59,7 +59,7 @@ TAKEN = "taken.bin"  # rows of the job before, until the new one is finished
 FORMAT = 2  # of a job
 _HEADER = 128  # bytes of an .npy file before its rows
 _THREADS = os.cpu_count() or 1
-_LOOK = 3.0  # seconds that another process may take to find that nothing is to do
+_LOOK = 3.0  # seconds in which another process finds that nothing is to do, of 10,000 pictures
 
 
 class EmbeddingJobError(RuntimeError):
@@ -254,7 +254,7 @@ def claimed(folder: Path, job: dict) -> Iterator[None]:
     where, remedy = show_path(folder), "choose another folder, or delete this one"
     busy = JobBusyError(f"another process works in {where}: wait until it has finished")
     # Two pages that open at once only look whether all is there.
-    with only_writer(folder, busy, _LOOK):
+    with only_writer(folder, busy, _LOOK * max(1, job["pictures"] / 10_000)):
         remove_half_written(folder)
         if (folder / JOB).exists():
             try:

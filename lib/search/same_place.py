@@ -44,13 +44,14 @@ def evidence_of(cosines: np.ndarray, found: Sequence[Geometry]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A logistic regression on :func:`evidence_of`.
+    """A logistic regression on :func:`evidence_of`; beyond SURE, the inliers alone count.
 
     Attributes:
         network: whose descriptors it is for.
         weights: of the three columns.
         bias: added to the weighted sum.
-        same: the least probability that is called the same place; from one half on it is "perhaps".
+        same: the least probability that is called the same place, at most that of SURE; from one
+            half on it is "perhaps".
         false_yes: set of photos -> the share of its queries that got a false "same place" when
             their right photos were taken away; threshold and weights from other landmarks.
     """

@@ -370,8 +370,9 @@ def _search(
         ap.append(average_precision(labels[gallery][ranked] == labels[queries][:, None]))
     n_queries, n_photos = (sum(map(len, rows)) for rows in zip(*rounds, strict=True))
     search_ms = 1000 * searching / n_queries
-    if method.verifies:  # as if no pair were known
-        search_ms += settings["top"] * photos.pairs.pair_ms
+    if method.verifies:  # as if no pair were known, but the query's local features
+        verified = sum(len(q) * min(settings["top"], len(g)) for q, g in rounds) / n_queries
+        search_ms += verified * photos.pairs.pair_ms
     return np.concatenate(ap), search_ms, 1000 * preparing / n_photos
 
 

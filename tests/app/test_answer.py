@@ -349,6 +349,34 @@ def test_threads_may_share_a_search(search):
     assert len(results) == 8 and len({tuple(names) for names in results}) == 1
 
 
+def test_a_search_is_there_while_its_whitening_is_learned(folder, monkeypatch):
+    """The page is shown, and the query embedded, meanwhile; an error is not lost."""
+    own, learned, embedded = with_views(fake_engine()), threading.Event(), threading.Event()
+    gallery = open_gallery(own, folder, folder.parent / "jobs")
+    searched = answer._searched
+
+    def wait_and_learn(engine, gallery):
+        assert learned.wait(10)
+        return searched(engine, gallery)
+
+    def compute(photos):
+        embedded.set()
+        return own.compute(photos)
+
+    monkeypatch.setattr(answer, "_searched", wait_and_learn)
+    search = Search(replace(own, compute=compute), gallery)
+    assert len(search.landmarks) == 20
+    photo, question = search.photo(gallery.names[0]), Question(k=1, verify=False)
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(search.answer, photo, question)
+        assert embedded.wait(10) and not asked.done()
+        learned.set()
+        assert asked.result().names == [gallery.names[0]]
+    monkeypatch.setattr(answer, "_searched", lambda engine, gallery: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Search(own, gallery).answer(photo, question)
+
+
 def test_an_engine_with_views_is_whitened_by_the_folders_own_photos(folder):
     """Photos that share a strong colour are told apart by what little differs."""
     own = with_views(fake_engine())
@@ -613,6 +641,17 @@ def test_the_steps_in_the_benchmarks_readme_are_the_stored_ones():
             for step in every
             if step != "no re-ranking"
         }
+
+
+def test_the_changed_photos_in_the_benchmarks_readme_are_the_stored_ones():
+    root = project_root() / "benchmarks"
+    table = (root / "README.md").read_text("utf-8").partition("Changed photos")[2]
+    lines = table[table.index("| |") :].splitlines()
+    rows = [row.split("|")[1:-1] for row in takewhile(lambda line: line.startswith("|"), lines)]
+    for place, name in enumerate(rows[0][1:], 1):
+        stored = read_json(root / f"results/own_photos_{name.strip()}.json")["changed"]
+        said = {row[0].strip(): row[place].strip() for row in rows[2:]}
+        assert said == {change: f"{row['first']:.1f}" for change, row in stored.items()}
 
 
 def test_the_figures_of_the_readme_are_the_stored_ones():

@@ -134,6 +134,7 @@ def real_data(kaggle):
         assert way == "machine" or shown.splitlines()[-1].startswith("Stopped: "), shown[-3000:]
     shown = python(kaggle, *command)
     assert "report.html" in shown and "Traceback" not in shown
+    assert "over TCP" not in shown  # as ipykernel warns of ports
     return run
 
 

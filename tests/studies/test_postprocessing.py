@@ -192,9 +192,8 @@ def test_geometric_verification_sorts_the_first_photos_where_they_have_local_fea
     step = steps["geometric verification"]
     assert step.settings == {"top": 40, "least": 8}  # six would let the wrong ones in
     assert step.ap.mean() > step.base_ap.mean() + 0.1
-    assert 80 <= step.search_ms < 180 and steps[CHOSEN].settings["method"] == (
-        "geometric verification"
-    )
+    assert 60 <= step.search_ms < 90  # 30 photos are searched, of 2 ms each
+    assert steps[CHOSEN].settings["method"] == "geometric verification"
     assert all(query != other for query, other in pairs.asked)
     assert "geometric verification" not in run(fold)
 

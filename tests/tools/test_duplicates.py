@@ -208,8 +208,9 @@ def test_no_photos_end_in_one_line(tmp_path, capsys, name, said):
     assert name in last and said in last and not (tmp_path / "out" / PAGE).exists()
 
 
-def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys):
+def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys, monkeypatch):
     """The message named the folder of its embeddings."""
+    monkeypatch.setattr("lib.search.embedding._LOOK", 0.1)
     found(photos, tmp_path / "out", capsys)
     (job,) = (tmp_path / OWN_PHOTOS / JOBS).iterdir()
     with only_writer(job, RuntimeError()):

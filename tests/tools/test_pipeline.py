@@ -3,6 +3,7 @@
 Whole runs are in tests/notebooks/test_rehearsals.py.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -118,6 +119,13 @@ def test_a_run_folder_is_of_one_pipeline_at_a_time(tmp_path, capsys, monkeypatch
 needs_no_data = pytest.mark.skipif(
     any((ROOT / "Dataset").glob("*.tfrec")), reason="Dataset/ holds the real shards"
 )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere kernels use ports")
+def test_kernels_are_reached_by_files_unless_their_path_is_too_long():
+    usable = {"transport": "ipc", "ip": "/tmp/some/kernel"}
+    assert pipeline._connection("/tmp/some") == usable
+    assert pipeline._connection("/tmp/" + 90 * "ü") == {}
 
 
 @pytest.mark.long

@@ -89,8 +89,9 @@ def test_a_link_in_the_folder_does_not_find_itself(photos, capsys):
         assert query not in found and found[0] == other and len(found) == 24
 
 
-def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys):
+def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys, monkeypatch):
     """The message named the folder of its embeddings."""
+    monkeypatch.setattr("lib.search.embedding._LOOK", 0.1)
     results(capsys, photos, photos / "00.png")
     job = min((tmp_path / OWN_PHOTOS / JOBS).iterdir())
     with only_writer(job, RuntimeError()):
