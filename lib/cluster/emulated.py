@@ -61,17 +61,32 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
             raise ClusterError("this process is connected to a Ray cluster: call ray.shutdown()")
         # Has the effect of RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER even if Ray was imported before.
         enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-        cluster = Cluster()
         try:
-            node = {"node_ip_address": "127.0.0.1", "object_store_memory": 150_000_000}  # bytes
-            cluster.add_node(num_cpus=0, include_dashboard=False, **node)
-            for _ in range(nodes):
-                cluster.add_node(num_cpus=cpus, **node)
-            with connected_to(ray, cluster.address, _node_ip_address="127.0.0.1"):
-                yield cluster
+            try:
+                cluster = _start(Cluster, nodes, cpus)
+            except RuntimeError:
+                # Ray forks while threads of its own run: rarely, a new process hangs at its start.
+                cluster = _start(Cluster, nodes, cpus)
+            try:
+                with connected_to(ray, cluster.address, _node_ip_address="127.0.0.1"):
+                    yield cluster
+            finally:
+                cluster.shutdown()
         finally:
-            cluster.shutdown()
             ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+def _start(cluster_of: type, nodes: int, cpus: int) -> Any:
+    node = {"node_ip_address": "127.0.0.1", "object_store_memory": 150_000_000}  # bytes
+    cluster = cluster_of()
+    try:
+        cluster.add_node(num_cpus=0, include_dashboard=False, **node)
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=cpus, **node)
+    except BaseException:
+        cluster.shutdown()
+        raise
+    return cluster
 
 
 @contextlib.contextmanager
