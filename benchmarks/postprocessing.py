@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.own_photos import labelled_photos
-from lib.data.photos import read_gallery, read_photo
+from lib.data.photos import read_photo, read_photos
 from lib.files import project_root, show_path, write_json
 from lib.network.tower import TowerSettings, build_tower
 from lib.programs import as_path, program
@@ -122,7 +122,7 @@ def main(given: list[str] | None = None) -> int:
     )
     tower = build_tower(settings)
     paths, labels = labelled_photos(arguments.photos)
-    views = describe_all(tower, lambda size: read_gallery(arguments.photos, size)[0], OPTIONS.views)
+    views = describe_all(tower, lambda size: read_photos(paths, size)[0], OPTIONS.views)
     features = [
         local_features(read_photo(path, LONGEST, squash=False))
         for path in tqdm(paths, "local features", unit=" photos")

@@ -612,30 +612,36 @@ def test_without_room_for_local_features_one_searches_without(places, tmp_path, 
     assert search.answer(search.photo("00.png"), Question(k=3)).verdicts == []
 
 
+RESULTS = project_root() / "benchmarks/results"
+
+
+def table_of(page: str, begin: str) -> tuple[list[str], list[list[str]]]:
+    """The header's and the rows' cells, without emphasis, of the table from ``begin`` in a page."""
+    text = (project_root() / page).read_text("utf-8")
+    lines = takewhile(lambda line: line.startswith("|"), text[text.index(begin) :].splitlines())
+    header, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines)
+    return header, rows
+
+
 def test_the_steps_in_the_readme_are_the_stored_ones():
-    root = project_root()
-    lines = (root / "README.md").read_text("utf-8").partition("| step | mAP | gain")[2].splitlines()
-    rows = [row.split("|") for row in takewhile(lambda line: line.startswith("|"), lines[2:])]
-    stored = read_json(root / "benchmarks/results/postprocessing_holidays803.json")["summary"]
+    _, rows = table_of("README.md", "| step | mAP | gain")
+    stored = read_json(RESULTS / "postprocessing_holidays803.json")["summary"]
     found = {row["step"]: row for row in stored}
     assert len(rows) == 6
-    for _, step, value, gain, _ in rows:
-        row = found[step.partition(":")[0].strip()]
-        assert f"{row['map']:.3f}" == value.strip(" *")
+    for step, value, gain in rows:
+        row = found[step.partition(":")[0]]
+        assert f"{row['map']:.3f}" == value
         told = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-        assert gain.strip() in (told, "") and (gain.strip() or row["gain"] == 0)
+        assert gain in (told, "") and (gain or row["gain"] == 0)
 
 
 def test_the_steps_in_the_benchmarks_readme_are_the_stored_ones():
-    root = project_root() / "benchmarks"
-    table = (root / "README.md").read_text("utf-8").partition("## Post-processing")[2]
-    lines = table[table.index("| step") :].splitlines()
-    rows = [row.split("|")[1:-1] for row in takewhile(lambda line: line.startswith("|"), lines)]
-    for place, name in enumerate(rows[0][1:], 1):
-        stored = read_json(root / f"results/postprocessing_{name.strip()}.json")
+    (_, *names), rows = table_of("benchmarks/README.md", "| step | holidays803")
+    for place, name in enumerate(names, 1):
+        stored = read_json(RESULTS / f"postprocessing_{name}.json")
         every = stored["every_photo"]["map"]
         first = {row["step"]: row["map"] for row in stored["summary"]}
-        said = {row[0].partition(":")[0].strip(): row[place].strip(" *") for row in rows[2:]}
+        said = {row[0].partition(":")[0]: row[place] for row in rows}
         assert said == {
             step: f"{100 * every[step]:.1f} ({100 * first[step]:.1f})"
             for step in every
@@ -644,31 +650,26 @@ def test_the_steps_in_the_benchmarks_readme_are_the_stored_ones():
 
 
 def test_the_changed_photos_in_the_benchmarks_readme_are_the_stored_ones():
-    root = project_root() / "benchmarks"
-    table = (root / "README.md").read_text("utf-8").partition("Changed photos")[2]
-    lines = table[table.index("| |") :].splitlines()
-    rows = [row.split("|")[1:-1] for row in takewhile(lambda line: line.startswith("|"), lines)]
-    for place, name in enumerate(rows[0][1:], 1):
-        stored = read_json(root / f"results/own_photos_{name.strip()}.json")["changed"]
-        said = {row[0].strip(): row[place].strip() for row in rows[2:]}
+    begin = "| | holidays803 | smvs_books | smvs_paintings |\n|---|---|---|---|\n| JPEG"
+    (_, *names), rows = table_of("benchmarks/README.md", begin)
+    for place, name in enumerate(names, 1):
+        stored = read_json(RESULTS / f"own_photos_{name}.json")["changed"]
+        said = {row[0]: row[place] for row in rows}
         assert said == {change: f"{row['first']:.1f}" for change, row in stored.items()}
 
 
 def test_the_figures_of_the_readme_are_the_stored_ones():
-    root = project_root()
-    text = (root / "README.md").read_text("utf-8")
-    lines = text.partition("| each step adds")[2].splitlines()
-    rows = takewhile(lambda line: line.startswith("|"), lines[2:])
-    said = [[float(cell.strip(" *")) for cell in row.split("|")[2:4]] for row in rows]
-    results = root / "benchmarks/results"
-    stored = read_json(results / "own_photos_holidays803.json")
+    text = (project_root() / "README.md").read_text("utf-8")
+    _, rows = table_of("README.md", "| each step adds")
+    said = [[float(cell) for cell in row[1:]] for row in rows]
+    stored = read_json(RESULTS / "own_photos_holidays803.json")
     own, changed = stored["steps"], stored["changed"]
     assert f"{min(row['first'] for row in changed.values()):.0f} % or more find their" in text
     found = {
         step: (row["mAP, every photo"], row["recall@1, every photo"]) for step, row in own.items()
     }
     del found["query expansion"]
-    verified = read_json(results / "geometry_holidays803.json")["steps"]
+    verified = read_json(RESULTS / "geometry_holidays803.json")["steps"]
     for step in (
         "itself, geometric verification as shipped",
         "whitening, geometric verification of the first 100",
