@@ -448,7 +448,7 @@ def train_as(start: str, run: str, rank: str, count: str, port: str, *shards: st
     if not alone:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(rank))
     handler, validation = data_of(shards)
-    with contextlib.contextlib.nullcontext() if alone else together(seed=1):
+    with contextlib.nullcontext() if alone else together(seed=1):
         train(load_tower(Path(start)), handler, validation, SETTINGS, Path(run))
 
 
