@@ -7,15 +7,15 @@
 #   make setup PYTHON=/path/to/python choose the interpreter that .venv is built with
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test test-style test-lib test-notebooks test-long backends cluster
-.PHONY: test-cluster browser notebooks screenshots lab tensorboard report backbone lint lock clean
+.PHONY: help setup demo course app test test-style test-lib test-notebooks test-long backends cluster
+.PHONY: test-cluster browser notebooks screenshots lab tensorboard report lint lock clean
 .PHONY: active-conda rehearse
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
 unexport JUPYTER_PATH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # TensorFlow is chatty, and what it says would stand in the notebooks' outputs.
-notebooks app backbone tensorboard: export TF_CPP_MIN_LOG_LEVEL := 3
+notebooks app tensorboard: export TF_CPP_MIN_LOG_LEVEL := 3
 
 # An existing .venv stays what it is; a new one gets CUDA where there is a GPU that TensorFlow can use.
 ifndef EXTRA
@@ -101,15 +101,18 @@ endef
 	  exit 1; }
 	@touch $@
 
-demo: setup ## Run notebooks 01-08 on generated data into runs/
+demo: setup ## Data, training, GeM, evaluation, app on generated data: notebooks 00-02, 04, 05, 10
+	$(PY) -m tools.pipeline --only 00 01 02 04 05 10
+
+course: setup ## Run all notebooks, 00-10, on generated data into runs/
 	$(PY) -m tools.pipeline
 
 app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pictures: in your own photos
 	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
-# conftest.py and pyproject.toml hold the options of all these. 04 to 06 and 08 use the model that 02
-# trained: the order matters. 01, 04 and 05 must reproduce their saved outputs; training (02, 03),
-# a folder of photos (06, 07) and the app (08) must run, but numbers may differ from machine to machine.
+# conftest.py and pyproject.toml hold the options of all these. 04 to 08 and 10 use the model that 02
+# trained: the order matters. 00 to 07 must reproduce their saved outputs, but for what a training or
+# a clock decides; a folder of photos (08, 09) and the app (10) must run.
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
@@ -140,13 +143,9 @@ rehearse: setup ## Walk the paths of users from end to end: half an hour
 	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py
 
 test-notebooks: setup
-	@echo "== notebook 01, compared with its saved outputs"
-	$(PYTEST) --nbval notebooks/01*.ipynb
-	@echo "== notebooks 02 and 03, run"
-	$(PYTEST) --nbval-lax notebooks/02*.ipynb notebooks/03*.ipynb
-	@echo "== notebooks 04 and 05, compared with their saved outputs; 06 to 08, run"
-	$(PYTEST) --nbval notebooks/04*.ipynb notebooks/05*.ipynb
-	$(PYTEST) --nbval-lax notebooks/0[678]*.ipynb
+	@echo "== notebooks 00 to 07, compared with their saved outputs; 08 to 10, run"
+	$(PYTEST) --nbval $(foreach number,00 01 02 03 04 05 06 07,notebooks/$(number)*.ipynb)
+	$(PYTEST) --nbval-lax notebooks/08*.ipynb notebooks/09*.ipynb notebooks/10*.ipynb
 
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
@@ -169,9 +168,9 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 	$(PY) -c 'import $(MODULES)'
 	@touch $@
 
-test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 09
+test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 11
 	$(PYTEST) -m long tests/cluster --durations=5
-	$(PYTEST) --nbval-lax notebooks/09*.ipynb
+	$(PYTEST) --nbval-lax notebooks/11*.ipynb
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
@@ -194,8 +193,8 @@ browser: setup ## Get Chromium if there is none: some tests are skipped without 
 
 # As pytest would run them: otherwise a kernel hides what libraries write to stderr, and nbval, which
 # sees it, would find the saved outputs wanting.
-# Without notebook 09, which needs `make cluster`: make notebooks NOTEBOOKS=notebooks/09*.ipynb
-NOTEBOOKS ?= $(filter-out notebooks/09%,$(wildcard notebooks/0*.ipynb))
+# Without notebook 11, which needs `make cluster`: make notebooks NOTEBOOKS=notebooks/11*.ipynb
+NOTEBOOKS ?= $(filter-out notebooks/11%,$(sort $(wildcard notebooks/*.ipynb)))
 notebooks: setup ## Run the notebooks and save their outputs in place (before a commit)
 	PYTEST_CURRENT_TEST=1 $(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False \
@@ -214,9 +213,6 @@ tensorboard: setup ## Look at the training curves of all runs in TensorBoard
 
 report: setup ## Write report.html, one page about the newest run, anew
 	$(PY) -m tools.report
-
-backbone: setup ## Pre-train the demo's backbone on rendered landmarks (1 to 2 hours on two cores)
-	$(PY) -m tools.pretraining
 
 lint: setup ## Check imports and workflows, and bring code and notebooks into the common style
 	$(PY) -m ruff check --fix .

@@ -50,10 +50,11 @@ def read_world() -> World:
 
     root = project_root()
     make_demo_data(root)
-    handler = DatasetHandler(open_catalogue(root / "Dataset" / "demo_world"), DataSettings(32))
-    weights = str(root / "weights" / "demo_resnet50.weights.h5")
+    handler = DatasetHandler(open_catalogue(root / "Dataset" / "demo_world"), DataSettings(96))
     tower = build_tower(
-        TowerSettings(image_size=32, embedding_size=0, last_stage=3, weights=weights)
+        TowerSettings(
+            image_size=96, embedding_size=0, backbone="EfficientNetLite0", weights="packaged"
+        )
     )
     pictures = handler.catalogue.pictures
     blocks = np.array_split(np.arange(len(pictures)), -(-len(pictures) // 1024))

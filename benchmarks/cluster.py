@@ -100,18 +100,16 @@ def measure_training(
 ) -> tuple[dict[str, float], dict[str, dict]]:
     """Photos per second, and validation mAP with its interval, of each way."""
     part = split_landmarks(catalogue, {"train": 0.9, "validation": 0.1}, seed=0)
-    data = DataSettings(image_size=32, batch_size=32, seed=1)
+    data = DataSettings(image_size=96, batch_size=32, seed=1)
     handler = DatasetHandler(catalogue, data, part == "train")
     held_back = DatasetHandler(catalogue, data, part == "validation")
     validation = held_back.photos(held_back.validation_triplets(400))
     settings = TrainingSettings(
         stages=(Stage("head", 6, steps, 3e-3), Stage("last-block", 3, steps, 5e-4)), patience=4
     )
-    weights = str(root / "weights" / "demo_resnet50.weights.h5")
     keras.utils.set_random_seed(1)
-    tower = build_tower(
-        TowerSettings(image_size=32, last_stage=3, weights=weights, precision=fast_policy())
-    )
+    network = {"backbone": "EfficientNetLite0", "weights": "packaged", "precision": fast_policy()}
+    tower = build_tower(TowerSettings(image_size=96, **network))
     save_tower(tower, folder / "start.keras")
     cache = build_cache(tower.get_layer("trunk"), handler, folder / "features", 2)
     rates, maps = {}, {}

@@ -54,12 +54,13 @@ from lib.network.tower import TowerSettings, build_tower, embed, load_tower, sav
 
 BATCH, NEAREST = 64, 10
 EXPORT_BYTES, EXPORT_SECONDS = 12 * 2**30, 300  # of the export to ONNX
-DEMO = "demo backbone, 32 px"
-WEIGHTS = project_root() / "weights" / "demo_resnet50.weights.h5"
+DEMO = "EfficientNet-Lite0, 96 px"
 SETTINGS = {
     "ResNet50, 128 px": TowerSettings(image_size=128, weights=""),
     "ResNet50, 224 px": TowerSettings(image_size=224, weights=""),
-    DEMO: TowerSettings(image_size=32, last_stage=3, embedding_size=0, weights=str(WEIGHTS)),
+    DEMO: TowerSettings(
+        image_size=96, embedding_size=0, backbone="EfficientNetLite0", weights="packaged"
+    ),
 }
 PREDICT, COMPILED = "Keras predict", "Keras, compiled"
 FLOAT32, BFLOAT16, ONNX = "exported, float32", "exported, bfloat16", "ONNX Runtime, float32"

@@ -10,7 +10,7 @@ figure to that file; the suffix names the format.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,14 +25,16 @@ from lib.files import replacing
 
 Distances = tuple[np.ndarray, np.ndarray]  # to positives and to negatives, float (n,) each
 
-RIGHT, WRONG, QUERY, UNKNOWN = "#2a9d3a", "#d1372c", "#2563c9", "#9aa0a6"
+# Of Okabe and Ito's colours, which nearly everybody can tell apart; photos get a mark as well.
+RIGHT, WRONG, QUERY, UNKNOWN = "#0072b2", "#d55e00", "#222222", "#9aa0a6"
+MARKS = {RIGHT: "\N{CHECK MARK}", WRONG: "\N{BALLOT X}", QUERY: "?"}
 
 
 def set_style() -> None:
     """Set one style for all figures, small enough for notebooks in a repository."""
     sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
     plt.rcParams.update(
-        {"figure.dpi": 80, "savefig.dpi": 120, "figure.constrained_layout.use": True}
+        {"figure.dpi": 96, "savefig.dpi": 120, "figure.constrained_layout.use": True}
     )
 
 
@@ -61,7 +63,7 @@ def plot_photo_grid(
         photos: n pictures, uint8 (h, w, 3) or float (h, w) maps.
         columns: photos in a row.
         titles: a text above each photo.
-        frames: the colour of each photo's frame; None: no frame.
+        frames: the colour of each photo's frame, with a mark of ``MARKS``; None: no frame.
         row_labels: a text to the left of each row.
         size: side of a photo in inches.
     """
@@ -78,6 +80,10 @@ def plot_photo_grid(
         for spine in axis.spines.values():
             spine.set(visible=frame is not None, color=frame, linewidth=4)
         axis.imshow(photos[i], cmap="magma", interpolation="nearest")
+        if mark := MARKS.get(frame):
+            box = {"facecolor": "white", "edgecolor": frame, "boxstyle": "round,pad=0.15"}
+            place = {"transform": axis.transAxes, "ha": "right", "va": "top"}
+            axis.text(0.97, 0.97, mark, color=frame, fontsize=9, bbox=box, **place)
         if titles is not None:
             axis.set_title(titles[i], fontsize=9)
         if row_labels is not None and i % columns == 0:
@@ -95,7 +101,7 @@ def plot_retrieval_grid(
     columns: int = 6,
     save: Path | None = None,
 ) -> None:
-    """Draw a query and its results with their similarities; green frames are right, red wrong.
+    """Draw a query and its results with their similarities; a tick is right, a cross wrong.
 
     Args:
         photos: uint8 (n, h, w, 3), all photos.
@@ -160,30 +166,49 @@ def plot_matches(
     finish(save)
 
 
-def plot_training_curves(history: pd.DataFrame, *, save: Path | None = None) -> None:
-    """Draw loss, distances, collapse signals and validation by epoch.
+def plot_training_curves(
+    history: pd.DataFrame,
+    names: Sequence[str] = (),
+    *,
+    before: float | None = None,
+    references: Mapping[str, float] | None = None,
+    save: Path | None = None,
+) -> None:
+    """Draw the loss, and below it the validation mAP, by epoch.
 
     Args:
         history: from :func:`lib.training.stages.train`; dotted lines separate the stages.
+        names: of the stages.
+        before: the mAP before the first epoch, drawn as epoch 0.
+        references: name -> mAP to compare with, drawn as level lines.
     """
-    begins = [i for a, i in pairwise(history.index) if history["stage"][a] != history["stage"][i]]
-    panels = {
-        "training loss": ["loss"],
-        "squared distances": ["positive_distance", "negative_distance"],
-        "signs of life": ["active_share", "embedding_spread"],
-        "validation": ["val_map", "val_accuracy"],
-    }
-    _, axes = plt.subplots(1, len(panels), figsize=(14, 3.2))
-    for axis, (title, columns) in zip(axes, panels.items(), strict=True):
-        for column in columns:
-            axis.plot(history.index, history[column], marker="o", label=column)
-        for epoch in begins:
-            axis.axvline(epoch - 0.5, color="grey", linestyle=":")
-        axis.set(title=title, xlabel="epoch")
-        axis.set_ylim(bottom=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if len(columns) > 1:
-            axis.legend(fontsize=9)
+    _, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 6.4), sharex=True, height_ratios=(3, 2), squeeze=True
+    )
+    top.plot(history.index, history["loss"], marker="o", label="training, augmented photos")
+    if history["val_loss"].notna().any():
+        top.plot(history.index, history["val_loss"], marker="s", label="validation")
+    top.set(ylabel="loss, mean of the epoch", ylim=(0, None))
+    value = (
+        history["val_map"]
+        if before is None
+        else pd.concat([pd.Series({0: before}), history["val_map"]])
+    )
+    bottom.plot(value.index, value, marker="s", color=sns.color_palette()[1], label="this training")
+    for (name, level), dashes in zip((references or {}).items(), ("--", ":", "-."), strict=False):
+        bottom.axhline(level, color="black", linestyle=dashes, linewidth=1, label=name)
+    bottom.set(xlabel="epoch", ylabel="validation mAP", ylim=(0, 1))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    stages = history["stage"].unique()
+    for number, stage in enumerate(stages):
+        first = history.index[history["stage"] == stage][0]
+        for axis in (top, bottom) if number else ():
+            axis.axvline(first - 0.5, color="grey", linestyle=":")
+        if number < len(names):
+            place = {"transform": top.get_xaxis_transform(), "va": "bottom", "fontsize": 10}
+            top.text(first - 0.4, 1.01, names[number], **place)
+    for axis in (top, bottom):
+        axis.legend(fontsize=9)
     finish(save)
 
 
@@ -232,6 +257,23 @@ def plot_intervals(
     errors = error_bars(means, low, high)
     axis.errorbar(means, list(values), xerr=errors, fmt="none", ecolor="black", capsize=4)
     axis.set(xlabel=xlabel, xlim=(0, None))
+    finish(save)
+
+
+def plot_differences(
+    differences: Mapping[str, Interval], *, xlabel: str, save: Path | None = None
+) -> None:
+    """Draw differences with their intervals; one that contains 0 is hollow."""
+    _, axis = plt.subplots(figsize=(7, 0.5 * len(differences) + 1))
+    for row, (value, low, high) in enumerate(differences.values()):
+        style = {"color": QUERY, "marker": "o", "capsize": 4}
+        hollow = {"markerfacecolor": "white"} if low <= 0 <= high else {}
+        axis.errorbar(
+            value, row, xerr=error_bars(*np.array([[value], [low], [high]])), **style | hollow
+        )
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel=xlabel, yticks=range(len(differences)), yticklabels=list(differences))
+    axis.invert_yaxis()
     finish(save)
 
 
@@ -318,7 +360,7 @@ def plot_intervals_by(
     save: Path | None = None,
 ) -> None:
     """Draw a curve for each entry of ``values``, name -> x -> the value there, with intervals."""
-    _, axis = plt.subplots(figsize=(6, 3.4))
+    _, axis = plt.subplots(figsize=(6.5, 3.6))
     markers = "osDv^"
     for number, (name, of) in enumerate(values.items()):
         x = np.array(list(of), dtype=float)
@@ -327,7 +369,7 @@ def plot_intervals_by(
         style = {"marker": markers[number % len(markers)], "capsize": 3, "label": name}
         axis.errorbar(x * shift, value, error_bars(value, low, high), **style)
     axis.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=[f"{v:g}" for v in x])
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(values)}  # no bar is there
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}  # no bar is there
     axis.legend(fontsize=9, frameon=False, **above)
     finish(save)
 
@@ -351,13 +393,32 @@ def plot_nearest(right: np.ndarray, wrong: np.ndarray, *, save: Path | None = No
     finish(save)
 
 
-def plot_recall_by_rank(curves: Mapping[str, np.ndarray], *, save: Path | None = None) -> None:
-    """Draw recall at 1, 2, ..., n for each entry of ``curves``, name -> float (n,)."""
-    _, axis = plt.subplots(figsize=(6, 3.4))
-    for name, recall in curves.items():
-        axis.plot(np.arange(1, len(recall) + 1), recall, label=name)
-    axis.set(xlabel="photos looked at", ylabel="share of positives found")
-    axis.set(ylim=(0, 1), xscale="log")
+def plot_curves(
+    curves: Mapping[str, Mapping[float, float]],
+    levels: Mapping[str, float] | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
+    save: Path | None = None,
+) -> None:
+    """Draw a curve for each entry, name -> x -> a value from 0 to 1.
+
+    Args:
+        levels: name -> value to compare with, drawn as level lines.
+        logarithmic: the axis of x.
+    """
+    _, axis = plt.subplots(figsize=(7, 3.6))
+    for (name, of), marker in zip(curves.items(), cycle("osDv^"), strict=False):
+        many = len(of) > 12
+        axis.plot(list(of), list(of.values()), marker="" if many else marker, label=name)
+    for (name, level), dashes in zip((levels or {}).items(), cycle(("--", ":")), strict=False):
+        axis.axhline(level, color="black", linestyle=dashes, linewidth=1, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
+    if logarithmic:
+        axis.set(xscale="log")
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=9)
     finish(save)
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.files import read_json
-from tools.pipeline import NOTEBOOKS
+from tools.report import OF_A_RUN
 
 WAYS = ("Ctrl-C", "memory", "machine")
 # What is measured with a clock, or chosen by it.
@@ -77,7 +77,7 @@ def moments(run: Path, n: int, seed: int = 1) -> list[tuple[str, int, float]]:
     """Spread n moments over a run: notebook, cell, and seconds from that cell's start."""
     cells = [
         (name, number, cell.metadata.papermill.duration or 0)
-        for name in NOTEBOOKS
+        for name in OF_A_RUN
         for number, cell in enumerate(nbformat.read(run / f"{name}.ipynb", as_version=4).cells)
         if cell.cell_type == "code"
     ]
@@ -109,12 +109,12 @@ def main() -> None:
     whole, killed = Path("runs/whole").resolve(), Path("runs/killed").resolve()
     for folder in (whole, killed):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in NOTEBOOKS:
+    for name in OF_A_RUN:
         if not (whole / f"{name}.ipynb").is_file():
             subprocess.run(command(name, options.profile, whole), check=True)
     late, planned = 0, moments(whole, options.kills)
     ways = cycle(WAYS)
-    for name in NOTEBOOKS:
+    for name in OF_A_RUN:
         again = command(name, options.profile, killed)
         bar = tqdm([moment for moment in planned if moment[0] == name], unit=" kills")
         for (_, cell, delay), way in zip(bar, ways, strict=False):

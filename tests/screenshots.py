@@ -27,9 +27,9 @@ IMAGES = ROOT / "notebooks" / "images"
 LANDMARK, VIEW = 1_000_017, 9  # a photo of an unseen landmark that is not in the gallery
 FIGURES = {
     "02_training_curves.png": "training_curves.png",
-    "02_ladder.png": "ladder.png",
-    "04_retrieval_grid.png": "retrieval_grid.png",
-    "04_post_processing.png": "post_processing.png",
+    "03_ladder.png": "ladder.png",
+    "05_rows.png": "retrieval_rows.png",
+    "06_post_processing.png": "post_processing.png",
 }
 
 

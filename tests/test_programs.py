@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ ROOT = project_root()
 PAGE, CATALOGUE = "lib.app.page", "lib.data.catalogue"
 CONVERT, DOWNLOAD, MODULES = "tools.convert", "tools.download", "tools.modules"
 DUPLICATES, SEARCH = "tools.duplicates", "tools.search"
-PIPELINE, PRETRAINING, REPORT = "tools.pipeline", "tools.pretraining", "tools.report"
+PIPELINE, REPORT = "tools.pipeline", "tools.report"
 BROKEN, BYTES = "a\nb\x1b[31m", os.fsdecode(b"\xff\xfe")
 LONG = "n" * 300
 
@@ -89,7 +88,6 @@ def failure(name, arguments, capsys):
         (MODULES, ["--write", ""], 2, "argument --write"),
         (REPORT, [""], 2, "argument run"),
         (PIPELINE, [""], 2, "argument profile"),
-        (PRETRAINING, ["--run-dir", ""], 2, "argument --run-dir"),
         (PAGE, ["--run-dir", ""], 2, "argument --run-dir"),
         (PAGE, ["--gallery", ""], 2, "argument --gallery"),
         (CATALOGUE, ["@none"], 1, "none"),
@@ -141,16 +139,6 @@ def failure(name, arguments, capsys):
         (PIPELINE, ["--run-dir", "@file"], 1, "file"),
         (PIPELINE, ["--run-dir", "@file/deeper"], 1, "file"),
         (PIPELINE, ["--run-dir", "@loop"], 1, "loop"),
-        (PRETRAINING, ["--run-dir", "@file"], 1, "file"),
-        (PRETRAINING, ["--run-dir", "@loop"], 1, "loop"),
-        (PRETRAINING, ["--steps", "-1"], 2, "--steps -1"),
-        (PRETRAINING, ["--seed", "-1"], 2, "--seed -1"),
-        (PRETRAINING, ["--size", "0"], 2, "--size 0"),
-        (PRETRAINING, ["--temperature", "nan"], 2, "--temperature nan"),
-        (PRETRAINING, ["--landmarks", "2000"], 2, "--landmarks 2000"),
-        (PRETRAINING, ["--views", "9"], 2, "--views 9"),
-        (PRETRAINING, ["--last-stage", "6"], 2, "--last-stage 6"),
-        (PRETRAINING, ["--steps", "few"], 2, "--steps"),
         *((PAGE, ["--run-dir", f"@{x}"], 1, x) for x in ("none", "run", "file", LONG)),
         (PAGE, ["--run-dir", "@engine"], 1, "tower.engine"),
         (PAGE, ["--run-dir", "@loop"], 1, "loop"),
@@ -220,7 +208,6 @@ WRITERS = [
     (REPORT, ["@run"], "report.html"),
     (PIPELINE, ["--run-dir", "@run"], "run"),
     (CONVERT, ["@photos", "@out", "--size", "8"], "out"),
-    (PRETRAINING, ["--run-dir", "@run"], "run"),
 ]
 
 
@@ -264,7 +251,6 @@ def test_a_full_or_read_only_disk(at, monkeypatch, capsys, name, arguments, name
         (MODULES, "table", []),
         (REPORT, "write_report", []),
         (PIPELINE, "read_profile", ["profile"]),
-        (PRETRAINING, "pretrain", []),
         (PAGE, "open_engine", []),
     ],
 )
@@ -297,22 +283,6 @@ def test_own_photos_with_a_read_only_project(at, monkeypatch, capsys, name, argu
     where, failed = capsys.readouterr().err.splitlines()
     assert "file/own_photos can't be written to: " in where and str(kept[0]) in where
     assert "ZeroDivisionError" in failed
-
-
-def test_a_damaged_pre_training_names_the_folder(at, monkeypatch, capsys):
-    """It was a traceback of pandas, h5py or Keras."""
-    run = Path(at("@run"))
-    (run / "checkpoint.weights.h5").touch()
-    (run / "pretraining.csv").touch()
-    pretraining = importlib.import_module(PRETRAINING)
-    facts = pretraining.asdict(pretraining.PretrainingSettings())
-    facts["precision"] = pretraining.fast_policy()
-    (run / "pretraining.json").write_text(json.dumps(facts))
-    status, line = failure(PRETRAINING, ["--run-dir", at("@run")], capsys)
-    assert status == 1 and "run is damaged (" in line and "--run-dir" in line
-    (run / "pretraining.json").write_text("[1]")
-    status, line = failure(PRETRAINING, ["--run-dir", at("@run")], capsys)
-    assert status == 1 and "run holds a pre-training with other settings" in line
 
 
 def test_the_profiles_have_the_types_of_the_parameters():

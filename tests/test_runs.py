@@ -45,7 +45,7 @@ def test_metrics_that_are_none_are_named(tmp_path):
 def test_an_opened_run_has_nothing_half_written(tmp_path):
     """Figures of killed notebooks stayed half-written beside the whole ones."""
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / ".part-0a1b2c3d-04_worst.png").touch()
-    (tmp_path / "figures" / "04_worst.png").touch()
+    (tmp_path / "figures" / ".part-0a1b2c3d-05_worst.png").touch()
+    (tmp_path / "figures" / "05_worst.png").touch()
     run = open_run(str(tmp_path))
-    assert [path.name for path in run.rglob("*.png")] == ["04_worst.png"]
+    assert [path.name for path in run.rglob("*.png")] == ["05_worst.png"]

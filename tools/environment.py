@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def record_environment(run: Path, profile: str = "") -> Path:
+def record_environment(run: Path, profile: str = "", notebooks: Sequence[str] = ()) -> Path:
     """Write ``environment.json`` into a run's folder, for the report. Call it when the run starts.
 
     A run that is continued keeps its latest start.
@@ -51,10 +52,13 @@ def record_environment(run: Path, profile: str = "") -> Path:
     Args:
         run: the folder.
         profile: name of the profile that the run was started with; "" for none.
+        notebooks: names of those that it runs; () for all.
     """
     path = Path(run) / ENVIRONMENT
     started = datetime.now().isoformat(sep=" ", timespec="seconds")
-    write_json(path, {"started": started, "profile": profile} | environment())
+    write_json(
+        path, {"started": started, "profile": profile, "notebooks": list(notebooks)} | environment()
+    )
     return path
 
 

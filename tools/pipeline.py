@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -32,7 +32,7 @@ from lib.files import only_writer, project_root, replacing, show_path
 from lib.programs import UsageError, as_path, one_line, program
 from lib.runs import open_run
 from tools.environment import record_environment
-from tools.report import NOTEBOOKS, write_report
+from tools.report import NOTEBOOKS, OF_A_RUN, write_report
 
 RESULTS = {
     "report": "report.html",
@@ -112,13 +112,14 @@ def notebook_parameters(notebook: Path) -> dict[str, str]:
     return {ast.unparse(s.target): ast.unparse(s.annotation) for s in found}
 
 
-def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
+def run_notebooks(run: Path, parameters: dict, notebooks: Path, names: Iterable[str]) -> None:
     """Execute the notebooks in order with papermill, and write a page of each.
 
     Args:
         run: the folder for what they produce; it is also passed to them as ``run_dir``.
         parameters: values by name; a notebook gets those it knows.
         notebooks: the folder they are in.
+        names: of the notebooks.
 
     Raises:
         PapermillExecutionError: a cell failed. ``run`` holds the notebook as far as it got.
@@ -129,7 +130,7 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path) -> None:
     parameters = {**parameters, "run_dir": run_dir}
     with (
         tempfile.TemporaryDirectory() as sockets,
-        tqdm(NOTEBOOKS, unit=" notebooks", file=sys.stderr) as bar,
+        tqdm(names, unit=" notebooks", file=sys.stderr) as bar,
     ):
         connection = _connection(sockets)
         for name in bar:
@@ -180,12 +181,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.pipeline", description=__doc__)
     parser.add_argument("profile", nargs="?", type=as_path, help="YAML file of notebook parameters")
     parser.add_argument("--run-dir", default="", help="folder for the results; default: a new one")
+    numbers = [name[:2] for name in NOTEBOOKS]
+    only = {"nargs": "+", "choices": numbers, "metavar": "NUMBER", "default": numbers}
+    parser.add_argument("--only", **only, help="run these notebooks alone, such as 02 05")
     options = parser.parse_args(arguments)
 
     # For the kernels: they write into this terminal, and TensorFlow is chatty. They are those of
     # this environment, not of one registered under the same name elsewhere.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    # OpenMP's threads spin while they wait: beside another program, an index took minutes for
+    # what takes seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments with a "="
     start = time.monotonic()
     notebooks = project_root() / "notebooks"
@@ -193,15 +200,18 @@ def main(arguments: list[str] | None = None) -> int:
     for name in NOTEBOOKS:
         known |= notebook_parameters(notebooks / f"{name}.ipynb")
     parameters = read_profile(options.profile, known) if options.profile else {}
+    # The first page has photos of its own: a run on other data need not draw them.
+    names = OF_A_RUN if options.profile else list(NOTEBOOKS)
+    names = [name for name in names if name[:2] in options.only]
     run = open_run(options.run_dir, start_new=True)
     where = show_path(run)
     busy = f"another pipeline writes into {where}: choose another folder with --run-dir"
     failure = ""
     # Not the lock of ``run`` itself, nor that of its training: the notebooks take these meanwhile.
     with only_writer(run / "figures", RuntimeError(busy)):
-        record_environment(run, options.profile.name if options.profile else "")
+        record_environment(run, options.profile.name if options.profile else "", names)
         try:
-            run_notebooks(run, parameters, notebooks)
+            run_notebooks(run, parameters, notebooks, names)
         except PapermillExecutionError as error:
             failure = one_line(f"{error.ename}: {error.evalue}")
         except DeadKernelError:

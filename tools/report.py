@@ -36,25 +36,30 @@ class Notebook(NamedTuple):
     """A notebook as the page shows it."""
 
     title: str
-    section: str  # of metrics.json, which it writes at its end
+    section: str  # of metrics.json, which it writes at its end; "" for the page without a run
 
 
 NOTEBOOKS = {
+    "00_in_one_page": Notebook("00 · The whole idea in one page", ""),
     "01_data_exploration": Notebook("01 · Data exploration", "data"),
     "02_triplet_training": Notebook("02 · Training with triplets", "training"),
-    "03_gem_ablation": Notebook("03 · What GeM pooling is worth", "gem_ablation"),
-    "04_faiss_evaluation": Notebook("04 · Search with Faiss", "unseen"),
-    "05_index_at_scale": Notebook("05 · An index at scale", "index"),
-    "06_your_own_photos": Notebook("06 · Your own photos", "own_photos"),
-    "07_same_place": Notebook("07 · The same place", "same_place"),
-    "08_search_app": Notebook("08 · The search app", "search_app"),
+    "03_nine_faults": Notebook("03 · Nine faults, priced", "ladder"),
+    "04_gem_ablation": Notebook("04 · What GeM pooling is worth", "gem_ablation"),
+    "05_faiss_evaluation": Notebook("05 · Search with Faiss", "unseen"),
+    "06_post_processing": Notebook("06 · Better answers without training", "post_processing"),
+    "07_index_at_scale": Notebook("07 · An index at scale", "index"),
+    "08_your_own_photos": Notebook("08 · Your own photos", "own_photos"),
+    "09_same_place": Notebook("09 · The same place", "same_place"),
+    "10_search_app": Notebook("10 · The search app", "search_app"),
 }
+
+OF_A_RUN = [name for name, notebook in NOTEBOOKS.items() if notebook.section]
 
 # --------------------------------------------------------------------------------------------------
 # What the run's folder holds
 # --------------------------------------------------------------------------------------------------
 
-FIRST = ("02_training_curves", "04_retrieval_grid")  # figures
+FIRST = ("02_training_curves", "05_retrieval_grid")  # figures
 
 # By a figure's name: what to see in it, and what it looks like to someone who doesn't.
 CAPTIONS: dict[str, list[str]] = yaml.safe_load((TEMPLATES / "figures.yaml").read_text("utf-8"))
@@ -230,11 +235,11 @@ def _results(metrics: dict, executions: dict[str, Execution]) -> list[tuple[str,
             value = value.get(key) if isinstance(value, dict) else None
         return cell_text(value) if value is not None and is_leaf(value) else None
 
-    validation = [at("training", "validation", when, "val_map") for when in ("before", "after")]
+    validation = [at("training", "validation", when, "val_map") for when in ("frozen", "trained")]
     minutes = [e.minutes for e in executions.values() if e.minutes is not None]
     results = [
         ("mAP, unseen landmarks", at("unseen", "map", "trained")),
-        ("the same, untrained", at("unseen", "map", "untrained")),
+        ("the same, frozen network", at("unseen", "map", "frozen")),
         ("validation mAP", " → ".join(validation) if all(validation) else None),
         ("training epochs", at("training", "epochs")),
         ("final training loss", at("training", "final_loss")),
@@ -281,7 +286,7 @@ def write_report(run: Path) -> Path:
     lacks: list[str] = []
     metrics = _read_object(run / "metrics.json", lacks)
     recorded = _read_object(run / ENVIRONMENT, lacks)
-    lacks += _missing(run, metrics)
+    lacks += _missing(run, metrics, _names(recorded))
     executions = {name: read_execution(run / f"{name}.ipynb") for name in NOTEBOOKS}
     metrics, settings = _apart(metrics)
     sections = [
@@ -312,16 +317,25 @@ def write_report(run: Path) -> Path:
     return run / REPORT
 
 
-def _missing(run: Path, metrics: dict) -> list[str]:
-    """What a whole run has and this one lacks, apart from its JSON files."""
+def _missing(run: Path, metrics: dict, names: list[str]) -> list[str]:
+    """What a run of these notebooks has and this one lacks, apart from its JSON files."""
     lacks = [name for name in ("model.keras", "gallery.index") if not (run / name).exists()]
     stems = {path.stem for path in (run / "figures").glob("*.png")}
-    for name, notebook in NOTEBOOKS.items():
+    for name in OF_A_RUN:
+        notebook = NOTEBOOKS[name]
+        if name not in names:
+            continue
         if metrics and notebook.section not in metrics:
             lacks.append(f"metrics of notebook {notebook.title}")
         if name[:3] not in {stem[:3] for stem in stems}:
             lacks.append(f"figures of notebook {notebook.title}")
     return lacks + [f"figures/{stem}.png" for stem in FIRST if stem not in stems]
+
+
+def _names(recorded: dict) -> list[str]:
+    """The notebooks that a run was to run."""
+    names = recorded.get("notebooks")
+    return names if isinstance(names, list) and names else OF_A_RUN
 
 
 def _apart(metrics: dict) -> tuple[dict, dict]:

@@ -1,6 +1,6 @@
 """Serves the search app as a web page: ``python -m lib.app.page``, or ``make app``.
 
-Voila serves the cells of notebook 08 that are tagged ``parameters`` or ``app``. First, the exported
+Voila serves the cells of notebook 10 that are tagged ``parameters`` or ``app``. First, the exported
 tower and the gallery's embeddings are made if the run lacks them.
 
 The page is for this machine only: it listens on 127.0.0.1, its address contains a secret token,
@@ -29,7 +29,7 @@ from lib.files import only_writer, or_cache, project_root, show_name, show_path
 from lib.network.engine import OWN_PHOTOS, open_engine, packaged_engine
 from lib.programs import UsageError, as_path, program
 
-NOTEBOOK = "08_search_app.ipynb"
+NOTEBOOK = "10_search_app.ipynb"
 TITLE = "Landmark search"
 PORT = 8866
 READY = 1  # kernels started in advance

@@ -61,8 +61,8 @@ class DemoSettings:
     """
 
     seed: int = 7
-    landmarks: int = 5000
-    unseen_landmarks: int = 100
+    landmarks: int = 2000
+    unseen_landmarks: int = 60
     unseen_views: int = 5
     distractors: int = 95
 

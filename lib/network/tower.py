@@ -73,7 +73,8 @@ class TowerSettings:
         embedding_size: dimension of the embedding. 0: no projection; the embedding is the pooled
             feature map at unit norm, which needs no training.
         pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
-        gem_p, gem_p_trainable: GeM's initial exponent, and whether it is learned.
+        gem_p, gem_p_trainable, gem_p_rate: GeM's initial exponent, whether it is learned, and at
+            which multiple of the learning rate.
         backbone: one of ``BACKBONES``, the networks of ``keras.applications`` and
             :mod:`lib.network.efficientnet_lite`.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
@@ -90,6 +91,7 @@ class TowerSettings:
     pooling: str = "gem"
     gem_p: float = 3.0
     gem_p_trainable: bool = True
+    gem_p_rate: float = 1.0
     backbone: str = "ResNet50"
     width: float = 1.0
     last_stage: int = 5
@@ -211,7 +213,8 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
     """
     _silence_retracing()
     maps = keras.Input(map_shape, name="feature_maps")
-    x = make_pooling(settings.pooling, settings.gem_p, settings.gem_p_trainable)(maps)
+    exponent = (settings.gem_p, settings.gem_p_trainable, settings.gem_p_rate)
+    x = make_pooling(settings.pooling, *exponent)(maps)
     if size := settings.embedding_size:
         x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
         # ReLU maps are positive, so all embeddings would point the same way. Batch normalization
@@ -221,6 +224,16 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
         )(x)
     x = keras.layers.UnitNormalization(dtype="float32", name="l2_normalization")(x)
     return keras.Model(maps, x, name="head")
+
+
+def frozen_trunk(tower: keras.Model, gem_p: float = 3.0) -> keras.Model:
+    """The tower's trunk under GeM and L2 normalization alone: what is there without a trained head.
+
+    uint8 (n, s, s, 3) -> float32 (n, c). Every training should beat it.
+    """
+    trunk = tower.get_layer("trunk")
+    settings = TowerSettings(embedding_size=0, gem_p=gem_p, gem_p_trainable=False)
+    return keras.Sequential([trunk, build_head(trunk.output_shape[1:], settings)], name="frozen")
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:

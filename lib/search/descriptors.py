@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from lib.network.pooling import GeM
 from lib.network.tower import embed, resized
 
 
@@ -49,11 +50,10 @@ def _with_exponents(tower: keras.Model, gem_ps: Sequence[float | None]) -> keras
     for number, p in enumerate(gem_ps):
         own = keras.models.clone_model(head)
         own.set_weights(head.get_weights())
-        exponent = getattr(own.get_layer("pooling"), "p", None)
         if p is not None:
-            if exponent is None:
+            if not isinstance(own.get_layer("pooling"), GeM):
                 raise ValueError("this tower has no GeM pooling, whose exponent could be set")
-            exponent.assign(np.full(exponent.shape, p))
+            own.get_layer("pooling").set_p(p)
         descriptors.append(keras.Model(own.input, own.output, name=f"head_{number}")(maps))
     return keras.Model(tower.input, keras.ops.stack(descriptors, axis=1))
 

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from lib.plots import WRONG, error_bars, finish
 from lib.studies.index_tuning import Loss
@@ -52,7 +53,7 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
         _draw_intervals(right, at, losses, missed, "missing from the whole recipe")
         right.axvline(0, color="black", linewidth=0.8)
         right.set_xscale("symlog", linthresh=0.1, linscale=2)
-        ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1]
+        ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.3, 1]
         right.set(
             title="what the fix is worth",
             xlabel="difference in mAP (logarithmic beyond 0.1)",
@@ -99,6 +100,7 @@ def plot_postprocessing(summaries: Mapping[str, pd.DataFrame], *, save: Path | N
             yticks=np.arange(len(summary)),
             yticklabels=summary.index,
         )
+        left.xaxis.set_major_locator(MaxNLocator(5))
         left.legend(fontsize=9, loc="lower left")
         middle.axvline(0, color="black", linewidth=0.8)
         middle.set(title="gain against what it builds on", xlabel="difference in mAP")

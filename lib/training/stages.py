@@ -33,6 +33,7 @@ from lib.data_parallel import as_the_first, by_itself
 from lib.evaluation.metrics import average_precision, pair_hits
 from lib.files import only_writer, remove_half_written, show_path
 from lib.network.losses import (
+    ArcFace,
     InfoNCE,
     Loss,
     MetricLoss,
@@ -41,6 +42,7 @@ from lib.network.losses import (
     negative_distance,
     positive_distance,
 )
+from lib.network.mining import compare
 from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, layers_of, save_tower
 from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, describe_training
 from lib.training.features import FeatureCache
@@ -206,8 +208,10 @@ def train(
 
     Returns:
         the history, a row for each epoch: stage (from 1); over the training batches loss,
-        active_share, positive_distance, negative_distance, embedding_spread; val_accuracy and
-        val_map, see :func:`evaluate_triplets`; p (GeM's exponent); learning_rate (at its end).
+        active_share, positive_distance, negative_distance, embedding_spread; val_loss, the same
+        loss over batches of validation triplets, without augmentation (NaN for ArcFace, whose
+        classes they do not have); val_accuracy and val_map, see :func:`evaluate_triplets`; p (GeM's
+        exponent); learning_rate (at its end).
 
     Raises:
         TrainingError: another process trains in ``run``; its checkpoint is damaged, or of other
@@ -244,6 +248,7 @@ class _Training:
     def __init__(self, tower, handler, validation, settings, run, cache):
         self.tower, self.handler, self.validation = tower, handler, validation
         self.settings, self.run, self.cache = settings, run, cache
+        self._batch_size = handler.settings.batch_size
         remove_half_written(run, subfolders=True)
         identity = describe_training(tower, handler, validation, settings)
         if (run / CHECKPOINT).is_file():
@@ -293,7 +298,9 @@ class _Training:
                 # Until ``weights`` are set below, the model holds their moving average, if any.
                 with by_itself(model) as local:
                     embeddings = _embed_triplets(local, triplets)
-                row |= as_the_first(_measure(embeddings)) | {"p": gem_exponent(tower)}
+                of_loss = _validation_loss(self.settings.loss, embeddings, self._batch_size)
+                row |= as_the_first({"val_loss": of_loss} | _measure(embeddings))
+                row["p"] = gem_exponent(tower)
                 checkpoint.history.append({"epoch": epochs + 1, "stage": number} | row)
                 is_best = _epochs_since_best(checkpoint.history) == 0
                 with _writing(self.run, epochs):
@@ -375,6 +382,21 @@ def evaluate_triplets(tower: keras.Model, triplets: np.ndarray) -> dict[str, flo
 def _embed_triplets(model: keras.Model, triplets: np.ndarray) -> np.ndarray:
     """Embed photos, or with a head their feature maps, (n, 3, h, w, c) -> float32 (n, 3, d)."""
     return embed(model, triplets.reshape(-1, *triplets.shape[2:])).reshape(len(triplets), 3, -1)
+
+
+def _validation_loss(loss: Loss, embeddings: np.ndarray, batch_size: int) -> float:
+    """The mean loss of validation triplets, float (n, 3, d), in batches as large as in training."""
+    if isinstance(loss, ArcFace):
+        return float("nan")
+    batch_size = min(batch_size, len(embeddings))
+    state = keras.random.SeedGenerator(0)  # for miners that draw at random
+    values = []
+    for start in range(0, len(embeddings) - batch_size + 1, batch_size):
+        anchors = np.arange(batch_size)
+        groups = np.stack([anchors, anchors, batch_size + anchors], axis=1)  # all are different
+        pairs = compare(groups, embeddings[start : start + batch_size])
+        values.append(float(ops.convert_to_numpy(loss(pairs, state))))
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _measure(embeddings: np.ndarray) -> dict[str, float]:

@@ -34,7 +34,7 @@ from tests.notebooks.test_browser import run_all, start_lab  # noqa: E402
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("browser")]
 
 LANDMARKS, PHOTOS = 10, 6
-NOTEBOOK = project_root() / "notebooks" / "08_search_app.ipynb"
+NOTEBOOK = project_root() / "notebooks" / "10_search_app.ipynb"
 
 
 def scene(number, landmark):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from lib.data.decoding import resize
-from lib.files import project_root
 from lib.network import engine as engines
 from lib.network.engine import EngineError, export_engine, keras_engine, load_engine
 from lib.network.openvino import fast_precision, import_openvino
@@ -30,8 +29,7 @@ SETTINGS = {"image_size": 32, "last_stage": 3, "embedding_size": 16}
 
 
 def make_tower(**settings):
-    weights = str(project_root() / "weights" / "demo_resnet50.weights.h5")
-    return build_tower(TowerSettings(**SETTINGS, weights=weights, **settings))
+    return build_tower(TowerSettings(**SETTINGS, weights="", **settings))
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_gradients_agree_with_central_differences(kind, rng):
     inputs = [maps]
     if kind.startswith("gem"):
         inputs.append(rng.uniform(1.5, 5.0, layer.p.shape))
-        layer.p.assign(inputs[1])
+        layer.scaled_p.assign(inputs[1])
     weights = rng.normal(size=(2, 2))
 
     with tf.GradientTape() as tape:
@@ -208,6 +208,24 @@ def test_layer_learns_p_only_if_told():
         assert float(layer.p) == 3.0
 
 
+def test_p_moves_at_its_own_rate():
+    maps = np.array([0.0, 0, 0, 1], dtype=np.float32).reshape(1, 2, 2, 1)
+    moved = {}
+    for rate in (1.0, 30.0):
+        model = keras.Sequential([keras.Input((2, 2, 1)), GeM(3.0, p_rate=rate)])
+        model.compile(keras.optimizers.Adam(1e-3), loss=lambda y, x: -ops.sum(x))
+        model.train_on_batch(maps, np.zeros((1, 1)))
+        moved[rate] = float(model.layers[0].p) - 3.0
+        config = model.layers[0].get_config()
+        assert GeM.from_config(config).p_rate == rate and ("p_rate" in config) == (rate != 1)
+    assert moved[30.0] == pytest.approx(30 * moved[1.0], rel=1e-2)
+    assert moved[1.0] == pytest.approx(1e-3, rel=1e-2)  # Adam's step
+    model.layers[0].set_p(4.6)
+    assert float(model.layers[0].p) == pytest.approx(4.6)
+    with pytest.raises(ValueError, match="p_rate must be above 0"):
+        GeM(p_rate=0)
+
+
 def test_training_keeps_p_within_its_bounds():
     maps = np.array([[0.0, 0, 0, 1], [0, 1, 1, 1]], dtype=np.float32).T.reshape(1, 2, 2, 2)
     # A smaller p makes a pooled value smaller: one channel's is pushed down, the other's up.
@@ -227,7 +245,7 @@ def test_a_model_with_each_pooling_survives_saving(kind, maps, tmp_path, rng):
     pooling = make_pooling(kind, p=2.5, p_trainable=False)
     model = keras.Model(inputs, pooling(inputs))
     if kind.startswith("gem"):
-        pooling.p.assign(rng.uniform(1, 5, pooling.p.shape))
+        pooling.scaled_p.assign(rng.uniform(1, 5, pooling.p.shape))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     np.testing.assert_array_equal(as_numpy(loaded(maps)), as_numpy(model(maps)))

@@ -13,6 +13,7 @@ from keras import ops
 
 from lib.network import tower as model_module
 from lib.network.losses import ArcFace, InfoNCE, MetricLoss
+from lib.network.pooling import gem
 from lib.network.tower import (
     BACKBONES,
     STAGES,
@@ -24,7 +25,9 @@ from lib.network.tower import (
     build_tower,
     computing_in,
     embed,
+    feature_maps,
     fingerprint,
+    frozen_trunk,
     gem_exponent,
     layers_of,
     load_tower,
@@ -73,6 +76,15 @@ def test_preprocessing_is_resnets_own_on_rgb(tower):
 
 def test_channel_order_matters(tower, photos):
     assert not np.allclose(embed(tower, photos), embed(tower, photos[..., ::-1]), atol=1e-3)
+
+
+def test_the_frozen_trunk_is_its_map_pooled(tower, photos):
+    maps = feature_maps(tower, photos).astype(np.float32)
+    expected = keras.ops.convert_to_numpy(gem(maps, 3.0))
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    frozen = frozen_trunk(tower)
+    np.testing.assert_allclose(embed(frozen, photos), expected, atol=2e-3)
+    assert not frozen.get_layer("head").trainable_variables
 
 
 def test_siamese_is_one_tower_over_all_three_photos(tower, photos):

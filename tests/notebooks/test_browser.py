@@ -1,4 +1,4 @@
-"""The widget, the map and notebook 04 in a real browser: JupyterLab's user is played."""
+"""The widget, the map and notebook 05 in a real browser: JupyterLab's user is played."""
 
 import contextlib
 import csv
@@ -151,7 +151,7 @@ def run_all(page, address):
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
-def test_notebook_04_down_to_its_grid(browser, page, small_world, tmp_path):
+def test_notebook_05_down_to_its_grid(browser, page, small_world, tmp_path):
     """Opened in JupyterLab, with a small run and a small world; its user looks for the grid."""
     shutil.copytree(small_world, tmp_path / "project")
     root = tmp_path / "project"
@@ -165,18 +165,16 @@ def test_notebook_04_down_to_its_grid(browser, page, small_world, tmp_path):
         "run_dir": "run",
         "demo": False,  # the small world is there
         "validation_share": 0.3,
-        "view_sizes": [[24, 32]],
-        "photographs_result": "",
     }
-    source = project_root() / "notebooks" / "04_faiss_evaluation.ipynb"
+    source = project_root() / "notebooks" / "05_faiss_evaluation.ipynb"
     notebook = parameterize_notebook(load_notebook_node(str(source)), parameters)
     grids = [i for i, cell in enumerate(notebook.cells) if "plot_retrieval_grid(" in cell.source]
     notebook.cells = notebook.cells[: grids[0] + 1]
-    nbformat.write(ClearOutputPreprocessor().preprocess(notebook, {})[0], root / "04.ipynb")
+    nbformat.write(ClearOutputPreprocessor().preprocess(notebook, {})[0], root / "05.ipynb")
     with start_lab(root, tmp_path / "home") as lab:
-        run_all(page, lab("04"))
+        run_all(page, lab("05"))
         # The last cell writes it; a cell that fails would be the last one.
-        picture = root / "run" / "figures" / "04_retrieval_grid.png"
+        picture = root / "run" / "figures" / "05_retrieval_grid.png"
         for _ in range(3000):
             if picture.is_file():
                 break

@@ -25,7 +25,7 @@ from lib.demo.world import draw_views
 from lib.files import project_root, read_json
 from tests.conftest import end_server, free_port, wait_for
 from tests.interrupted import interrupt
-from tools.pipeline import NOTEBOOKS
+from tools.report import OF_A_RUN
 
 pytestmark = pytest.mark.rehearsal
 
@@ -36,6 +36,7 @@ SHORT = {
     "last_block_epochs": 1,
     "all_epochs": 1,
     "random_epochs": 1,
+    "compared_epochs": 1,
     "ablation_triplets": 16,
     "ablation_steps": 1,
     "seeds": [1],
@@ -95,6 +96,12 @@ def printed_by(notebook):
     return "".join(output.get("text", "") for output in outputs)
 
 
+def place_of(name, source):
+    """The number of a notebook's cell once papermill has put one behind the parameters."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    return 1 + next(i for i, cell in enumerate(cells) if cell.source.startswith(source))
+
+
 def metrics_of(run):
     return read_json(run / "metrics.json")
 
@@ -129,7 +136,7 @@ def real_data(kaggle):
     where = {"cwd": kaggle, "env": environment(kaggle)}
     # In training; python -m tests.interrupted does so in all notebooks.
     for way in ("Ctrl-C", "machine") if sys.platform.startswith("linux") else ():
-        training = run / "02_triplet_training.ipynb", 21
+        training = run / "02_triplet_training.ipynb", place_of("02_triplet_training", "history =")
         shown = interrupt([sys.executable, *command], *training, 0.5, way, **where)
         assert way == "machine" or shown.splitlines()[-1].startswith("Stopped: "), shown[-3000:]
     shown = python(kaggle, *command)
@@ -140,25 +147,33 @@ def real_data(kaggle):
 
 @pytest.mark.long
 def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
-    """Notebook 04 stopped: held back pairs and training landmarks had the same labels."""
-    printed = {name: printed_by(real_data / f"{name}.ipynb") for name in NOTEBOOKS}
+    """Notebook 05 stopped: held back pairs and training landmarks had the same labels."""
+    printed = {name: printed_by(real_data / f"{name}.ipynb") for name in OF_A_RUN}
     assert "triplets of as many landmarks" in printed["02_triplet_training"]
-    for name in NOTEBOOKS:  # they are shared, with no word of the machine's folders
+    for name in OF_A_RUN:  # they are shared, with no word of the machine's folders
         assert str(kaggle) not in (real_data / f"{name}.ipynb").read_text(), name
     metrics = metrics_of(real_data)
-    sections = {"data", "training", "gem_ablation", "test_set", "unseen", "post_processing"}
+    sections = {
+        "data",
+        "training",
+        "ladder",
+        "gem_ablation",
+        "test_set",
+        "unseen",
+        "post_processing",
+    }
     assert set(metrics) == sections | {"index", "own_photos", "same_place", "search_app"}
     assert metrics["data"]["records"] > 200
     assert metrics["test_set"]["ground_truth"] and metrics["training"]["epochs"] == 3
     tuned, flat = (metrics["index"][name]["recall@10"] for name in ("tuned", "flat"))
     assert 0.85 < tuned <= 1 == flat
     assert metrics["post_processing"]["as trained"]["gain"]["value"] == 0
-    for name in ("trained", "untrained", "colour_histogram", "raw_pixels"):
+    for name in ("trained", "frozen", "colour_histogram", "raw_pixels"):
         interval = metrics["unseen"]["map"][name]
         assert 0 < interval["low"] <= interval["value"] <= interval["high"] <= 1
         ranks = metrics["test_set"]["positive_ranks"][name]
         assert len(ranks) == 4 and ranks == sorted(ranks) and 1 <= ranks[0] <= ranks[-1] <= 99
-    pages = [f"{name}.{kind}" for name in NOTEBOOKS for kind in ("ipynb", "html")]
+    pages = [f"{name}.{kind}" for name in OF_A_RUN for kind in ("ipynb", "html")]
     for name in (*pages, "report.html", "model.keras", "gallery.index/manifest.json"):
         assert (real_data / name).is_file(), name
     assert (real_data / "history.csv").is_file()
@@ -169,7 +184,7 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     # Without a ground truth, the same test set is searched in, and nothing is said of positives.
     shutil.copytree(real_data, kaggle / "runs" / "unlabelled")
     (kaggle / "Test_set" / "ground_truth.csv").rename(kaggle / "ground_truth.csv")
-    shown = papermill(kaggle, "04_faiss_evaluation", "short", "runs/unlabelled")
+    shown = papermill(kaggle, "05_faiss_evaluation", "short", "runs/unlabelled")
     (kaggle / "ground_truth.csv").rename(kaggle / "Test_set" / "ground_truth.csv")
     assert "There is no ground truth: the ranks of the positives are not known." in shown
     metrics = metrics_of(kaggle / "runs" / "unlabelled")
@@ -221,9 +236,10 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     python(project, "-m", "tools.convert", "photos/", "Dataset/own", "--size", 256)
     short = SHORT | {"image_size": 64, "view_sizes": [[64, 96]], "weights": weights}
     del short["steps_per_epoch"]  # the plan's
-    names = ["02_triplet_training", "04_faiss_evaluation", "05_index_at_scale"]
-    names += ["06_your_own_photos"] if sum(counts) >= 10 else []
-    names += ["07_same_place"]
+    names = ["02_triplet_training", "05_faiss_evaluation", "06_post_processing"]
+    names += ["07_index_at_scale"]
+    names += ["08_your_own_photos"] if sum(counts) >= 10 else []
+    names += ["09_same_place"]
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
     metrics = metrics_of(project / "runs" / "own")
@@ -282,12 +298,13 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
         "demo": False,
         "run_dir": str(run),
         "gallery_dir": str(tmp_path / "gallery"),
+        "backbone": "ResNet50",
         "weights": "resnet50.weights.h5",
+        "image_size": 32,
         "batch_size": 4,
-        "view_sizes": [[24, 32]],
     }
     (elsewhere / "own.yaml").write_text(json.dumps(parameters))
-    for name in ("02_triplet_training", "04_faiss_evaluation", "08_search_app"):
+    for name in ("02_triplet_training", "05_faiss_evaluation", "10_search_app"):
         python(
             project,
             *("-m", "papermill", project / "notebooks" / f"{name}.ipynb", run / f"{name}.ipynb"),
@@ -298,6 +315,6 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
     metrics = metrics_of(run)
     assert metrics["training"]["epochs"] == 2
     assert metrics["unseen"]["landmarks"] == len(names) - 1
-    shown = printed_by(run / "04_faiss_evaluation.ipynb")
+    shown = printed_by(run / "05_faiss_evaluation.ipynb")
     assert "left out: 3 photos that are not in a landmark's folder itself" in shown
     assert not [*project.rglob("features")] and not [*project.rglob("landmarks.parquet")]

@@ -95,6 +95,24 @@ def test_a_run_that_is_ended_from_outside_has_a_report(
     assert (tmp_path / "run" / "report.html").is_file() and "report.html" in printed.out
 
 
+def test_some_notebooks_alone_can_be_run(tmp_path, capsys, monkeypatch):
+    """The demo leaves some out; its report does not call them missing."""
+    ran = []
+    monkeypatch.setattr(pipeline, "run_notebooks", lambda *given: ran.extend(given[-1]))
+    assert main(["--run-dir", str(tmp_path / "run"), "--only", "00", "05"]) == 0
+    assert ran == ["00_in_one_page", "05_faiss_evaluation"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "figures of notebook 05" in page and "of notebook 04" not in page
+    profile = tmp_path / "own.yaml"
+    profile.write_text("demo: false")
+    ran.clear()
+    assert main([str(profile), "--run-dir", str(tmp_path / "run")]) == 0
+    assert ran == pipeline.OF_A_RUN  # the first page has no data of one's own
+    with pytest.raises(SystemExit):
+        main(["--only", "99"])
+    assert "argument --only" in capsys.readouterr().err
+
+
 def test_a_run_folder_is_of_one_pipeline_at_a_time(tmp_path, capsys, monkeypatch):
     """Two of them overwrote each other's notebooks and metrics."""
     arguments, ran = ["--run-dir", str(tmp_path / "run")], []

@@ -30,8 +30,10 @@ METRICS = {
         "settings": {"stages": [{"train": "head", "epochs": 6}], "jit": "auto"},
         "epochs": 9,
         "final_loss": 0.3275,
-        "validation": {"before": {"val_map": 0.758}, "after": {"val_map": 0.865}},
+        "validation": {"frozen": {"val_map": 0.758}, "trained": {"val_map": 0.865}},
     },
+    "ladder": {"frozen": {"demo world": 0.3}},
+    "post_processing": {},
     "gem_ablation": {"seeds": [1, 2], "map": {"GeM, p = 3": INTERVAL}},
     "unseen": {
         "photos": 500,
@@ -114,8 +116,9 @@ def run(tmp_path):
     folder.mkdir()
     write_json(folder / "metrics.json", METRICS)
     record_environment(folder, "gldv2.yaml")
-    names = ["01_leak", "02_training_curves", "02_mining", "03_ablation", "04_retrieval_grid"]
-    for name in (*names, "05_frontier", "06_answer", "07_inliers", "08_answer"):
+    names = ["01_leak", "02_training_curves", "02_mining", "03_ladder", "04_ablation"]
+    names += ["05_retrieval_grid", "06_post_processing"]
+    for name in (*names, "07_frontier", "08_answer", "09_inliers", "10_answer"):
         save_figure(folder / "figures" / f"{name}.png")
     for name in NOTEBOOKS:
         execute(folder / f"{name}.ipynb")
@@ -149,7 +152,7 @@ def test_a_whole_run_is_shown_and_nothing_is_missing(run):
 
 def test_the_page_needs_no_other_file(run):
     (run / "02_triplet_training.html").write_text("")
-    (run / "figures" / "04_map.html").write_text(INTERACTIVE)
+    (run / "figures" / "05_map.html").write_text(INTERACTIVE)
     page = Page(write_report(run))
     others = [link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))]
     assert others == ["02_triplet_training.html"]
@@ -163,8 +166,8 @@ def test_the_page_needs_no_other_file(run):
 
 def test_figures_stand_in_order_with_captions(run):
     save_figure(run / "figures" / "99_new_thing.png")
-    save_figure(run / "figures" / "02_triplets_after.png")
-    save_figure(run / "figures" / "02_triplets_before.png")
+    save_figure(run / "figures" / "05_nearest.png")
+    save_figure(run / "figures" / "02_losses.png")
     save_figure(run / "figures" / ".part-x-02_mining.png")  # left behind by a crash
     page = Page(write_report(run))
     alternatives = [image["alt"] for image in page.images]
@@ -172,16 +175,18 @@ def test_figures_stand_in_order_with_captions(run):
         report.CAPTIONS[name][1]
         for name in (
             "02_training_curves",
-            "04_retrieval_grid",
+            "05_retrieval_grid",
             "01_leak",
-            "02_triplets_before",
-            "02_triplets_after",
+            "02_losses",
             "02_mining",
-            "03_ablation",
-            "05_frontier",
-            "06_answer",
-            "07_inliers",
+            "03_ladder",
+            "04_ablation",
+            "05_nearest",
+            "06_post_processing",
+            "07_frontier",
             "08_answer",
+            "09_inliers",
+            "10_answer",
         )
     ] + ["Figure: New thing."]
     assert "Other figures" in page.text
@@ -189,14 +194,14 @@ def test_figures_stand_in_order_with_captions(run):
 
 
 def test_every_figure_of_the_notebooks_has_a_caption():
-    for name in NOTEBOOKS:
+    for name in report.OF_A_RUN:
         source = (project_root() / "notebooks" / f"{name}.ipynb").read_text()
         figures = set(re.findall(r'figures / \\"(\w+)\.png', source))
         assert figures and figures <= set(report.CAPTIONS)
 
 
 def test_an_interactive_figure_is_sandboxed(run):
-    (run / "figures" / "04_map.html").write_text(INTERACTIVE)
+    (run / "figures" / "05_map.html").write_text(INTERACTIVE)
     (frame,) = Page(write_report(run)).frames
     assert frame["srcdoc"] == INTERACTIVE
     assert frame["sandbox"] == "allow-scripts"
@@ -212,12 +217,12 @@ def test_values_cannot_become_markup(run):
     (run / "environment.json").write_text(json.dumps({"started": HOSTILE, "python": [HOSTILE]}))
     execute(run / "02_triplet_training.ipynb", injected="weights = '<script>alert(1)</script>'")
     error = nbformat.v4.new_output("error", ename="<b>", evalue="<script>\nmore", traceback=[])
-    execute(run / "03_gem_ablation.ipynb", outputs=[error])
+    execute(run / "04_gem_ablation.ipynb", outputs=[error])
     save_figure(run / "figures" / '04_"><script>.png')
     page = Page(write_report(run))
     assert "script" not in page.tags and "b" not in page.tags
     assert ["weights", "'<script>alert(1)</script>'"] in page.rows
-    assert ["03 · What GeM pooling is worth", "stopped: <b>: <script>", "1.0"] in page.rows
+    assert ["04 · What GeM pooling is worth", "stopped: <b>: <script>", "1.0"] in page.rows
 
 
 def test_parameters_are_those_the_notebook_ran_with(run):
@@ -257,7 +262,7 @@ def test_an_empty_folder_has_a_report(tmp_path):
     page = Page(write_report(tmp_path))
     for name in ("metrics.json", "environment.json", "model.keras", "gallery.index"):
         assert f"\n{name}\n" in page.text
-    assert "figures of notebook 03" in page.text
+    assert "figures of notebook 04" in page.text
     assert "versions when this page was made" in page.text
     assert "their parameters are not known" in page.text
     assert "When it was made is not known" in page.text
@@ -277,12 +282,12 @@ def test_damaged_files_are_named(run):
 def test_half_a_run_says_what_is_missing(run):
     half = {name: METRICS[name] for name in ("data", "training")}
     write_json(run / "metrics.json", half)
-    (run / "figures" / "03_ablation.png").unlink()
+    (run / "figures" / "04_ablation.png").unlink()
     (run / "figures" / "02_training_curves.png").unlink()
     text = Page(write_report(run)).text
-    assert "metrics of notebook 03 · What GeM pooling is worth" in text
-    assert "figures of notebook 03 · What GeM pooling is worth" in text
-    assert "metrics of notebook 04" in text and "metrics of notebook 02" not in text
+    assert "metrics of notebook 04 · What GeM pooling is worth" in text
+    assert "figures of notebook 04 · What GeM pooling is worth" in text
+    assert "metrics of notebook 05" in text and "metrics of notebook 02" not in text
     assert "figures/02_training_curves.png" in text
     assert "mAP, unseen landmarks" not in text
 

@@ -17,7 +17,8 @@ from lib.data.catalogue import build_catalogue
 from lib.data.dataset import DatasetHandler, DataSettings
 from lib.data.records import read_triplets, write_shard
 from lib.data.sampling import SamplingError
-from lib.network.losses import ArcFace, InfoNCE, MetricLoss
+from lib.network.losses import ArcFace, InfoNCE, MetricLoss, TripletLoss
+from lib.network.mining import BatchHard
 from lib.network.tower import Siamese, TowerSettings, build_head, computing_in, embed, load_tower
 from lib.training.checkpoint import CHECKPOINT, TrainingError
 from lib.training.log import HISTORY, TENSORBOARD, TrainingLog
@@ -94,6 +95,20 @@ def measured(monkeypatch):
     return set_values
 
 
+def test_validation_has_the_loss_of_the_training():
+    """Over whole batches, in which all photos but a triplet's own are negatives."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(5, 3, 8)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    groups = np.array([[0, 0, 2], [1, 1, 3]])
+    for loss in (InfoNCE(0.2), TripletLoss(0.5, mining=BatchHard())):
+        each = [float(MetricLoss(loss)(groups, embeddings[i : i + 2])) for i in (0, 2)]
+        found = lib.training.stages._validation_loss(loss, embeddings, 2)
+        assert found == pytest.approx(np.mean(each), rel=1e-5)
+    assert np.isnan(lib.training.stages._validation_loss(ArcFace(), embeddings, 2))
+    assert lib.training.stages._validation_loss(InfoNCE(), embeddings, 100) > 0
+
+
 class Watching(DatasetHandler):
     """A handler that calls ``watch`` before each epoch."""
 
@@ -125,9 +140,10 @@ def test_a_run_leaves_history_checkpoint_log_and_the_best_epochs_model(
     assert history.index.tolist() == [1, 2, 3]
     assert history.columns.tolist() == [
         *("stage", "loss", "active_share", "positive_distance", "negative_distance"),
-        *("embedding_spread", "learning_rate", "val_accuracy", "val_map", "p"),
+        *("embedding_spread", "learning_rate", "val_loss", "val_accuracy", "val_map", "p"),
     ]
     assert history["learning_rate"].iloc[-1] == pytest.approx(0, abs=1e-6)  # the cosine's end
+    assert (history["val_loss"] > 0).all()
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / HISTORY, index_col="epoch"), history, check_dtype=False
     )
