@@ -9,7 +9,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo course app test test-style test-lib test-notebooks test-long backends cluster
 .PHONY: test-cluster browser notebooks screenshots lab tensorboard report lint lock clean
-.PHONY: active-conda rehearse
+.PHONY: active-conda rehearse book
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
 unexport JUPYTER_PATH
@@ -123,7 +123,7 @@ endif
 # Which module may import which: the contracts are in pyproject.toml.
 LINT_IMPORTS := $(BIN)/lint-imports --no-cache --no-logo
 LINT_WORKFLOWS := $(BIN)/check-jsonschema --builtin-schema vendor.github-workflows \
-	.github/workflows/ci.yml .github/workflows/conda.yml
+	.github/workflows/ci.yml .github/workflows/conda.yml .github/workflows/pages.yml
 test-style: setup
 	@echo "== style"
 	$(PY) -m ruff check .
@@ -159,8 +159,13 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 .venv/.added-cluster: EXTRAS = cluster,milvus
 .venv/.added-cluster: MODULES = ray, jax, pymilvus, milvus_lite
 
+book: .venv/.added-book ## Build the course's website into site/: notebooks, texts, a reference of lib
+	$(PY) -m tools.book
+.venv/.added-book: EXTRAS = book
+.venv/.added-book: MODULES = sphinx, myst_nb, sphinx_book_theme
+
 # The constraint keeps every locked package at its version.
-.venv/.added-backends .venv/.added-cluster: pyproject.toml | setup
+.venv/.added-backends .venv/.added-cluster .venv/.added-book: pyproject.toml | setup
 	@[ "$(CONDA_ACTIVE)" != yes ] || { \
 	  echo "make $(subst .venv/.added-,,$@) is for .venv only: run 'conda deactivate' first." >&2; \
 	  exit 1; }

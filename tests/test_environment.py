@@ -223,7 +223,7 @@ def test_the_workflows_have_the_form_that_github_expects():
     """Needs no network: the schema comes with the package."""
     program = Path(sys.executable).with_name("check-jsonschema")
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-    assert [path.stem for path in workflows] == ["ci", "conda"]
+    assert [path.stem for path in workflows] == ["ci", "conda", "pages"]
     command = [program, "--builtin-schema", "vendor.github-workflows", *workflows]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -260,6 +260,7 @@ def test_installed_versions_are_the_locked_ones():
     assert {package: installed.get(package) for package in expected} == expected
     assert len({"tensorflow", "tensorflow-cpu"} & set(installed)) == 1
     commands = {"backends": "make backends", "cluster": "make cluster", "milvus": "make cluster"}
+    commands["book"] = "make book"
     for optional, command in commands.items():
         of_extra = {name(r): r for r in declared_in(optional)}
         for package in of_extra.keys() & installed.keys():
@@ -300,6 +301,7 @@ def is_import(node):
 
 BACKENDS = {name(r) for r in declared_in("backends")}
 RIVALS = {name(r) for r in declared_in("rivals")}
+BOOK = {name(r) for r in declared_in("book")}
 CLUSTER = {name(r) for extra in ("cluster", "milvus") for r in declared_in(extra)}
 LOCAL_MODULES = {"lib", "tools", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
@@ -332,7 +334,7 @@ def test_every_imported_package_is_declared():
     direct = {name(r) for r in declared("cpu", "test")} | {"tensorflow", PROJECT["name"]}
     packages = metadata.packages_distributions()
     for path, modules in IMPORTS.items():
-        extra = {"tests": BACKENDS, "benchmarks": RIVALS}
+        extra = {"tests": BACKENDS, "benchmarks": RIVALS, "tools": BOOK}
         allowed = direct | CLUSTER | extra.get(path.partition("/")[0], set())
         for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
             # What is not installed (the extra `backends`) is called as its module is.

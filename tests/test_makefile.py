@@ -59,6 +59,7 @@ def test_help_lists_the_commands(tmp_path):
         "rehearse",
         "backends",
         "cluster",
+        "book",
         "test-cluster",
         "browser",
         "notebooks",
