@@ -104,14 +104,14 @@ def build(root: Path, out: Path) -> int:
     Raises:
         BookError: Sphinx and MyST-NB are not installed, or ``out`` holds something else.
     """
+    if out.exists() and not (out / "searchindex.js").is_file():
+        raise BookError(f"{out} is no website of this project: choose another folder with --out")
     try:
         from sphinx.application import Sphinx
     except ImportError:
         raise BookError(
             "Sphinx is not installed: run `make book`, or pip install '.[book]'"
         ) from None
-    if out.exists() and not (out / "searchindex.js").is_file():
-        raise BookError(f"{out} is no website of this project: choose another folder with --out")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()

@@ -165,11 +165,11 @@ def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tm
     parameters = {"weights": "absent.weights.h5", "weights_required": True}
     with pytest.raises(PapermillExecutionError) as caught:
         papermill.execute_notebook(
-            str(PATHS[1]),
+            str(PATHS[2]),
             str(tmp_path / "out.ipynb"),
             parameters,
             kernel_name="python3",
-            cwd=str(PATHS[1].parent),
+            cwd=str(PATHS[2].parent),
             progress_bar=False,
         )
     assert caught.value.ename == "SystemExit"
