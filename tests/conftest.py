@@ -19,6 +19,10 @@ import pytest
 
 from lib.demo.data import DemoSettings, make_demo_data
 
+# What a script runs in the background ignores Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A busy machine is slow: no test fails for the time it takes.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
