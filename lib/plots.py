@@ -148,7 +148,7 @@ def plot_matches(
     axis.imshow(canvas)
     fits = np.zeros(len(points[0]), bool) if fits is None else fits
     ends = np.stack([points[0], points[1] + (start, 0)], axis=1)  # (t, 2, 2)
-    for chosen, colour, wide in ((~fits, "#e39b2d", 0.6), (fits, QUERY, 1.1)):
+    for chosen, colour, wide in ((~fits, "#e39b2d", 0.6), (fits, RIGHT, 1.1)):
         wide *= np.clip(150 / (len(fits) + 1), 0.4, 1)  # many would hide the photos
         axis.plot(*np.moveaxis(ends[chosen], -1, 0).swapaxes(1, 2), color=colour, linewidth=wide)
     frame = Rectangle((start, 0), width, len(right), transform=axis.transData)

@@ -385,15 +385,19 @@ def _embed_triplets(model: keras.Model, triplets: np.ndarray) -> np.ndarray:
 
 
 def _validation_loss(loss: Loss, embeddings: np.ndarray, batch_size: int) -> float:
-    """The mean loss of validation triplets, float (n, 3, d), in batches as large as in training."""
+    """The mean loss of validation triplets, float (n, 3, d), in batches as large as in training.
+
+    They are those of :meth:`lib.data.dataset.DatasetHandler.validation_triplets`: each negative is
+    the anchor of the triplet before, and so of its landmark.
+    """
     if isinstance(loss, ArcFace):
         return float("nan")
     batch_size = min(batch_size, len(embeddings))
     state = keras.random.SeedGenerator(0)  # for miners that draw at random
     values = []
     for start in range(0, len(embeddings) - batch_size + 1, batch_size):
-        anchors = np.arange(batch_size)
-        groups = np.stack([anchors, anchors, batch_size + anchors], axis=1)  # all are different
+        rows = np.arange(start, start + batch_size)
+        groups = np.stack([rows, rows, (rows - 1) % len(embeddings)], axis=1)
         pairs = compare(groups, embeddings[start : start + batch_size])
         values.append(float(ops.convert_to_numpy(loss(pairs, state))))
     return float(np.mean(values)) if values else float("nan")

@@ -96,13 +96,14 @@ def measured(monkeypatch):
 
 
 def test_validation_has_the_loss_of_the_training():
-    """Over whole batches, in which all photos but a triplet's own are negatives."""
+    """Over whole batches; a negative is the anchor before, of which it must not be a negative."""
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(5, 3, 8)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    groups = np.array([[0, 0, 2], [1, 1, 3]])
+    embeddings[:, 2] = np.roll(embeddings[:, 0], 1, axis=0)
+    groups = np.array([[0, 0, 4], [1, 1, 0], [2, 2, 1], [3, 3, 2]])
     for loss in (InfoNCE(0.2), TripletLoss(0.5, mining=BatchHard())):
-        each = [float(MetricLoss(loss)(groups, embeddings[i : i + 2])) for i in (0, 2)]
+        each = [float(MetricLoss(loss)(groups[i : i + 2], embeddings[i : i + 2])) for i in (0, 2)]
         found = lib.training.stages._validation_loss(loss, embeddings, 2)
         assert found == pytest.approx(np.mean(each), rel=1e-5)
     assert np.isnan(lib.training.stages._validation_loss(ArcFace(), embeddings, 2))
