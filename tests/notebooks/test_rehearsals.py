@@ -315,7 +315,7 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
             before=[*UNSHARE, project],
         )
     metrics = metrics_of(run)
-    assert metrics["training"]["epochs"] == 2
+    assert metrics["training"]["epochs"] == 3
     assert metrics["unseen"]["landmarks"] == len(names) - 1
     shown = printed_by(run / "05_faiss_evaluation.ipynb")
     assert "left out: 3 photos that are not in a landmark's folder itself" in shown
