@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -21,8 +20,8 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from lib.data.photos import read_gallery
-from lib.evaluation.metrics import average_precision, compare, interval, leave_one_out
+from benchmarks.photo_sets import against_first, print_rows, read_sets
+from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import project_root, write_json
 from lib.network.engine import packaged_settings
 from lib.network.pooling import gem
@@ -33,23 +32,16 @@ SIZE = 224  # pixels
 EXPONENTS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
 
 
-def sweep(maps: np.ndarray, labels: np.ndarray) -> dict[str, dict]:
-    """mAP by exponent, with its interval, and the difference to p = 1; keys are exponents."""
-    rows, average = {}, None
+def sweep(maps: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The average precision of each photo as the query, float (n,), by exponent; p = 1 first."""
+    precision = {}
     for p in tqdm(EXPONENTS, unit=" exponents", leave=False):
         blocks = np.array_split(maps, -(-len(maps) // 128))
         pooled = [np.asarray(gem(block.astype(np.float32), p)) for block in blocks]
         vectors = np.concatenate(pooled)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        precision = average_precision(leave_one_out(vectors, labels))
-        average = precision if average is None else average
-        difference, p_value = compare(average, precision, groups=labels)
-        rows[f"{p:g}"] = {
-            "map": interval(precision, groups=labels)._asdict(),
-            "difference": difference._asdict(),
-            "p_value": p_value,
-        }
-    return rows
+        precision[f"{p:g}"] = average_precision(leave_one_out(vectors, labels))
+    return precision
 
 
 @program()
@@ -64,18 +56,10 @@ def main(given: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(given)
     tower, sets = build_tower(packaged_settings(SIZE)), {}
-    for folder in arguments.photos:
-        photos, labels, skipped = read_gallery(folder, SIZE)
-        for message in skipped:
-            print("skipped:", message)
-        rows = sweep(feature_maps(tower, photos), labels)
-        name = Path(folder).resolve().name
+    for name, photos, labels in read_sets(arguments.photos, SIZE):
+        rows = against_first(sweep(feature_maps(tower, photos), labels), labels)
         sets[name] = {"photos": len(labels), "landmarks": len(set(labels)), "exponents": rows}
-        for p, row in rows.items():
-            value, difference = row["map"], row["difference"]
-            print(f"{name}: p = {p:<4} mAP {100 * value['value']:.1f}", end=" ")
-            print(f"[{100 * value['low']:.1f}, {100 * value['high']:.1f}],", end=" ")
-            print(f"against the average {100 * difference['value']:+.1f}")
+        print_rows(name, rows, "the average", "p = ")
     if arguments.write:
         command = f"python -m benchmarks.gem {' '.join(s.upper() for s in sets)} --write"
         versions = {"keras": keras.__version__, "numpy": np.__version__}

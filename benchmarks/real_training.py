@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -26,9 +25,9 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.photo_sets import against_first, print_rows, read_sets
 from lib.data.decoding import Augmentation, draw_variations
-from lib.data.photos import read_gallery
-from lib.evaluation.metrics import average_precision, compare, interval, leave_one_out
+from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import project_root, write_json
 from lib.network.losses import InfoNCE, MetricLoss
 from lib.network.tower import Siamese, TowerSettings, build_tower, embed, frozen_trunk
@@ -97,16 +96,9 @@ def measure(photos: np.ndarray, labels: np.ndarray, seeds: int) -> dict[str, dic
                             judge(FROZEN, vectors, row)
                             judge(WHITENED, whitening.apply(vectors), row)
                     judge(name, embed(tower, photos[test]), seed)
-    means = {name: of.mean(axis=0) for name, of in found.items()}
-    rows = {}
-    for name, of in means.items():
-        difference, p_value = compare(means[FROZEN], of, groups=labels)
-        rows[name] = {
-            "map": interval(of, groups=labels)._asdict(),
-            "difference": difference._asdict(),
-            "p_value": p_value,
-            "by_seed": [float(np.nanmean(one)) for one in found[name]],
-        }
+    rows = against_first({name: of.mean(axis=0) for name, of in found.items()}, labels)
+    for name, row in rows.items():
+        row["by_seed"] = [float(np.nanmean(one)) for one in found[name]]
     return rows
 
 
@@ -123,18 +115,10 @@ def main(given: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(given)
     sets = {}
-    for folder in arguments.photos:
-        photos, labels, skipped = read_gallery(folder, SIZE)
-        for message in skipped:
-            print("skipped:", message)
-        name = Path(folder).resolve().name
+    for name, photos, labels in read_sets(arguments.photos, SIZE):
         rows = measure(photos, labels, arguments.seeds)
         sets[name] = {"photos": len(labels), "landmarks": len(set(labels)), "ways": rows}
-        for way, row in rows.items():
-            value, difference = row["map"], row["difference"]
-            print(f"{name}: {way:<18} mAP {100 * value['value']:.1f}", end=" ")
-            print(f"[{100 * value['low']:.1f}, {100 * value['high']:.1f}],", end=" ")
-            print(f"against the frozen network {100 * difference['value']:+.1f}")
+        print_rows(name, rows, "the frozen network")
     if arguments.write:
         names = " ".join(s.upper() for s in sets)
         command = f"python -m benchmarks.real_training {names} --seeds {arguments.seeds} --write"

@@ -99,7 +99,7 @@ def show_examples(book, what: str, name: str, of, options, lines: list[str]) -> 
 
 
 def build(root: Path, out: Path) -> int:
-    """Write the website into ``out``, whole or not at all; returns how many warnings there were.
+    """Write the website into ``out`` when all of it is built; returns the number of warnings.
 
     Raises:
         BookError: Sphinx and MyST-NB are not installed, or ``out`` holds something else.

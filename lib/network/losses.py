@@ -3,7 +3,6 @@
     loss = MetricLoss(TripletLoss(margin=0.3, squared=False, mining=BatchHard()))
     loss = MetricLoss(InfoNCE(temperature=0.07))
     value = loss(groups, embeddings)                          # float32, the mean over the batch
-    found, losses = active_triplets(groups, embeddings, 0.3)  # the triplets left to learn
 
 :mod:`lib.network.mining` describes the arrangements of a batch, and has the miners.
 """
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from lib.network.mining import (
@@ -312,20 +310,3 @@ def embedding_spread(y_true: Tensor, y_pred: Tensor) -> Tensor:
     photos = ops.reshape(unit_vectors(y_pred), (-1, y_pred.shape[-1]))
     from_centre = photos - ops.mean(photos, axis=0, keepdims=True)
     return ops.mean(ops.sum(ops.square(from_centre), axis=-1))
-
-
-def active_triplets(
-    groups: Tensor, embeddings: Tensor, margin: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """All triplets of a batch that violate a margin of squared distances, the hardest first.
-
-    Returns int64 (t, 3), anchor, positive and negative as rows of ``compare``'s matrices, and
-    float32 (t,), their losses, all above 0.
-    """
-    pairs = compare(groups, embeddings)
-    distances, is_positive, is_negative = map(ops.convert_to_numpy, pairs[:3])
-    losses = distances[:, :, None] - distances[:, None, :] + np.float32(margin)
-    triplets = np.argwhere(is_positive[:, :, None] & is_negative[:, None, :] & (losses > 0))
-    losses = losses[tuple(triplets.T)]
-    order = np.argsort(-losses, kind="stable")
-    return triplets[order], losses[order]

@@ -19,7 +19,6 @@ from lib.network.losses import (
     MultiSimilarity,
     TripletLoss,
     active_share_of,
-    active_triplets,
     embedding_spread,
     make_loss,
     margin_loss,
@@ -778,30 +777,6 @@ def test_the_signs_of_life_name_a_collapse(batch):
     assert float(active_share_of(InfoNCE())(groups, solved)) == 0
     assert float(positive_distance(groups, solved)) == pytest.approx(0, abs=1e-6)
     assert float(negative_distance(groups, solved)) == pytest.approx(2, abs=1e-6)
-
-
-def test_active_triplets_are_all_that_violate_the_margin_hardest_first(batch):
-    groups, embeddings = batch
-    triplets, losses = active_triplets(groups, embeddings, 0.4)
-    d, positives, negatives = pairs_by_loops(groups, embeddings)
-    expected = {
-        (a, p, n): d[a, p] - d[a, n] + 0.4
-        for a in range(len(d))
-        for p in positives[a]
-        for n in negatives[a]
-        if d[a, p] - d[a, n] + 0.4 > 0
-    }
-    assert {tuple(t) for t in triplets.tolist()} == expected.keys()
-    np.testing.assert_allclose(losses, [expected[tuple(t)] for t in triplets], atol=1e-4)
-    assert (np.diff(losses) <= 0).all() and len(losses) > 5
-    assert (triplets.dtype, losses.dtype) == (np.int64, np.float32)
-    x = TripletLoss(0.4, mining=BatchAll())
-    assert value_of(x, groups, embeddings) == pytest.approx(losses.mean(), rel=1e-4)
-
-
-def test_a_batch_that_is_solved_has_no_active_triplets():
-    triplets, losses = active_triplets(np.array([0, 0, 1]), on_circle(0, 0, 180), 0.3)
-    assert triplets.shape == (0, 3) and losses.shape == (0,)
 
 
 # --------------------------------------------------------------------------------------------------
