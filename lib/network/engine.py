@@ -9,9 +9,10 @@
     descriptors = engine.embed(photos)                      # of any shapes -> float32 (n, 1280)
 
 A tower that was trained on squashed squares embeds such squares. For photographs in their own
-shape, an engine has *views*: the photo is embedded at several sizes, each also mirrored, and its
-descriptor is the mean of theirs (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No
-Human Annotation", TPAMI 2018, "Multi-scale representation").
+shape, an engine has *views*: the photo is embedded at several sizes, and its descriptor is the mean
+of theirs (Radenović, Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation",
+TPAMI 2018, "Multi-scale representation"). A view is a longest side in pixels, and is mirrored as
+well; or, as in the protocols of the public benchmarks, a multiple of the photo's own size.
 
 The file is a ZIP archive of OpenVINO's network and ``manifest.json``, whose checksums find damage;
 they don't make a stranger's file safe. Processors with bfloat16 instructions compute in bfloat16 by
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # an exported tower runs without Keras
     from lib.network.tower import TowerSettings
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+Views = tuple[int, ...] | tuple[float, ...]  # see Engine
 ENGINE = "tower.engine"  # name of a run's exported tower
 # In the project (lib.files.or_cache), for packaged_engine and embeddings made with it.
 OWN_PHOTOS = "runs/own_photos"
@@ -76,8 +78,8 @@ class Engine:
         dimension: d.
         fingerprint: identifies the embeddings: equal if tower and views are.
         name: library and precision, such as "openvino bfloat16".
-        views: longest sides in pixels of the views of a photo in its own shape; () for one
-            squashed square of ``image_size``.
+        views: of a photo in its own shape, int, longest sides in pixels, or float, multiples of its
+            size; () for one squashed square of ``image_size``.
     """
 
     compute: Callable[[np.ndarray], np.ndarray]
@@ -85,7 +87,7 @@ class Engine:
     dimension: int
     fingerprint: str
     name: str
-    views: tuple[int, ...] = ()
+    views: Views = ()
     origin: str = ""  # of an exported tower, see export_engine
     dtype: ClassVar = np.dtype("<f4")  # of the embeddings
     task: ClassVar = "embedding"  # for progress bars
@@ -112,20 +114,24 @@ class Engine:
             for i in range(0, len(photos), _BATCH):
                 embeddings[i : i + _BATCH] = self.compute(np.asarray(photos[i : i + _BATCH]))
             return embeddings
-        for longest in self.views:
-            for rows, batch in _batches(photos, longest):
-                for view in (batch, batch[:, :, ::-1]):
-                    embeddings[rows] += self.compute(view)
+        for view in self.views:
+            for rows, batch in _batches(photos, view):
+                embeddings[rows] += self.compute(batch)
+                if isinstance(view, int):
+                    embeddings[rows] += self.compute(batch[:, :, ::-1])
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
-def _batches(photos: Sequence[np.ndarray], longest: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Photos resized to a longest side, in batches of one shape, with the photos' numbers."""
+def _batches(
+    photos: Sequence[np.ndarray], view: int | float
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Photos resized for a view, in batches of one shape, with the photos' numbers."""
     shapes: dict[tuple[int, int], list[int]] = {}
     for number, photo in enumerate(photos):
         # Multiples of the network's stride: no place of a map is computed of padding, and few
         # shapes occur.
-        sides = (round(side * longest / max(photo.shape) / STRIDE) for side in photo.shape[:2])
+        scale = view / max(photo.shape) if isinstance(view, int) else view
+        sides = (round(side * scale / STRIDE) for side in photo.shape[:2])
         shapes.setdefault(tuple(max(side, 1) * STRIDE for side in sides), []).append(number)
     for (height, width), numbers in shapes.items():
         most = max(1, _BATCH_PIXELS // (height * width))
@@ -134,14 +140,15 @@ def _batches(photos: Sequence[np.ndarray], longest: int) -> Iterator[tuple[list[
             yield rows, np.stack([resize(photos[row], (height, width)) for row in rows])
 
 
-def keras_engine(tower: keras.Model, views: tuple[int, ...] = ()) -> Engine:
+def keras_engine(tower: keras.Model, views: Views = ()) -> Engine:
     """A tower in memory, computing on the device of Keras' backend; for views see Engine."""
     from lib.network.tower import compute_precision, embed, resized  # loads Keras
 
     at_any_size = resized(tower, None) if views else tower
+    longest = max(view if isinstance(view, int) else _MOST_SIZE for view in views or (0,))
     return Engine(
         compute=lambda photos: embed(at_any_size, photos),
-        image_size=max(views, default=tower.input_shape[1]),
+        image_size=longest if views else tower.input_shape[1],
         dimension=tower.output_shape[-1],
         fingerprint=_fingerprint(tower, views),
         name=f"keras {compute_precision(tower)}",
@@ -149,16 +156,14 @@ def keras_engine(tower: keras.Model, views: tuple[int, ...] = ()) -> Engine:
     )
 
 
-def _fingerprint(tower: keras.Model, views: tuple[int, ...]) -> str:
+def _fingerprint(tower: keras.Model, views: Views) -> str:
     from lib.network.tower import fingerprint
 
     own = fingerprint(tower)
     return hashlib.sha256(f"{own} {views}".encode()).hexdigest() if views else own
 
 
-def export_engine(
-    tower: keras.Model, path: Path, origin: str = "", views: tuple[int, ...] = ()
-) -> None:
+def export_engine(tower: keras.Model, path: Path, origin: str = "", views: Views = ()) -> None:
     """Write a tower as one file, atomically, on Keras' TensorFlow or PyTorch backend.
 
     Args:
@@ -192,7 +197,8 @@ def export_engine(
             archive.writestr(_MANIFEST, json.dumps(manifest, indent=2) + "\n")
         # Large patches of random colours: noise would give nearly equal embeddings.
         patches = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3), np.uint8)
-        place = np.arange(own.image_size) * 5 // own.image_size
+        side = own.image_size if own.image_size < _MOST_SIZE else 8 * STRIDE
+        place = np.arange(side) * 5 // side
         photos = patches[:, place][:, :, place]
         pairs = load_engine(part, "float32").embed(photos), own.embed(photos)
         cosine = float(np.einsum("nd,nd->n", *pairs).min())
@@ -297,9 +303,9 @@ def load_engine(path: Path, precision: str = "auto", threads: int | None = None)
         if manifest["files"] != found:
             raise ValueError("the network has another checksum than the manifest says")
         size, views = manifest["image_size"], tuple(manifest["views"])
-        for side in (size, *views):
+        for side in (size, *(v if isinstance(v, int) else STRIDE * v for v in views)):
             if not 1 <= side <= _MOST_SIZE:
-                raise ValueError(f"a side of {side} pixels")
+                raise ValueError(f"a view of {side} pixels")
         if len(views) > _MOST_VIEWS:
             raise ValueError(f"{len(views)} views")
         model = ov.Core().read_model(*network.values())
