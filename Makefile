@@ -107,6 +107,10 @@ demo: setup ## Data, training, GeM, evaluation, app on generated data: notebooks
 course: setup ## Run all notebooks, 00-10, on generated data into runs/
 	$(PY) -m tools.pipeline
 
+real: setup ## One shard of real photos (some 300 MB, fetched from Kaggle) through notebooks 01-05
+	$(PY) -m tools.download --dataset-dir Dataset/slice --shards 0
+	$(PY) -m tools.pipeline profiles/real_slice.yaml --only 01 02 03 04 05
+
 app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pictures: in your own photos
 	$(PY) -m lib.app.page $(if $(PHOTOS),--photos '$(subst ','\'',$(PHOTOS))')
 
@@ -160,7 +164,7 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 .venv/.added-cluster: MODULES = ray, jax, pymilvus, milvus_lite
 
 book: .venv/.added-book ## Build the course's website into site/: notebooks, texts, a reference of lib
-	$(PY) -m tools.book
+	$(PY) -m tools.book $(if $(REPOSITORY),--repository $(REPOSITORY))
 .venv/.added-book: EXTRAS = book
 .venv/.added-book: MODULES = sphinx, myst_nb, sphinx_book_theme
 

@@ -114,7 +114,7 @@ def draw(landmark: int, view: int) -> bytes:
     return simplejpeg.encode_jpeg(picture, QUALITY, "RGB", "420")
 
 
-def _write(path: Path, views: np.ndarray) -> int:
+def write_part(path: Path, views: np.ndarray) -> int:
     triplets = (Triplet(*(draw(*view) for view in roles)) for roles in views.tolist())
     return write_shard(path, triplets)
 
@@ -128,7 +128,7 @@ def write_set(folder: Path, records: int) -> None:
         parts.append(views[FULL_SHARDS * size :])
     paths = [folder / shard_name(number) for number in range(len(parts))]
     with process_pool() as pool, tqdm(total=records, desc="writing", unit=" records") as bar:
-        for count in (map if records <= _FEW else pool.map)(_write, paths, parts):
+        for count in (map if records <= _FEW else pool.map)(write_part, paths, parts):
             bar.update(count)
 
 
@@ -195,7 +195,7 @@ def plan_epoch(folder: Path, profile: dict) -> dict[str, Any]:
 def _tower(profile: dict):
     from lib.network.tower import TowerSettings, build_tower, fast_policy
 
-    size = profile["embedding_size"]
+    size = profile["settings"]["embedding_size"]
     return build_tower(TowerSettings(SIZE, size, weights="", precision=fast_policy()))
 
 

@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from lib.files import show_path
 
 _MOST = 1000  # letters of a line
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TYPES = {"float": (int, float), "bool": (bool,), "int": (int,), "str": (str,)}
+_TYPES |= {"list": (list,), "dict": (dict,)}
 
 
 class UsageError(ValueError):
@@ -40,6 +42,28 @@ def as_path(text: str) -> Path:
 def one_line(text: str) -> str:
     """A text without line breaks, of at most 1,000 letters."""
     return " ".join(text.splitlines())[:_MOST]
+
+
+def check_types(values: Mapping, types: Mapping[str, str], where: str) -> None:
+    """Check the names and the types of parameters.
+
+    Args:
+        values: by name.
+        types: of all that there are, by name, such as "float" (of which an int is one).
+        where: the values stand, to begin the message with.
+
+    Raises:
+        UsageError: a name that is not in ``types``, or a value of another type.
+    """
+    if unknown := sorted(map(str, set(values) - set(types))):
+        names = one_line(", ".join(unknown))[:500]
+        raise UsageError(f"{where}: there is no {names}, but {', '.join(sorted(types))}")
+    for name, value in values.items():
+        if type(value) not in _TYPES[types[name]]:
+            hint = ", such as 1.0e-3" if types[name] == "float" else ""  # YAML's 1e-3 is a text
+            raise UsageError(
+                f"{where}: {name} must be of type {types[name]}{hint}, not {value!r:.100}"
+            )
 
 
 def explain(error: Exception) -> str:

@@ -53,6 +53,7 @@ def test_help_lists_the_commands(tmp_path):
         "setup",
         "demo",
         "course",
+        "real",
         "app",
         "test",
         "test-long",

@@ -41,7 +41,7 @@ def at(tmp_path):
     profiles = {
         "sise": "batch_sise: 8",
         "word": "batch_size: many",
-        "power": "head_rate: 1e-3",
+        "power": "validation_share: 1e-3",
         "yes": "demo: 1",
         "list": "seeds: 3",
     }
@@ -133,7 +133,7 @@ def failure(name, arguments, capsys):
         (PIPELINE, [f"@{BYTES}"], 2, "\\udcff"),
         (PIPELINE, ["@sise.yaml"], 2, "batch_sise"),
         (PIPELINE, ["@word.yaml"], 2, "batch_size must be of type int"),
-        (PIPELINE, ["@power.yaml"], 2, "head_rate must be of type float, such as 1.0e-3"),
+        (PIPELINE, ["@power.yaml"], 2, "validation_share must be of type float, such as 1.0e-3"),
         (PIPELINE, ["@yes.yaml"], 2, "demo must be of type bool"),
         (PIPELINE, ["@list.yaml"], 2, "seeds must be of type list"),
         (PIPELINE, ["--run-dir", "@file"], 1, "file"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lib.files import project_root
 from lib.programs import as_path, program
+from tools.colab import BRANCH, COLAB
 
 PAGES = ("docs/*.md", "Dataset/README.md", "Test_set/README.md", "benchmarks/README.md")
 PAGES += ("CONTRIBUTING.md", "LICENSE")
@@ -98,7 +99,16 @@ def show_examples(book, what: str, name: str, of, options, lines: list[str]) -> 
     lines[:] = shown
 
 
-def build(root: Path, out: Path) -> int:
+def settings_of(repository: str) -> dict:
+    """Sphinx's settings; with the address of the repository, notebooks open in Google Colab."""
+    if not repository:
+        return SETTINGS
+    theme = {"repository_url": repository, "repository_branch": BRANCH}
+    theme["launch_buttons"] = {"colab_url": COLAB}
+    return SETTINGS | {"html_theme_options": SETTINGS["html_theme_options"] | theme}
+
+
+def build(root: Path, out: Path, repository: str = "") -> int:
     """Write the website into ``out`` when all of it is built; returns the number of warnings.
 
     Raises:
@@ -117,7 +127,7 @@ def build(root: Path, out: Path) -> int:
         source.mkdir()
         gather(root, source)
         pages, trees = Path(folder) / "pages", Path(folder) / "trees"
-        book = Sphinx(source, None, pages, trees, "html", SETTINGS, status=None)
+        book = Sphinx(source, None, pages, trees, "html", settings_of(repository), status=None)
         book.connect("autodoc-process-docstring", show_examples)
         book.build(force_all=True)
         (pages / ".nojekyll").touch()  # else GitHub leaves out folders that begin with "_"
@@ -131,9 +141,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.book", description=__doc__)
     parser.add_argument("--out", type=as_path, default=Path("site"), help="folder for the pages")
+    address = "where the project is on GitHub: pages of notebooks open them in Colab (tools.colab)"
+    parser.add_argument("--repository", default="", help=address)
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    warnings = build(project_root(), out)
+    warnings = build(project_root(), out, options.repository)
     print(f"\n{sum(1 for _ in out.rglob('*.html'))} pages: {out / 'index.html'}")
     if warnings:
         print(f"{warnings} warnings, see above: mend them", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 Each shard is checked before it is moved into the folder. ``SHA256SUMS`` there keeps the checksums:
 
-    download(Path("Dataset"))   # missing shards; or: python -m tools.download
+    download(Path("Dataset"))   # missing shards; or: python -m tools.download [--shards 0 1]
     verify(Path("Dataset"))     # fetches nothing; or: python -m tools.download --verify
 """
 
@@ -221,10 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.download", description=f"Fetch {KAGGLE_PAGE} and check it."
     )
     parser.add_argument("--dataset-dir", type=as_path, help="default: the project's folder Dataset")
+    shards = {"nargs": "+", "type": int, "choices": KAGGLE_COUNTS, "metavar": "NUMBER"}
+    parser.add_argument("--shards", **shards, help="these alone; one has 300 MB of some 5 GB")
     parser.add_argument("--verify", action="store_true", help="check what is there, fetch nothing")
     options = parser.parse_args(arguments)
     dataset_dir = options.dataset_dir or project_root() / "Dataset"
-    table = (verify if options.verify else download)(dataset_dir, KAGGLE_COUNTS)
+    expected = {number: KAGGLE_COUNTS[number] for number in options.shards or KAGGLE_COUNTS}
+    table = (verify if options.verify else download)(dataset_dir, expected)
     print(table[["records", "bytes"]].to_string(formatters=dict.fromkeys(table, "{:,}".format)))
     print(f"All whole: {table['records'].sum():,} records, {table['bytes'].sum():,} bytes.")
     return 0

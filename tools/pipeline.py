@@ -29,8 +29,9 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 from lib.files import only_writer, project_root, replacing, show_path
-from lib.programs import UsageError, as_path, one_line, program
+from lib.programs import UsageError, as_path, check_types, one_line, program
 from lib.runs import open_run
+from lib.training.settings import check_stages, read_settings
 from tools.environment import record_environment
 from tools.report import NOTEBOOKS, OF_A_RUN, write_report
 
@@ -46,11 +47,6 @@ RESULTS = {
 
 
 _LARGEST = 64_000  # bytes of a profile
-_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "list": (list,)}
-
-
-class ProfileError(UsageError):
-    """A profile can't be used; the message names what to mend."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,15 +58,15 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_profile(path: Path, known: Mapping[str, str] | set[str]) -> dict:
+def read_profile(path: Path, known: Mapping[str, str]) -> dict:
     """Read a profile's parameters.
 
     Args:
         path: YAML file, a mapping of parameter names to values.
-        known: the parameters that any notebook has, maybe with the names of their types.
+        known: the names of the types of all parameters that any notebook has, by name.
 
     Raises:
-        ProfileError: no such file, more than 64 kB, neither UTF-8 nor YAML, references within it,
+        UsageError: no such file, more than 64 kB, neither UTF-8 nor YAML, references within it,
             not a mapping, a name that no notebook knows, or a value of another type.
     """
     where = show_path(path)
@@ -78,26 +74,18 @@ def read_profile(path: Path, known: Mapping[str, str] | set[str]) -> dict:
         with Path(path).open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
-            raise ProfileError(f"{where} has more than {_LARGEST // 1000} kB: this is no profile")
+            raise UsageError(f"{where} has more than {_LARGEST // 1000} kB: this is no profile")
         profile = yaml.load(content.decode("utf-8-sig"), _Loader) or {}
-    except ProfileError:
+    except UsageError:
         raise
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ProfileError(f"{where} can't be read: {one_line(str(reason))[:500]}") from None
+        raise UsageError(f"{where} can't be read: {one_line(str(reason))[:500]}") from None
     if not isinstance(profile, dict):
-        raise ProfileError(f"{where} must map parameter names to values")
-    if unknown := sorted(map(str, set(profile) - set(known))):
-        raise ProfileError(
-            f"{where}: no notebook has a parameter {one_line(', '.join(unknown))[:500]}; there are "
-            f"{', '.join(sorted(known))}"
-        )
-    for name, value in profile.items() if isinstance(known, Mapping) else ():
-        if type(value) not in _TYPES.get(known[name], (type(value),)):
-            hint = ", such as 1.0e-3" if known[name] == "float" else ""  # YAML's 1e-3 is a text
-            raise ProfileError(
-                f"{where}: {name} must be of type {known[name]}{hint}, not {value!r:.100}"
-            )
+        raise UsageError(f"{where} must map parameter names to values")
+    check_types(profile, known, where)
+    check_stages(profile.get("stages", []), f"{where}: stages")
+    read_settings(profile.get("settings", {}), f"{where}: settings")
     return profile
 
 

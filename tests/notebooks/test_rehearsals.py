@@ -16,15 +16,18 @@ import urllib.request
 
 import keras
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from benchmarks.kaggle_size import RECORDS, plan_views, write_part
 from lib.demo.data import DemoSettings, make_demo_data
 from lib.demo.world import draw_views
 from lib.files import project_root, read_json
 from tests.conftest import end_server, free_port, wait_for
 from tests.interrupted import interrupt
+from tests.kaggle import Kaggle
 from tools.report import OF_A_RUN
 
 pytestmark = pytest.mark.rehearsal
@@ -32,11 +35,8 @@ pytestmark = pytest.mark.rehearsal
 ROOT = project_root()
 SHORT = {
     "steps_per_epoch": 1,
-    "head_epochs": 1,
-    "last_block_epochs": 1,
-    "all_epochs": 1,
-    "random_epochs": 1,
-    "compared_epochs": 1,
+    "stages": [["head", 1, 1e-3], ["last-block", 1, 1e-4], ["all", 1, 3e-5]],
+    "settings": {"random_stages": [["all", 1, 4e-3]], "compared_epochs": 1},
     "ablation_triplets": 16,
     "ablation_steps": 1,
     "seeds": [1],
@@ -129,9 +129,9 @@ def kaggle(tmp_path_factory):
 def real_data(kaggle):
     """The run of the whole profile, by the command of README, which is interrupted twice."""
     # Three more trainings would write three more checkpoints of a whole ResNet50.
-    less = {"batch_size": 4, "compared_epochs": 0}
-    short = SHORT | {"weights": "resnet50.weights.h5"} | less
-    profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text()) | short
+    profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text())
+    short = SHORT | {"weights": "resnet50.weights.h5", "batch_size": 4}
+    profile |= short | {"settings": profile["settings"] | {"compared_epochs": 0}}
     (kaggle / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
     command = ["-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole"]
     run = kaggle / "runs" / "whole"
@@ -191,6 +191,29 @@ def test_the_profile_of_the_real_data_runs_to_its_end(kaggle, real_data):
     assert "There is no ground truth: the ranks of the positives are not known." in shown
     metrics = metrics_of(kaggle / "runs" / "unlabelled")
     assert metrics["test_set"] == {"photos": 100, "ground_truth": False}
+
+
+def test_one_shard_of_the_real_data_is_fetched_and_goes_through(tmp_path, monkeypatch):
+    """`make real`: a shard of the exact format and number of records, from a server."""
+    project = copy_project(tmp_path / "project")
+    write_part(tmp_path / "train00.tfrec", plan_views(RECORDS, np.random.default_rng(0))[:10_841])
+    short = {"steps_per_epoch": 2, "ablation_steps": 2, "ablation_triplets": 64}
+    profile = yaml.safe_load((project / "profiles" / "real_slice.yaml").read_text()) | short
+    (project / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
+    kaggle = Kaggle({"train00.tfrec": (tmp_path / "train00.tfrec").read_bytes()})
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with kaggle.serving() as url:
+        monkeypatch.setenv("http_proxy", url)  # what is asked of localhost comes to the server
+        fetch = ["-m", "tools.download", "--dataset-dir", "Dataset/slice", "--shards", "0"]
+        assert "10,841 records" in python(project, *fetch)
+    only = ["--only", "01", "02", "03", "04", "05"]
+    python(project, "-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/x", *only)
+    metrics = metrics_of(project / "runs" / "x")
+    assert metrics["data"]["records"] == 10_841
+    assert metrics["training"]["tower"]["weights"] in ("imagenet", "packaged")
+    assert {"ladder", "gem_ablation", "unseen"} < set(metrics)
 
 
 def draw_photos(folder, counts):

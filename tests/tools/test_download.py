@@ -4,16 +4,12 @@ kagglehub itself runs here, against a small server that answers as Kaggle's does
 """
 
 import errno
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import kagglehub
@@ -22,58 +18,13 @@ from kagglehub.exceptions import UnauthenticatedError
 
 from lib.data.records import DatasetNotFoundError, Triplet, write_shard
 from lib.files import replacing
+from tests.kaggle import Kaggle
 from tools.download import CHECKSUMS, KAGGLE_COUNTS, DownloadError, download, main, verify
 
 EXPECTED = {0: 5, 1: 5, 2: None}
 NAMES = ["train00.tfrec", "train01.tfrec", "train02.tfrec"]
 # Of the first shard, to make it larger than the megabyte that kagglehub writes at a time.
 PICTURE = bytes(range(256)) * 400
-
-
-@dataclass
-class Kaggle:
-    """What the server has, how it misbehaves, and what it was asked for."""
-
-    files: dict[str, bytes]
-    status: int = 200
-    hang_up_after: int | None = None  # bytes of a file
-    md5: str | None = None
-    asked: list[str] = field(default_factory=list)
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        kaggle = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):  # the interface
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if kaggle.status != 200:
-                    self.send(kaggle.status)
-                elif self.path.endswith("GetDataset"):
-                    assert request["datasetSlug"] == "google-landmarks-2020-tfrecords"
-                    self.send(200, b'{"currentVersionNumber": 7}')
-                elif request["fileName"] in kaggle.files:
-                    self.send(302, Location=f"/storage/{request['fileName']}")
-                else:
-                    self.send(404)
-
-            def do_GET(self):  # the storage
-                name = self.path.split("/")[-1]
-                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-                kaggle.asked.append(f"{name} from {start}")
-                headers = {"x_goog_hash": f"crc32c=AAAAAA==,md5={kaggle.md5}"} if kaggle.md5 else {}
-                self.send(200, kaggle.files[name][start:], Accept_Ranges="bytes", **headers)
-
-            def send(self, status, body=b"", **headers):
-                self.send_response(status)
-                for key, value in {"Content_Length": len(body), **headers}.items():
-                    self.send_header(key.replace("_", "-"), str(value))
-                self.end_headers()
-                self.wfile.write(body[: kaggle.hang_up_after])
-
-            def log_message(self, *_):
-                pass
-
-        return Handler
 
 
 @pytest.fixture
@@ -88,9 +39,13 @@ def kaggle(tmp_path, monkeypatch) -> Iterator[Kaggle]:
         )
         files[name] = (tmp_path / "made" / name).read_bytes()
     kaggle = Kaggle(files)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kaggle.handler())
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    let_kagglehub_ask(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    with kaggle.serving() as url:
+        let_kagglehub_ask(monkeypatch, url)
+        leave_out_what_is_real(tmp_path, monkeypatch)
+        yield kaggle
+
+
+def leave_out_what_is_real(tmp_path, monkeypatch):
     # It would look through the source of all callers for its name: slow below pytest.
     monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "tests")
     # Nobody's real token may get into the tests.
@@ -100,9 +55,6 @@ def kaggle(tmp_path, monkeypatch) -> Iterator[Kaggle]:
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "home"))
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(variable, "*")
-    yield kaggle
-    server.shutdown()
-    server.server_close()
 
 
 def let_kagglehub_ask(monkeypatch, url):
@@ -354,6 +306,19 @@ def test_command_line(kaggle, folder, monkeypatch, capsys):
     assert main(["--dataset-dir", str(folder), "--verify"]) == 1
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and "train02.tfrec holds 0 records" in err
+
+
+def test_some_shards_alone_are_fetched(kaggle, folder, monkeypatch, capsys):
+    """One shard is enough to learn with; the others are not asked for, nor missed."""
+    monkeypatch.setattr("tools.download.KAGGLE_COUNTS", EXPECTED)
+    arguments = ["--dataset-dir", str(folder), "--shards", "1"]
+    assert main(arguments) == 0 == main([*arguments, "--verify"])
+    assert "5 records" in capsys.readouterr().out
+    assert [path.name for path in folder.glob("*.tfrec")] == [NAMES[1]]
+    assert kaggle.asked == [f"{NAMES[1]} from 0"]
+    with pytest.raises(SystemExit):
+        main(["--shards", "3"])
+    assert "argument --shards" in capsys.readouterr().err
 
 
 def test_an_interruption_is_no_traceback(folder, monkeypatch, capsys):

@@ -14,30 +14,50 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from lib.files import project_root
+from lib.programs import UsageError
 from lib.runs import record_metrics
 from tools import pipeline
-from tools.pipeline import NOTEBOOKS, ProfileError, main, notebook_parameters, read_profile
+from tools.pipeline import NOTEBOOKS, main, notebook_parameters, read_profile
 
 ROOT = project_root()
 PATHS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
 
 
 def test_profiles_name_only_parameters_that_exist():
-    known = set().union(*map(notebook_parameters, PATHS))
+    known = dict(pair for path in PATHS for pair in notebook_parameters(path).items())
     profiles = sorted((ROOT / "profiles").glob("*.yaml"))
     assert profiles
     for path in profiles:
         read_profile(path, known)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("settings: {margim: 0.2}", "settings: there is no margim, but .*margin"),
+        ("settings: {margin: 3e-1}", "margin must be of type float, such as 1.0e-3"),
+        ("settings: 3", "settings must be of type dict"),
+        ("stages: [[head, 5]]", r'stages holds .* not like \["head", 5, 0.003\]'),
+        ("stages: [head]", "stages holds 'head'"),
+        ("stages: [[head, 5.0, 0.1]]", "stages: epochs must be of type int"),
+        ("settings: {random_stages: [[all]]}", "mine.yaml: settings: random_stages holds"),
+    ],
+)
+def test_what_is_within_a_parameter_of_a_profile_is_checked_as_well(tmp_path, content, reason):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=reason):
+        read_profile(path, {"settings": "dict", "stages": "list"})
+
+
 def test_a_profile_with_a_wrong_name_is_refused(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("batch_sise: 8")
-    with pytest.raises(ProfileError, match="no notebook has a parameter batch_sise"):
-        read_profile(path, {"batch_size"})
+    with pytest.raises(UsageError, match="there is no batch_sise, but batch_size"):
+        read_profile(path, {"batch_size": "int"})
     path.write_text("- 1")
-    with pytest.raises(ProfileError, match="must map parameter names"):
-        read_profile(path, {"batch_size"})
+    with pytest.raises(UsageError, match="must map parameter names"):
+        read_profile(path, {"batch_size": "int"})
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "can't be read" in capsys.readouterr().err
 
@@ -59,8 +79,8 @@ def test_a_profile_with_a_wrong_name_is_refused(tmp_path, capsys):
 def test_a_profile_of_any_wrong_kind_is_refused_in_one_line(tmp_path, capsys, content):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    with pytest.raises(ProfileError) as caught:
-        read_profile(path, {"batch_size"})
+    with pytest.raises(UsageError) as caught:
+        read_profile(path, {"batch_size": "int"})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert main([str(path)]) == 2
     printed = capsys.readouterr().err
@@ -162,7 +182,7 @@ def test_gldv2_without_data_stops_in_seconds_with_the_instruction(tmp_path):
 
 @pytest.mark.long
 def test_weights_that_are_required_but_absent_stop_the_training_with_one_line(tmp_path):
-    parameters = {"weights": "absent.weights.h5", "weights_required": True}
+    parameters = {"weights": "absent.weights.h5", "settings": {"weights_required": True}}
     with pytest.raises(PapermillExecutionError) as caught:
         papermill.execute_notebook(
             str(PATHS[2]),
