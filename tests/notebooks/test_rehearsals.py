@@ -130,7 +130,8 @@ def real_data(kaggle):
     """The run of the whole profile, by the command of README, which is interrupted twice."""
     # Three more trainings would write three more checkpoints of a whole ResNet50.
     profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text())
-    short = SHORT | {"weights": "resnet50.weights.h5", "batch_size": 4}
+    less = {"batch_size": 4, "measured_photos": 20, "most_queries": 10, "looked_at": 40}
+    short = SHORT | {"weights": "resnet50.weights.h5"} | less
     profile |= short | {"settings": profile["settings"] | {"compared_epochs": 0}}
     (kaggle / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
     command = ["-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole"]

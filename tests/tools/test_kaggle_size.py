@@ -74,9 +74,12 @@ def test_the_program_measures_every_stage_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("moment", ["train03.tfrec", "landmarks.parquet"])
-def test_an_interrupted_program_deletes_the_set(tmp_path, number, moment):
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("train03.tfrec", signal.SIGINT), ("landmarks.parquet", signal.SIGTERM)],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_an_interrupted_program_deletes_the_set(tmp_path, moment, number):
     program = start(tmp_path, "--records", 6000)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(f"*/{moment}")) and time.monotonic() < deadline:
