@@ -167,14 +167,34 @@ def plot_probes(table: pd.DataFrame, *, save: Path | None = None) -> None:
 
     Args:
         table: indexed by the number of lists visited: ``recall``, and ``time`` as a share of the
-            time of comparing everything.
+            time of comparing everything, which may be more than 1.
     """
     _, axis = plt.subplots(figsize=(7.5, 4))
     axis.plot(table.index, table["recall"], "o-", label="of the ten nearest, found")
     axis.plot(table.index, table["time"], "s--", label="of the time of comparing everything")
-    axis.set(xscale="log", xlabel="lists visited", ylabel="share", ylim=(0, 1.05))
+    axis.set(xscale="log", xlabel="lists visited", ylabel="share", ylim=(0, None))
     axis.set_xticks(table.index, labels=map(str, table.index), minor=False)
     axis.legend()
+    finish(save)
+
+
+def plot_kinds(table: pd.DataFrame, target_recall: float, *, save: Path | None = None) -> None:
+    """Draw recall against the time of a query: a line for each kind of index, through its settings.
+
+    Args:
+        table: of :func:`lib.studies.index_kinds.measure_kinds`.
+        target_recall: drawn as a vertical line. What finds less than 0.8 lies beyond the axis.
+    """
+    _, axis = plt.subplots(figsize=(7.5, 4.4))
+    styles = zip(sns.color_palette(), "osDv^PX*", strict=False)
+    kinds = table.groupby("kind", sort=False)
+    for (kind, rows), (colour, marker) in zip(kinds, styles, strict=False):
+        style = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1}
+        axis.plot(rows["recall"], rows["ms"], label=kind, **style)
+    axis.axvline(target_recall, color="black", linestyle=":", linewidth=1, label="asked for")
+    axis.set(xlabel="recall@10", ylabel="milliseconds per query, one by one", yscale="log")
+    axis.set_xlim(min(0.8, kinds["recall"].max().min() - 0.02), 1.005)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     finish(save)
 
 

@@ -395,6 +395,7 @@ class Loss(NamedTuple):
         bytes_each: of a photo in memory, without what all photos share.
         recall: share of the truly nearest k that the index finds, from 0 to 1.
         reranked: the same when the first 10 k are ranked again by exact similarity.
+        photos: int64 (q, k), the rows that the index finds, without re-ranking.
         found: float32 (q, k), cosines of queries and photos found, as the index has them.
         exact: float32 (q, k), the true ones.
     """
@@ -403,6 +404,7 @@ class Loss(NamedTuple):
     bytes_each: int
     recall: float
     reranked: float
+    photos: np.ndarray
     found: np.ndarray
     exact: np.ndarray
 
@@ -443,6 +445,7 @@ def compression_losses(
                 bytes_each=index.code_size,
                 recall=knn_intersection_measure(truth, photos),
                 reranked=knn_intersection_measure(truth, anew),
+                photos=photos,
                 found=found,
                 exact=similarities_of(queries, vectors, photos),
             )
