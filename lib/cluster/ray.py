@@ -178,6 +178,11 @@ def _train_in_worker(config: dict) -> None:
     from lib.training.stages import train as train_here
 
     start, handler, validation, settings, run, cache = ray.get(config["task"])
+    # What was compiled before a worker died need not be compiled again, which is most of its start.
+    compiled = start.parent / f"jax-{platform.node()}"  # of each machine, as processors differ
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if (found := jax.process_count()) != config["workers"]:
         raise ClusterError(f"{found} processes train together, not {config['workers']}")
     with together(handler.settings.seed) as number, TemporaryDirectory() as own:
