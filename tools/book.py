@@ -56,18 +56,23 @@ class BookError(RuntimeError):
 
 def gather(root: Path, source: Path) -> None:
     """Copy what becomes pages into ``source``, at the same places, and write the reference."""
-    for pattern in ("notebooks/*.ipynb", "notebooks/images/*", "benchmarks/results/*.png", *PAGES):
+    notebooks = ("notebooks/*.ipynb", "notebooks/solutions/*.ipynb", "notebooks/images/*")
+    for pattern in (*notebooks, "benchmarks/results/*.png", *PAGES):
         for path in root.glob(pattern):
             target = source / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    notebooks = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
+    course, solutions = (
+        sorted(p.relative_to(source).with_suffix("").as_posix() for p in source.glob(pattern))
+        for pattern in notebooks[:2]
+    )
     texts = sorted(p.relative_to(source).with_suffix("").as_posix() for p in source.rglob("*.md"))
     (source / "reference").mkdir()
     for package in PACKAGES:
         (source / "reference" / f"{package}.rst").write_text(reference(root, package))
     trees = {
-        "The course": [f"notebooks/{name}" for name in notebooks],
+        "The course": course,
+        "Solutions": solutions,
         "Texts": texts,
         "Reference": [f"reference/{package}" for package in PACKAGES],
     }

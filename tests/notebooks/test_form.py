@@ -14,14 +14,6 @@ from lib.files import project_root
 PATHS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 MOST_CELLS, MOST_LINES, MOST_PARAMETERS = 30, 15, 12
 # Temporary: notebooks that are still longer than that. To be emptied.
-TOO_LONG = {
-    "00_in_one_page",
-    "01_data_exploration",
-    "02_triplet_training",
-    "04_gem_ablation",
-    "05_faiss_evaluation",
-    "06_post_processing",
-}
 REAL = re.compile(r"^## On real data$", re.M)
 OF_A_MACHINE = re.compile(r"(?<![\w.])(?:/(?:home|root|Users|tmp|work)/|[A-Z]:\\)")
 
@@ -68,7 +60,7 @@ def too_long(notebook) -> list[str]:
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_notebooks_are_short(path):
     found = too_long(nbformat.read(path, as_version=4))
-    assert not found or path.stem in TOO_LONG
+    assert not found
 
 
 @pytest.mark.parametrize("path", PATHS[1:], ids=lambda path: path.stem)

@@ -13,9 +13,10 @@ ROOT = project_root()
 def test_every_notebook_and_text_becomes_a_page(tmp_path):
     book.gather(ROOT, tmp_path)
     first = (tmp_path / "index.md").read_text(encoding="utf-8")
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"\nnotebooks/{path.stem}\n" in first
-        assert (tmp_path / "notebooks" / path.name).read_bytes() == path.read_bytes()
+    for path in (ROOT / "notebooks").rglob("[0-9]*.ipynb"):
+        place = path.relative_to(ROOT)
+        assert f"\n{place.with_suffix('').as_posix()}\n" in first
+        assert (tmp_path / place).read_bytes() == path.read_bytes()
     for place in ("docs/training", "benchmarks/README", "Test_set/README", "CONTRIBUTING"):
         assert f"\n{place}\n" in first and (tmp_path / f"{place}.md").is_file()
     assert first.startswith((ROOT / "README.md").read_text(encoding="utf-8"))
