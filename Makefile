@@ -151,6 +151,10 @@ test-notebooks: setup
 	$(PYTEST) --nbval $(foreach number,00 01 02 03 04 05 06 07,notebooks/$(number)*.ipynb)
 	$(PYTEST) --nbval-lax notebooks/08*.ipynb notebooks/09*.ipynb notebooks/10*.ipynb
 
+# Those of 02 and 06 read a run of the demo.
+test-solutions: setup ## Run the solutions to the exercises, after make demo: about four minutes
+	$(PYTEST) --nbval-lax notebooks/solutions/*.ipynb
+
 # For Linux, PyPI's PyTorch holds gigabytes of CUDA; PyTorch's own index has a build without. With pip:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make backends
 # and with uv:

@@ -58,6 +58,7 @@ def test_help_lists_the_commands(tmp_path):
         "test",
         "test-long",
         "rehearse",
+        "test-solutions",
         "backends",
         "cluster",
         "book",

@@ -311,7 +311,12 @@ def _kinds(n: int, n_full: int, d: int, most_bytes: int | None) -> list[str]:
     if d >= 128 and n_full >= 1000:
         # The smallest. PCA, since OPQ's rotation would take minutes to learn.
         kinds[f"PCAR128,IVF{lists},PQ64x4fs"] = 32 + 8
-    return [kind for kind, each in kinds.items() if not most_bytes or n_full * each <= most_bytes]
+    centres = 4 * d * list_count(n_full)  # of the lists
+    return [
+        kind
+        for kind, each in kinds.items()
+        if not most_bytes or n_full * each + centres * ("IVF" in kind) <= most_bytes
+    ]
 
 
 def _fastest(tables: Sequence[pd.DataFrame], target_recall: float) -> float:

@@ -12,11 +12,17 @@ LINES, PARAMETERS = 15, 12  # of a code cell, and of a notebook, at most
 by_name = pytest.mark.parametrize("name", SOLUTIONS)
 
 
-def exercises(notebook) -> list[str]:
-    """The numbers of the exercises at the end of a notebook of the course."""
+def exercises(notebook) -> dict[str, str]:
+    """Numbers and texts of the exercises at the end of a notebook of the course."""
     (cell,) = (cell for cell in notebook.cells if "## Exercises" in cell.source)
     _, listed = cell.source.split("## Exercises")
-    return re.findall(r"^(\d+)\. ", listed.split("\n## ")[0], re.M)
+    found = re.findall(r"^(\d+)\. (.*)$", listed.split("\n## ")[0], re.M)
+    return {number: plain(text) for number, text in found}
+
+
+def plain(text: str) -> str:
+    """A text without emphasis and quotation marks."""
+    return re.sub('[*"]', "", text).strip()
 
 
 def test_each_notebook_has_solutions_and_there_are_no_others():
@@ -47,11 +53,13 @@ def test_each_exercise_is_solved_in_its_turn(name):
     """A part begins with the exercise, has code, and ends with a sentence that reads the result."""
     (path,) = (path for path in PATHS if path.name == name)
     cells = nbformat.read(SOLUTIONS[name], as_version=4).cells
-    starts = {}
+    starts, said = {}, {}
     for place, cell in enumerate(cells):
-        if cell.cell_type == "markdown" and (found := re.match(r"\*\*(\d+)\.\*\* ", cell.source)):
-            starts[found[1]] = place
-    assert list(starts) == exercises(nbformat.read(path, as_version=4))
+        if cell.cell_type == "markdown" and (
+            found := re.match(r"\*\*(\d+)\.\*\* (.*)", cell.source)
+        ):
+            starts[found[1]], said[found[1]] = place, plain(found[2])
+    assert said == exercises(nbformat.read(path, as_version=4))
     ends = [*list(starts.values())[1:], len(cells)]
     for start, end in zip(starts.values(), ends, strict=True):
         assert any(cell.cell_type == "code" for cell in cells[start:end])
