@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-import yaml
 
 MODEL = "0" * 32
 
@@ -315,13 +314,16 @@ def mat(folder: Path) -> Case:
 
 def profile(folder: Path) -> Case:
     from lib.files import project_root
-    from tools.pipeline import ProfileError, read_profile
+    from lib.programs import UsageError
+    from tools.pipeline import notebook_parameters, read_profile
 
     source = project_root() / "profiles" / "gldv2.yaml"
     shutil.copy(source, folder)
-    known = set(yaml.safe_load(source.read_text()))
+    known = {}
+    for notebook in (project_root() / "notebooks").glob("*.ipynb"):
+        known |= notebook_parameters(notebook)
     read = lambda path: read_profile(path, known)  # noqa: E731
-    return Case([folder / source.name], read, ProfileError, exact=False)
+    return Case([folder / source.name], read, UsageError, exact=False)
 
 
 def embedding_job(folder: Path) -> Case:

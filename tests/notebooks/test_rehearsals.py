@@ -6,7 +6,6 @@ well, which `.ci/run` includes: the profile of the real data, and a few photos o
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -79,7 +78,7 @@ def python(project, *command, folder=None, before=()):
 def papermill(project, notebook, profile, run, **parameters):
     """Run a notebook as the README says; returns all that its cells printed."""
     (project / run).mkdir(parents=True, exist_ok=True)
-    options = [f"-y{json.dumps({name: value})}" for name, value in parameters.items()]
+    options = [f"-y{yaml.safe_dump({name: value})}" for name, value in parameters.items()]
     python(
         project,
         *("-m", "papermill", f"notebooks/{notebook}.ipynb", f"{run}/{notebook}.ipynb"),
@@ -329,7 +328,7 @@ def test_a_read_only_project_an_own_gallery_and_a_run_elsewhere(tmp_path):
         "image_size": 32,
         "batch_size": 4,
     }
-    (elsewhere / "own.yaml").write_text(json.dumps(parameters))
+    (elsewhere / "own.yaml").write_text(yaml.safe_dump(parameters))
     for name in ("02_triplet_training", "05_faiss_evaluation", "10_search_app"):
         python(
             project,
