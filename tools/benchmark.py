@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.data.photos import NoPhotosError
+from lib.data.photos import NoPhotosError, find_photos
 from lib.evaluation import metrics
 from lib.evaluation.ground_truth import GroundTruth
 from lib.files import checksum, naming, only_writer, project_root, show_path
@@ -32,13 +32,13 @@ from lib.network.engine import Engine, export_engine, load_engine, packaged_sett
 from lib.network.whitening import Whitening, learn_pca_whitening
 from lib.programs import UsageError, as_path, program
 from lib.runs import record_metrics
-from lib.search.embedding import embed_job, photos_below
+from lib.search.embedding import embed_job
 from lib.search.geometry import verify_all
 from lib.search.local_features import LocalFeatures, unpacked
 from lib.search.rerank import expand_queries, rerank_superglobal
 from tools import official
 from tools.environment import record_environment
-from tools.fetch import fetch, unpack
+from tools.fetch import fetch, is_unpacked, unpack
 
 SCALES = (0.5**0.5, 1.0, 2.0**0.5)
 RERANKINGS = ("none", "query-expansion", "superglobal", "geometry")
@@ -128,9 +128,7 @@ def _show_skipped(skipped: list[str]) -> None:
         print(f"and {len(skipped) - 9} more", file=sys.stderr)
 
 
-def embed_distractors(
-    engine: Engine, data: Path, out: Path, archives: int = _ARCHIVES
-) -> np.ndarray:
+def embed_distractors(engine: Engine, data: Path, out: Path, longest: int) -> np.ndarray:
     """Embed the million distractors of Oxford and Paris revisited, archive by archive.
 
     An archive is fetched, unpacked, embedded and deleted before the next one, so that the disk
@@ -146,17 +144,19 @@ def embed_distractors(
     parts = []
     for number in range(1, _ARCHIVES + 1):
         place, job = data / "revisitop1m" / str(number), out / "distractors" / str(number)
-        done = job / "embeddings.npy"
+        archive = official.Remote(_DISTRACTORS.format(number))
         if not (job / "whole").is_file():
-            if not place.is_dir():
-                archive = fetch(official.Remote(_DISTRACTORS.format(number)), place.parent)
-                unpack(archive, place)
-                archive.unlink()
-            _show_skipped(embed_job(engine, photos_below(place), job, 32).skipped)
+            if not is_unpacked(archive.name, place):
+                unpack(fetch(archive, place.parent), place)
+            paths, _ = find_photos(place)
+            source = official.photos_at(paths, [path.name for path in paths], longest)
+            _show_skipped(embed_job(engine, source, job, 32).skipped)
             (job / "whole").touch()
+        (place.parent / archive.name).unlink(missing_ok=True)
+        if is_unpacked(archive.name, place):  # not somebody's own photos
             shutil.rmtree(place)
-        with naming(done):
-            parts.append(np.load(done, mmap_mode="r"))
+        with naming(job / "embeddings.npy"):
+            parts.append(np.load(job / "embeddings.npy", mmap_mode="r"))
     return np.concatenate(parts)
 
 
@@ -200,7 +200,7 @@ def rank(
             scores = _reranked(some, gallery, reranking)
         if own:
             scores[np.arange(len(some)), numbers] = np.inf
-        ranks += [np.argsort(-of, kind="stable")[:depth] for of in scores]
+        ranks += [np.argsort(-of, kind="stable")[:depth].copy() for of in scores]
     ranks = np.array(ranks)
     if reranking == "geometry":
         for place, query in enumerate(rows):
@@ -298,8 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("name", help=", ".join([*official.OPENERS, "folder:PATH"]))
-    sets = {"type": as_path, "default": project_root() / "Test_set"}
-    parser.add_argument("--data", **sets, help="folder of the sets; default: Test_set")
+    sets = {"type": as_path, "default": project_root() / "Dataset" / "benchmarks"}
+    parser.add_argument("--data", **sets, help="folder of the sets; default: Dataset/benchmarks")
     help_ = "packaged (default), a backbone with ImageNet's weights, a run's folder, a model file"
     parser.add_argument("--network", default="packaged", help=help_)
     parser.add_argument("--size", type=int, default=1024, help="longest side in pixels")
@@ -328,7 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
         record_environment(out, options.name)
         engine = open_network(options.network, out, tuple(options.scales))
         jobs = out / f"{engine.fingerprint[:16]}_{options.size}"
-        more = embed_distractors(engine, options.data, jobs) if options.distractors else None
+        more = (
+            embed_distractors(engine, options.data, jobs, options.size)
+            if options.distractors
+            else None
+        )
         described = describe(engine, task, jobs, more)
         if options.whiten:
             described = whitened(described, learn(engine, options, jobs))
@@ -336,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = summarize(options, task, engine, described, tables)
         result["minutes"] = (time.monotonic() - start) / 60
         record_metrics(out, benchmark=result)
-    print(comparison(task, tables, options.network))
+    print(comparison(task, described, tables, options.network))
     print(f"\n{show_path(out / 'metrics.json')}; python -m tools.report {show_path(out)}")
     return 0
 
@@ -368,16 +372,24 @@ def summarize(options, task: official.Task, engine: Engine, described: Described
         },
         "published mAP": [
             {"system": system, **of, "source": source}
-            for system, of, source in official.PUBLISHED.get(task.name, [])
+            for system, of, source in published(task, described)
         ],
     }
 
 
-def comparison(task: official.Task, tables: dict[str, pd.DataFrame], network: str) -> str:
+def published(task: official.Task, described: Described) -> list[tuple]:
+    """What is published of the same task, with or without the million distractors."""
+    more = len(described.gallery) > len(described.names)
+    return (official.PUBLISHED_1M if more else official.PUBLISHED).get(task.name, [])
+
+
+def comparison(
+    task: official.Task, described: Described, tables: dict[str, pd.DataFrame], network: str
+) -> str:
     """The mAP in per cent for each level, beside what is published."""
     measure = next(iter(task.protocol))
     own = {level: 100 * table[measure].mean() for level, table in tables.items()}
-    rows = [(f"{network} (this run)", own, ""), *official.PUBLISHED.get(task.name, [])]
+    rows = [(f"{network} (this run)", own, ""), *published(task, described)]
     table = pd.DataFrame(
         [{"m" + measure: system, **of, "source": source} for system, of, source in rows]
     )

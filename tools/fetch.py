@@ -7,6 +7,7 @@ unpack(archive, Path("Benchmarks/x/jpg"))       # the photos alone, without fold
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import tarfile
 import urllib.error
@@ -64,7 +65,7 @@ def fetch(remote: Remote, folder: Path) -> Path:
     try:
         _transfer(remote.url, part)
         _check(part, remote)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's are OSErrors
         raise FetchError(
             f"{remote.url} can't be fetched ({show_error(error)}): run this again, what has "
             f"arrived is kept; or put the file at {show_path(target)} by hand"
@@ -102,7 +103,7 @@ def _check(part: Path, remote: Remote) -> None:
     wanted = {"sha256": remote.sha256}
     if remote.md5:
         with urllib.request.urlopen(remote.md5, timeout=_SECONDS) as answer:
-            wanted["md5"] = answer.read(200).decode("ascii", "replace").split()[0]
+            wanted["md5"] = answer.read(32).decode("ascii", "replace")
     for kind, digest in wanted.items():
         with part.open("rb") as file:
             if digest and hashlib.file_digest(file, kind).hexdigest() != digest:
@@ -137,14 +138,22 @@ def unpack(archive: Path, folder: Path) -> int:
         ) from None
     photos = sorted(arriving.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / f".{archive.name}{PART}"  # tells these photos from somebody's own
+    begun.touch()
     for photo in photos:
         photo.replace(folder / photo.name)
     arriving.rmdir()
     with replacing(folder / f".{archive.name}.unpacked") as part:
         part.write_text(f"{len(photos)} photos\n")
+    begun.unlink()
     return len(photos)
 
 
 def is_unpacked(archive_name: str, folder: Path) -> bool:
     """Whether :func:`unpack` has unpacked an archive of that name into ``folder``."""
     return (folder / f".{archive_name}.unpacked").is_file()
+
+
+def is_begun(archive_name: str, folder: Path) -> bool:
+    """Whether it has, or was interrupted while it moved the photos there."""
+    return is_unpacked(archive_name, folder) or (folder / f".{archive_name}{PART}").is_file()

@@ -1,10 +1,11 @@
 """The public benchmarks of instance retrieval: where their files are, what a query should find.
 
-    task = open_set("roxford5k", Path("Test_set"))      # fetches what is missing
+    task = open_set("roxford5k", Path("Dataset/benchmarks"))  # fetches what is missing
     task.gallery, task.queries                          # photos to embed, in their own shape
     task.truths(names)["hard"]                          # lib.evaluation.ground_truth.GroundTruth
 
-Each set lies in a folder of its own: the photos in ``jpg/``, the ground truth beside it.
+Each set lies in a folder of its own: the photos in the subfolders that ARCHIVES names, mostly
+``jpg/``, the ground truth beside them.
 
     roxford5k, rparis6k  Radenović, Iscen, Tolias, Avrithis, Chum, "Revisiting Oxford and Paris",
                          CVPR 2018. Queries are cropped to their boxes before anything else, and
@@ -26,6 +27,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +44,9 @@ from lib.evaluation.ground_truth import (
     read_landmarks,
     read_revisited,
 )
-from lib.files import read_table, show_path
+from lib.files import only_writer, read_table, show_path
 from lib.search.embedding import PhotoSource
-from tools.fetch import Remote, fetch, is_unpacked, unpack
+from tools.fetch import Remote, fetch, is_begun, is_unpacked, unpack
 
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
 _PARIS = "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/paris_{}-v1.tgz"
@@ -80,7 +83,7 @@ TRUTHS = {
         Remote(f"{_GLDV2}metadata/index.csv"),
     ],
 }
-GIGABYTES = {  # of the archives, and once more of the photos in them: about
+GIGABYTES = {  # of the archives, about; the photos in them take as much
     "roxford5k": 2,
     "rparis6k": 2.5,
     "holidays": 2.7,
@@ -99,7 +102,7 @@ PUBLISHED: dict[str, list[tuple[str, dict[str, float], str]]] = {  # system, mAP
         (
             "AMES over SuperGlobal, re-ranked",
             {"medium": 89.2, "hard": 78.7},
-            "https://github.com/pavelsuma/ames",
+            "https://arxiv.org/abs/2408.03282",
         ),
     ],
     "rparis6k": [
@@ -111,7 +114,23 @@ PUBLISHED: dict[str, list[tuple[str, dict[str, float], str]]] = {  # system, mAP
         (
             "AMES over SuperGlobal, re-ranked",
             {"medium": 93.4, "hard": 86.8},
-            "https://github.com/pavelsuma/ames",
+            "https://arxiv.org/abs/2408.03282",
+        ),
+    ],
+}
+PUBLISHED_1M = {  # the same among the million distractors
+    "roxford5k": [
+        (
+            "MobileNetV2, distilled (4.8 M weights)",
+            {"medium": 75.2, "hard": 50.8},
+            "https://github.com/ban0329/CGD",
+        ),
+    ],
+    "rparis6k": [
+        (
+            "MobileNetV2, distilled (4.8 M weights)",
+            {"medium": 78.2, "hard": 59.4},
+            "https://github.com/ban0329/CGD",
         ),
     ],
 }
@@ -165,23 +184,33 @@ def open_set(name: str, folder: Path, longest: int = 1024) -> Task:
         names = ", ".join([*OPENERS, "folder:PATH"])
         raise OfficialError(f"there is no set {name!r:.100}, but {names}")
     place = folder / name
-    for remote in TRUTHS.get(name, []):
-        fetch(remote, place)
-    for part, archives in ARCHIVES.get(name, {}).items():
-        _fetch_photos(place / part, archives)
+    place.mkdir(parents=True, exist_ok=True)
+    busy = f"another program fetches {name} into {show_path(place)}: wait until it has finished"
+    with only_writer(place, OfficialError(busy)):
+        for remote in TRUTHS.get(name, []):
+            fetch(remote, place)
+        for part, archives in ARCHIVES.get(name, {}).items():
+            _fetch_photos(place / part, archives, name)
     return OPENERS[name](place, longest)
 
 
-def _fetch_photos(photos: Path, archives: Sequence[Remote]) -> None:
+def _fetch_photos(photos: Path, archives: Sequence[Remote], name: str) -> None:
     """Fetch archives and unpack them; nothing, if somebody has put photos into the folder."""
-    begun = [is_unpacked(archive.name, photos) for archive in archives]
+    begun = [is_begun(archive.name, photos) for archive in archives]
     if photos.is_dir() and not any(begun) and any(photos.iterdir()):
         return
-    for archive, done in zip(archives, begun, strict=True):
-        if not done:
-            path = fetch(archive, photos.parent)
-            unpack(path, photos)
-            path.unlink()
+    missing = [archive for archive in archives if not is_unpacked(archive.name, photos)]
+    if missing:
+        free = shutil.disk_usage(photos.parent).free / 1e9
+        print(
+            f"{name} takes about {GIGABYTES[name]:g} GB on the way and as much in the end; "
+            f"{free:.0f} GB are free",
+            file=sys.stderr,
+        )
+    for archive in missing:
+        path = fetch(archive, photos.parent)
+        unpack(path, photos)
+        path.unlink()
 
 
 def photos_at(
@@ -209,7 +238,8 @@ def photos_at(
         except OSError as error:
             absent = sum(not other.exists() for other in paths)
             raise OfficialError(
-                f"{show_path(path)} is missing ({error.strerror}), {absent} of {len(paths)} in all"
+                f"{show_path(path)} is missing ({error.strerror}), {absent} of {len(paths)} in "
+                f"all: put it there, or delete {show_path(path.parent)} and run this again"
             ) from None
         states.append((name, stat.st_size, stat.st_mtime_ns))
     of_boxes = [] if boxes is None else boxes.tolist()
@@ -232,7 +262,8 @@ def _whole(truths: dict[str, GroundTruth]) -> Callable[[list[str]], dict[str, Gr
         if missing := sorted({*gallery} - {*names}):
             raise OfficialError(
                 f"{len(missing)} photos of the gallery can't be read, first {missing[0]}: official "
-                "numbers need all of them; delete the set's folder jpg and fetch it anew"
+                "numbers need all of them; put whole files there, or delete the folder of the "
+                "photos and run this again"
             )
         return truths
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Unseen:
     """A labelled gallery or, where there is none, anchor and positive of landmarks held back.
 
-    Of the landmarks held back half are left, at least, to choose settings by.
+    Of four or more landmarks held back half are left, at least, to choose settings by.
 
     Args:
         held_back: of the pictures that are not trained on.

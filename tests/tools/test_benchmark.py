@@ -147,6 +147,28 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path):
     assert fetch.is_unpacked("whole.tgz", tmp_path / "jpg")
 
 
+def test_photos_that_a_kill_left_half_moved_are_not_taken_for_somebody_s_own(
+    oxford, measured, tmp_path, monkeypatch
+):
+    """Three of fourteen were moved: the set was opened without the others."""
+    move, moved = type(tmp_path).replace, []
+
+    def replace(path, target):
+        if path.suffix == ".jpg" and len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return move(path, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(type(tmp_path), "replace", replace)
+        measured("roxford5k", status=130)
+    jpg = tmp_path / "sets" / "roxford5k" / "jpg"
+    assert len(list(jpg.glob("*.jpg"))) < 14
+    result, _ = measured("roxford5k")
+    assert result["photos"] == 12 and len(list(jpg.glob("*.jpg"))) == 14
+    assert not list((tmp_path / "sets").rglob("*.arriving*"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Revisited Oxford and Paris
 # --------------------------------------------------------------------------------------------------
@@ -237,7 +259,7 @@ def test_a_box_outside_of_its_photo_and_a_missing_photo_are_named(oxford, measur
     assert "1 photos of the gallery can't be read, first g_3" in line
 
 
-def test_distractors_push_photos_down(oxford, measured, monkeypatch):
+def test_distractors_push_photos_down(oxford, measured, monkeypatch, tmp_path):
     """They are embedded archive by archive, and nothing of the archives is left."""
     before, _ = measured("roxford5k")
     oxford.files |= {
@@ -248,11 +270,12 @@ def test_distractors_push_photos_down(oxford, measured, monkeypatch):
     monkeypatch.setattr(benchmark, "_DISTRACTORS", url + "d{}.tgz")
     monkeypatch.setattr(benchmark, "_ARCHIVES", 2)
     after, _ = measured("roxford5k", "--distractors")
-    assert after["distractors"] == 80
+    assert after["distractors"] == 80 and after["published mAP"][0]["hard"] == 50.8
     assert after["measures"]["medium"]["AP"]["value"] < before["measures"]["medium"]["AP"]["value"]
     asked = len(oxford.asked)
     measured("roxford5k", "--distractors")
     assert len(oxford.asked) == asked
+    assert [path.name for path in (tmp_path / "sets" / "revisitop1m").iterdir()] == []
 
 
 @pytest.mark.skipif(not OXFORD.is_file(), reason="needs the official gnd_roxford5k.mat")
