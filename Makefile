@@ -59,7 +59,7 @@ FIND_PYTHON = found=; py=; \
 	fi
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 # `import lib` must mean this folder from everywhere (-I: not just because we stand in it).
 setup: $(ENVIRONMENT) ## Build .venv from the lock file, or check the active conda environment
@@ -151,7 +151,7 @@ test-notebooks: setup
 	$(PYTEST) --nbval $(foreach number,00 01 02 03 04 05 06 07,notebooks/$(number)*.ipynb)
 	$(PYTEST) --nbval-lax notebooks/08*.ipynb notebooks/09*.ipynb notebooks/10*.ipynb
 
-# Those of 02 and 06 read a run of the demo.
+# Those of 02, 04 to 07 and 10 read a run of the demo.
 test-solutions: setup ## Run the solutions to the exercises, after make demo: about four minutes
 	$(PYTEST) --nbval-lax notebooks/solutions/*.ipynb
 
