@@ -4,7 +4,9 @@ The whole suite runs on all cores; named files or tests run in this process, unl
 otherwise. Notebooks run on the kernel of this environment.
 """
 
+import itertools
 import os
+import tempfile
 
 import pytest
 
@@ -23,6 +25,7 @@ def pytest_cmdline_main(config):
     if option.nbval or option.nbval_lax:
         option.numprocesses = 0  # a notebook's cells belong to one kernel
         option.nbval_current_env = not option.nbval_kernel_name
+        reach_kernels_by_files()
         rules = config.rootpath / "tests" / "nbval_sanitize.cfg"
         option.nbval_sanitize_with = option.nbval_sanitize_with or str(rules)
         return
@@ -33,6 +36,22 @@ def pytest_cmdline_main(config):
         # What the tests of a file share is made once. The long ones are few: there, the tests of an
         # xdist_group share a process.
         option.dist = "loadgroup" if option.markexpr == "long" else "loadfile"
+
+
+def reach_kernels_by_files():
+    """Not by ports: another program, such as a cluster under test, could take one before."""
+    from nbval import kernel
+
+    folder, numbers = tempfile.TemporaryDirectory(prefix="kernels"), itertools.count()
+    # The path of a socket may have 103 bytes on macOS, 107 on Linux.
+    if os.name != "posix" or len(os.fsencode(folder.name)) > 90:
+        return
+
+    class ByFiles(kernel.KernelManager):
+        def __init__(self, **settings):
+            super().__init__(transport="ipc", ip=f"{folder.name}/{next(numbers)}", **settings)
+
+    kernel.KernelManager = ByFiles
 
 
 def pytest_collection_modifyitems(items):
