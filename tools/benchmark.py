@@ -377,7 +377,7 @@ def summarize(options, task: official.Task, engine: Engine, described: Described
     }
 
 
-def published(task: official.Task, described: Described) -> list[tuple]:
+def published(task: official.Task, described: Described) -> list[official.Published]:
     """What is published of the same task, with or without the million distractors."""
     more = len(described.gallery) > len(described.names)
     return (official.PUBLISHED_1M if more else official.PUBLISHED).get(task.name, [])

@@ -90,49 +90,32 @@ GIGABYTES = {  # of the archives, about; the photos in them take as much
     "copydays": 0.3,
     "gldv2": 120,
 }
-_SOURCE = "https://github.com/filipradenovic/cnnimageretrieval-pytorch"
-PUBLISHED: dict[str, list[tuple[str, dict[str, float], str]]] = {  # system, mAP by level, source
+_R50 = (
+    "ResNet50, GeM, triplet loss",
+    "https://github.com/filipradenovic/cnnimageretrieval-pytorch",
+)
+_CGD = "MobileNetV2, distilled (4.8 M weights)", "https://github.com/ban0329/CGD"
+_AMES = "AMES over SuperGlobal, re-ranked", "https://arxiv.org/abs/2408.03282"
+
+Published = tuple[str, dict[str, float], str]  # system, mAP in per cent by level, source
+
+
+def _published(of: tuple[str, str], medium: float, hard: float) -> Published:
+    system, source = of
+    return system, {"medium": medium, "hard": hard}, source
+
+
+PUBLISHED: dict[str, list[Published]] = {
     "roxford5k": [
-        ("ResNet50, GeM, triplet loss", {"medium": 63.6, "hard": 40.9}, _SOURCE),
-        (
-            "MobileNetV2, distilled (4.8 M weights)",
-            {"medium": 81.0, "hard": 61.9},
-            "https://github.com/ban0329/CGD",
-        ),
-        (
-            "AMES over SuperGlobal, re-ranked",
-            {"medium": 89.2, "hard": 78.7},
-            "https://arxiv.org/abs/2408.03282",
-        ),
+        _published(_R50, 63.6, 40.9),
+        _published(_CGD, 81.0, 61.9),
+        _published(_AMES, 89.2, 78.7),
     ],
-    "rparis6k": [
-        (
-            "MobileNetV2, distilled (4.8 M weights)",
-            {"medium": 89.8, "hard": 79.0},
-            "https://github.com/ban0329/CGD",
-        ),
-        (
-            "AMES over SuperGlobal, re-ranked",
-            {"medium": 93.4, "hard": 86.8},
-            "https://arxiv.org/abs/2408.03282",
-        ),
-    ],
+    "rparis6k": [_published(_CGD, 89.8, 79.0), _published(_AMES, 93.4, 86.8)],
 }
-PUBLISHED_1M = {  # the same among the million distractors
-    "roxford5k": [
-        (
-            "MobileNetV2, distilled (4.8 M weights)",
-            {"medium": 75.2, "hard": 50.8},
-            "https://github.com/ban0329/CGD",
-        ),
-    ],
-    "rparis6k": [
-        (
-            "MobileNetV2, distilled (4.8 M weights)",
-            {"medium": 78.2, "hard": 59.4},
-            "https://github.com/ban0329/CGD",
-        ),
-    ],
+PUBLISHED_1M: dict[str, list[Published]] = {  # among the million distractors
+    "roxford5k": [_published(_CGD, 75.2, 50.8)],
+    "rparis6k": [_published(_CGD, 78.2, 59.4)],
 }
 TRAPEZOIDS: metrics.Protocol = {  # of holidays_map.py, in the evaluation package of Holidays
     "AP": lambda hits, n: metrics.average_precision(hits, n, trapezoid=True)
@@ -285,24 +268,20 @@ def _open_revisited(place: Path, longest: int) -> Task:
 def _open_holidays(place: Path, longest: int) -> Task:
     paths, _ = find_photos(place / "jpg")
     names = [path.name for path in paths]
-    if wrong := [name for name in names if not _number(name).isdecimal()]:
+    if wrong := [name for name in names if not Path(name).stem.isdecimal()]:
         raise OfficialError(
             f"{show_path(place / 'jpg')}: {wrong[0]!r:.100} is not named like 100000.jpg, by which "
             "the group is known"
         )
 
     def truths(found: list[str]) -> dict[str, GroundTruth]:
-        groups = [int(_number(name)) // 100 for name in found]
+        groups = [int(Path(name).stem) // 100 for name in found]
         truth = from_labels(found, groups)
         first = {group: row for row, group in reversed(list(enumerate(groups)))}
         return {"all": _queried(truth, sorted(first.values()))}
 
     source = photos_at(paths, names, longest, folder=place / "jpg")
     return Task("holidays", source, None, truths, TRAPEZOIDS)
-
-
-def _number(name: str) -> str:
-    return Path(name).stem
 
 
 def _queried(truth: GroundTruth, rows: Sequence[int]) -> GroundTruth:

@@ -145,10 +145,10 @@ def keras_engine(tower: keras.Model, views: Views = ()) -> Engine:
     from lib.network.tower import compute_precision, embed, resized  # loads Keras
 
     at_any_size = resized(tower, None) if views else tower
-    longest = max(view if isinstance(view, int) else _MOST_SIZE for view in views or (0,))
+    longest = (view if isinstance(view, int) else _MOST_SIZE for view in views)
     return Engine(
         compute=lambda photos: embed(at_any_size, photos),
-        image_size=longest if views else tower.input_shape[1],
+        image_size=max(longest, default=tower.input_shape[1]),
         dimension=tower.output_shape[-1],
         fingerprint=_fingerprint(tower, views),
         name=f"keras {compute_precision(tower)}",

@@ -5,10 +5,9 @@ import re
 import nbformat
 import pytest
 
-from tests.notebooks.test_form import PATHS, check_outputs
+from tests.notebooks.test_form import MOST_LINES, PATHS, check_outputs, too_long
 
 SOLUTIONS = {path.name: path.parent / "solutions" / path.name for path in PATHS}
-LINES, PARAMETERS = 15, 12  # of a code cell, and of a notebook, at most
 by_name = pytest.mark.parametrize("name", SOLUTIONS)
 
 
@@ -40,12 +39,9 @@ def test_solutions_have_the_common_form(name):
     assert f"[← back to the notebook](../{name})" in first.source
     assert re.search(r"^\*Takes .* on two processor cores", first.source, re.M)
     assert second.metadata.tags == ["parameters"]
-    typed = re.findall(r"^\w+: \w+ = ", second.source, re.M)
-    assert 0 < len(typed) <= PARAMETERS
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            lines = [line for line in cell.source.splitlines() if line.strip()]
-            assert len(lines) <= LINES, cell.source
+    assert re.search(r"^\w+: \w+ = ", second.source, re.M)
+    assert len([line for line in second.source.splitlines() if line.strip()]) <= MOST_LINES
+    assert not too_long(notebook)
 
 
 @by_name

@@ -1,12 +1,10 @@
 """Public benchmarks in miniature: official layouts, fetched from a server, judged as defined."""
 
-import contextlib
 import hashlib
 import io
 import tarfile
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from scipy.io import savemat
 from lib.evaluation.ground_truth import read_revisited
 from lib.files import project_root, read_json
 from lib.network.engine import Engine
+from tests.kaggle import serving
 from tools import benchmark, fetch, official
 from tools.official import OfficialError, Remote, open_set
 
@@ -50,7 +49,6 @@ class Server:
     resumes: bool = True
     asked: list[tuple[str, int]] = field(default_factory=list)
 
-    @contextlib.contextmanager
     def serving(self):
         server = self
 
@@ -72,13 +70,7 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}"
-        finally:
-            running.shutdown()
-            running.server_close()
+        return serving(Handler)
 
 
 def colours(batch: np.ndarray) -> np.ndarray:
