@@ -120,7 +120,7 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path, names: Iterable[
         tempfile.TemporaryDirectory() as sockets,
         tqdm(names, unit=" notebooks", file=sys.stderr) as bar,
     ):
-        connection = _connection(sockets)
+        connection = reached_by_files(f"{sockets}/kernel")
         for name in bar:
             bar.set_description(name)
             source, target = notebooks / f"{name}.ipynb", run / f"{name}.ipynb"
@@ -141,13 +141,12 @@ def run_notebooks(run: Path, parameters: dict, notebooks: Path, names: Iterable[
                     write_page(target)
 
 
-def _connection(folder: str) -> dict[str, str]:
-    """Settings of a kernel's connection: by files in a folder, in place of TCP ports, if possible.
+def reached_by_files(name: str) -> dict[str, str]:
+    """Settings of a kernel that is reached by files, ``name-1`` to ``name-5``, if that is possible.
 
-    Another program could take a port before the kernel does.
+    By TCP, another program could take a port before the kernel does.
     """
-    name = f"{folder}/kernel"
-    # The path of a socket may have 103 bytes on macOS, 107 on Linux; "-5" is added to it.
+    # The path of a socket may have 103 bytes on macOS, 107 on Linux.
     usable = os.name == "posix" and len(os.fsencode(name)) <= 100
     return {"transport": "ipc", "ip": name} if usable else {}
 

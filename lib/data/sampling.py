@@ -1,4 +1,4 @@
-"""Plans the batches of an epoch: stored triplets, or P landmarks with K pictures each.
+"""Plans triplets, and the batches of an epoch: stored triplets, or P landmarks with K pictures.
 
     rng = np.random.default_rng([seed, epoch])
     triplet_batches(catalogue, chosen, steps=100, batch_size=32, rng=rng)    # int (100, 32, 3)
@@ -57,6 +57,30 @@ def triplet_batches(
         )
     order = shuffled_passes(len(triplets), steps * batch_size, rng)
     return triplets[order].reshape(steps, batch_size, 3)
+
+
+def draw_triplets(landmark: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw triplets as the Kaggle set does.
+
+    The first two photos of each landmark are anchors. The positive is drawn from all photos of the
+    landmark, including the anchor; the negative from the anchors of all other landmarks.
+
+    Args:
+        landmark: number of each photo's landmark, int (n,), at least two different ones.
+
+    Returns:
+        int64 (t, 3), photos: anchor, positive and negative, in the order of the landmarks.
+    """
+    photos = [np.flatnonzero(landmark == number) for number in np.unique(landmark)]
+    anchors = np.concatenate([of_landmark[:2] for of_landmark in photos])
+    triplets = []
+    for of_landmark in photos:
+        for anchor in of_landmark[:2]:
+            positive, negative = of_landmark[rng.integers(len(of_landmark))], anchor
+            while landmark[negative] == landmark[anchor]:
+                negative = anchors[rng.integers(len(anchors))]
+            triplets.append((anchor, positive, negative))
+    return np.array(triplets)
 
 
 def shuffled_passes(n: int, needed: int, rng: np.random.Generator) -> np.ndarray:

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.data.records import Triplet, shard_name, write_shard
+from lib.data.sampling import draw_triplets
 from lib.data.test_set import GROUND_TRUTH
 from lib.demo import buildings, world
 from lib.demo.world import render_jpegs
@@ -75,24 +76,16 @@ class View(NamedTuple):
 
 
 def plan_triplets(settings: DemoSettings) -> list[tuple[View, View, View]]:
-    """Draw triplets as the Kaggle set does.
+    """Draw triplets by :func:`lib.data.sampling.draw_triplets`.
 
-    A landmark has 1 to 40 photos, most have few (real ones up to thousands). Its first two photos
-    are anchors, in the order of the landmarks. The positive is drawn from all photos of the
-    landmark, including the anchor; the negative from the anchors of all other landmarks.
+    A landmark has 1 to 40 photos, most have few (real ones up to thousands).
     """
     rng = np.random.default_rng([settings.seed, 1])
     tail = np.floor(5.0 * rng.pareto(1.1, settings.landmarks) + 0.9)
     photos = np.minimum(1 + tail, 40).astype(int)
-    anchors = [View(i, v) for i, n in enumerate(photos) for v in range(min(n, 2))]
-    triplets = []
-    for anchor in anchors:
-        positive = View(anchor.landmark, int(rng.integers(photos[anchor.landmark])))
-        negative = anchor
-        while negative.landmark == anchor.landmark:
-            negative = anchors[rng.integers(len(anchors))]
-        triplets.append((anchor, positive, negative))
-    return triplets
+    views = [View(i, v) for i, n in enumerate(photos) for v in range(n)]
+    plan = draw_triplets(np.repeat(np.arange(len(photos)), photos), rng)
+    return [tuple(views[photo] for photo in triplet) for triplet in plan]
 
 
 def _render(seed: int, views: Iterable[View]) -> dict[View, bytes]:

@@ -25,7 +25,7 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
-from lib.data.sampling import shuffled_passes
+from lib.data.sampling import draw_triplets, shuffled_passes
 from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.network.mining import ANCHOR, POSITIVE
 from lib.network.pooling import gem
@@ -180,27 +180,6 @@ def landmark_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return fold[landmark] == np.arange(folds)[:, None]
 
 
-def draw_triplets(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw triplets as the Kaggle set does.
-
-    The first two photos of each landmark are anchors. The positive is drawn from all photos of the
-    landmark, including the anchor; the negative from the anchors of all other landmarks (there must
-    be two).
-
-    Returns:
-        int64 (t, 3), indices of anchor, positive and negative in ``labels``.
-    """
-    names, landmark = np.unique(labels, return_inverse=True)
-    photos = [np.flatnonzero(landmark == i) for i in range(len(names))]
-    anchors = np.concatenate([of_landmark[:2] for of_landmark in photos])
-    triplets = []
-    for anchor in anchors:
-        positive = rng.choice(photos[landmark[anchor]])
-        negative = rng.choice(anchors[landmark[anchors] != landmark[anchor]])
-        triplets.append((anchor, positive, negative))
-    return np.array(triplets)
-
-
 def run_ladder(
     data: LadderData, settings: LadderSettings, arms: Mapping[str, frozenset[str]] | None = None
 ) -> pd.DataFrame:
@@ -291,7 +270,7 @@ class _Workshop:
             self.trainers[structure] = HeadTrainer(trained_on.shape[1:], structure, *sizes)
         trainer, rows = self.trainers[structure], np.flatnonzero(learned)
         rng = np.random.default_rng(seed)
-        triplets = rows[draw_triplets(self.data.labels[rows], rng)]
+        triplets = rows[draw_triplets(self.groups[rows], rng)]
         if "clean triplets" in fixes:
             triplets = triplets[triplets[:, ANCHOR] != triplets[:, POSITIVE]]
         trainer.start(trained_on[rows] if "PCA start" in fixes else None, rng)

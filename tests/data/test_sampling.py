@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 
 from lib.data.catalogue import UNKNOWN, Catalogue, build_catalogue, split_landmarks
-from lib.data.sampling import SamplingError, landmark_batches, triplet_batches, usable_triplets
+from lib.data.sampling import (
+    SamplingError,
+    draw_triplets,
+    landmark_batches,
+    triplet_batches,
+    usable_triplets,
+)
 
 
 def catalogue_of(landmarks, triplets=((0, 1, 2),), groups=None) -> Catalogue:
@@ -105,3 +111,17 @@ def test_too_few_pictures_are_an_error(rng):
         landmark_batches(same, np.ones(2, bool), 1, 2, 2, rng)
     with pytest.raises(SamplingError, match="at least 2 pictures in a batch, not 1"):
         landmark_batches(same, np.ones(2, bool), 1, 1, 1, rng)
+
+
+def test_triplets_are_drawn_as_kaggles_were():
+    labels = np.array(["b", "a", "b", "b", "c", "a", "b"])  # a: 2 photos, b: 4, c: 1
+    first_two = [1, 5, 0, 2, 4]
+    draws = [draw_triplets(labels, np.random.default_rng(seed)) for seed in range(400)]
+    for triplets in draws:
+        assert triplets[:, 0].tolist() == first_two
+        np.testing.assert_array_equal(labels[triplets[:, 1]], labels[triplets[:, 0]])
+        assert (labels[triplets[:, 2]] != labels[triplets[:, 0]]).all()
+        assert set(triplets[:, 2]) <= set(first_two)
+    # The anchor itself is as likely a positive as any other photo of its landmark.
+    degenerate = np.mean([triplets[:, 0] == triplets[:, 1] for triplets in draws], axis=0)
+    np.testing.assert_allclose(degenerate, [1 / 2, 1 / 2, 1 / 4, 1 / 4, 1], atol=0.08)

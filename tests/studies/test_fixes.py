@@ -26,7 +26,6 @@ from lib.studies.fixes import (
     RIGHT,
     LadderData,
     LadderSettings,
-    draw_triplets,
     euclidean_leave_one_out,
     ladder_arms,
     landmark_folds,
@@ -54,20 +53,6 @@ def test_arms_add_one_fix_after_another_and_leave_each_out_once():
     left_out = [set(FIXES) - fixes for arm, fixes in arms.items() if arm.startswith("all but")]
     # All but the last fix is the last rung but one.
     assert [*left_out, set(FIXES) - rungs[-2]] == [{name} for name in FIXES]
-
-
-def test_triplets_are_drawn_as_kaggles_were():
-    labels = np.array(["b", "a", "b", "b", "c", "a", "b"])  # a: 2 photos, b: 4, c: 1
-    first_two = [1, 5, 0, 2, 4]
-    draws = [draw_triplets(labels, np.random.default_rng(seed)) for seed in range(400)]
-    for triplets in draws:
-        assert triplets[:, 0].tolist() == first_two
-        np.testing.assert_array_equal(labels[triplets[:, 1]], labels[triplets[:, 0]])
-        assert (labels[triplets[:, 2]] != labels[triplets[:, 0]]).all()
-        assert set(triplets[:, 2]) <= set(first_two)
-    # The anchor itself is as likely a positive as any other photo of its landmark.
-    degenerate = np.mean([triplets[:, 0] == triplets[:, 1] for triplets in draws], axis=0)
-    np.testing.assert_allclose(degenerate, [1 / 2, 1 / 2, 1 / 4, 1 / 4, 1], atol=0.08)
 
 
 def test_folds_test_each_landmark_once():

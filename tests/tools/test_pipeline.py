@@ -161,9 +161,9 @@ needs_no_data = pytest.mark.skipif(
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere kernels use ports")
 def test_kernels_are_reached_by_files_unless_their_path_is_too_long():
-    usable = {"transport": "ipc", "ip": "/tmp/some/kernel"}
-    assert pipeline._connection("/tmp/some") == usable
-    assert pipeline._connection("/tmp/" + 90 * "ü") == {}
+    usable = {"transport": "ipc", "ip": "/tmp/some"}
+    assert pipeline.reached_by_files("/tmp/some") == usable
+    assert pipeline.reached_by_files("/tmp/" + 90 * "ü") == {}
 
 
 @pytest.mark.long
