@@ -130,16 +130,21 @@ def real_data(kaggle):
     # Three more trainings would write three more checkpoints of a whole ResNet50.
     profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text())
     less = {"batch_size": 4, "measured_photos": 20, "most_queries": 10, "looked_at": 40}
+    less |= {"image_sizes": [91, 128], "view_sizes": [[128, 181]]}
     short = SHORT | {"weights": "resnet50.weights.h5"} | less
     profile |= short | {"settings": profile["settings"] | {"compared_epochs": 0}}
     (kaggle / "profiles" / "short.yaml").write_text(yaml.safe_dump(profile))
     command = ["-m", "tools.pipeline", "profiles/short.yaml", "--run-dir", "runs/whole"]
     run = kaggle / "runs" / "whole"
     where = {"cwd": kaggle, "env": environment(kaggle)}
-    # In training; python -m tests.interrupted does so in all notebooks.
-    for way in ("Ctrl-C", "machine") if sys.platform.startswith("linux") else ():
-        training = run / "02_triplet_training.ipynb", place_of("02_triplet_training", "history =")
-        shown = interrupt([sys.executable, *command], *training, 0.5, way, **where)
+    # python -m tests.interrupted does so in all notebooks.
+    moments = {
+        "Ctrl-C": ("01_data_exploration", "import"),
+        "machine": ("02_triplet_training", "history ="),
+    }
+    for way, (name, source) in moments.items() if sys.platform.startswith("linux") else ():
+        moment = run / f"{name}.ipynb", place_of(name, source)
+        shown = interrupt([sys.executable, *command], *moment, 0.5, way, **where)
         assert way == "machine" or shown.splitlines()[-1].startswith("Stopped: "), shown[-3000:]
     shown = python(kaggle, *command)
     assert "report.html" in shown and "Traceback" not in shown

@@ -2,7 +2,7 @@
 
 This file is also the program that the test starts: it imports TensorFlow once, without running
 anything of it, and forks a child for each attempt. Two trainings run side by side; each is killed
-ten times, in every tenth of its course once, and goes on from what the killed child left on disk.
+six times, in every sixth of its course once, and goes on from what the killed child left on disk.
 In between the disk is full at times, which ends in an error and not in a damaged file.
 
 The moments are counted in *ticks*, training steps and changes of files, to be spread alike over
@@ -37,11 +37,11 @@ from tests.training.test_stages import Cache, tiny_tower
 
 pytestmark = pytest.mark.long
 
-KILLS = 10  # of each of the two trainings
+KILLS = 6  # of each of the two trainings
 SEEDS = (1, 2)
 # Before some of the kills, an attempt on a full disk: how many bytes a file may have. The first
 # checkpoint does not fit; the epoch's log; the checkpoint or the model, of some 50 and 80 kB.
-FULL_DISKS = {0: 1_000, 4: 5_000, 7: 30_000}
+FULL_DISKS = {0: 1_000, 2: 5_000, 4: 30_000}
 
 # Everything that has a state: optimizer, moving average, random draw, early stop.
 SETTINGS = TrainingSettings(
@@ -53,7 +53,7 @@ SETTINGS = TrainingSettings(
 )
 
 
-def test_twenty_kills_and_six_full_disks_leave_no_trace(shards, tmp_path):
+def test_twelve_kills_and_six_full_disks_leave_no_trace(shards, tmp_path):
     environment = os.environ | {"KERAS_BACKEND": "tensorflow", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.run(
         [sys.executable, __file__, tmp_path, *shards],
