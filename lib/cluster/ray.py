@@ -86,6 +86,7 @@ def train(
     run: Path,
     cache: FeatureCache | None = None,
     cluster: ClusterSettings = ClusterSettings(),
+    teacher: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Train as :func:`lib.training.stages.train`, in several processes.
 
@@ -96,7 +97,7 @@ def train(
     Args:
         tower: in any Keras backend, though workers use JAX; its weights become those of the best
             epoch.
-        handler, validation, settings, cache: see :func:`lib.training.stages.train`.
+        handler, validation, settings, cache, teacher: see :func:`lib.training.stages.train`.
         run: folder for checkpoint, history, model and log, on a disk that all machines share.
 
     Raises:
@@ -122,10 +123,10 @@ def train(
     ):
         start = Path(shared) / "tower.keras"
         save_tower(tower, start)
-        task = ray.put((start, handler, validation, settings, run, cache))
+        task = ray.put((start, handler, validation, settings, run, cache, teacher))
         _run_workers(ray, task, shared, cluster)
     # All epochs are done, so this only reads the results.
-    return train_here(tower, handler, validation, settings, run, cache)
+    return train_here(tower, handler, validation, settings, run, cache, teacher)
 
 
 def _run_workers(ray, task: Any, shared: str, cluster: ClusterSettings) -> None:
@@ -177,7 +178,7 @@ def _train_in_worker(config: dict) -> None:
     from lib.training.checkpoint import CHECKPOINT
     from lib.training.stages import train as train_here
 
-    start, handler, validation, settings, run, cache = ray.get(config["task"])
+    start, handler, validation, settings, run, *rest = ray.get(config["task"])
     # What was compiled before a worker died need not be compiled again, which is most of its start.
     compiled = start.parent / f"jax-{platform.node()}"  # of each machine, as processors differ
     jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -195,7 +196,7 @@ def _train_in_worker(config: dict) -> None:
             if known:
                 (run / CHECKPOINT).write_bytes(known)
         tower = load_tower(start)
-        train_here(tower, handler, validation, settings, run, cache)
+        train_here(tower, handler, validation, settings, run, *rest)
         weights = fingerprint(tower)
         if from_the_first(weights.encode()).decode() != weights:
             raise ClusterError(f"process {number} ended with different weights than process 0")

@@ -177,19 +177,25 @@ class DatasetHandler:
         return photos.reshape(*np.shape(pictures), size, size, 3)
 
 
-class Batches(keras.utils.PyDataset):
+class PlannedBatches(keras.utils.PyDataset):
     """The batches of one epoch, made on demand, for ``fit`` on every Keras backend.
 
     In data-parallel training each process makes its own rows only (:mod:`lib.data_parallel`).
 
     Args:
-        handler: makes the batches.
+        handler: whose pictures they are.
         plan: int64 (steps, ...), the pictures of each batch.
-        epoch: its number, for the augmentation.
+        epoch: its number, for what is drawn at random.
+
+    Attributes:
+        teacher: float32 (pictures, d), descriptors of the catalogue's pictures to learn, which then
+            are the third part of each batch; None: none.
     """
 
+    teacher: np.ndarray | None = None
+
     def __init__(self, handler: DatasetHandler, plan: np.ndarray, epoch: int):
-        # Threads: decoding releases Python's global lock, and processes would copy the pixels.
+        # Threads: decoding and copying release Python's global lock; processes would copy pixels.
         super().__init__(workers=_THREADS, use_multiprocessing=False, max_queue_size=_QUEUE)
         self._handler, self.plan, self._epoch = handler, plan, epoch
         # Here, since Keras' distribution is not visible in the threads that make the batches.
@@ -198,11 +204,21 @@ class Batches(keras.utils.PyDataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Photos and groups of one batch, see :meth:`DatasetHandler.batch`."""
+    def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
+        """Photos or maps, float or uint8 (..., h, w, c), groups, int32 (...), and descriptors."""
         # Each batch has its own generator, so the order in which threads make them is irrelevant.
         rng = np.random.default_rng([self._handler.settings.seed, self._epoch, int(step)])
-        return self._handler.batch(self.plan[step], rng, self._rows)
+        batch = self._make(self.plan[step], rng)
+        return (
+            batch if self.teacher is None else (*batch, self.teacher[self.plan[step][self._rows]])
+        )
+
+
+class Batches(PlannedBatches):
+    """Batches of photos, see :meth:`DatasetHandler.batch`."""
+
+    def _make(self, pictures: np.ndarray, rng: np.random.Generator) -> tuple:
+        return self._handler.batch(pictures, rng, self._rows)
 
     def as_tf_data(self):
         """The same batches as a ``tf.data.Dataset``, in order, made on all processor cores."""
@@ -210,10 +226,13 @@ class Batches(keras.utils.PyDataset):
 
         size = self._handler.settings.image_size
         shape = self.plan.shape[1:]
+        types, shapes = [tf.uint8, tf.int32], [(*shape, size, size, 3), shape]
+        if self.teacher is not None:
+            types, shapes = [*types, tf.float32], [*shapes, (*shape, self.teacher.shape[-1])]
 
         def make(step):
-            photos, groups = tf.numpy_function(self.__getitem__, [step], (tf.uint8, tf.int32))
-            return tf.ensure_shape(photos, (*shape, size, size, 3)), tf.ensure_shape(groups, shape)
+            parts = tf.numpy_function(self.__getitem__, [step], types)
+            return tuple(map(tf.ensure_shape, parts, shapes))
 
         options = tf.data.Options()
         # The end of an epoch waits for autotune's thread, which took up to 20 seconds each time.

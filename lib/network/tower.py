@@ -31,7 +31,7 @@ from keras import ops
 from lib.files import check_stored, replacing, show_error, show_path
 from lib.network import efficientnet_lite
 from lib.network.efficientnet_lite import PACKAGES
-from lib.network.losses import MetricLoss
+from lib.network.losses import MetricLoss, distillation_loss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import GeM, make_pooling
 
@@ -301,12 +301,15 @@ class Siamese(keras.Model):
     Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order anchor, positive,
     negative; P x K batches (m, h, w, 3) become (m, d). A head as the tower takes feature maps. The
     loss's weights (ArcFace's centres) and random state are trained and saved with the model.
+
+    Where batches have a teacher's descriptors, in the place of Keras' sample weights, distillation
+    takes ``teacher_share`` of the loss, from 0 to 1.
     """
 
-    def __init__(self, tower: keras.Model, loss: MetricLoss):
+    def __init__(self, tower: keras.Model, loss: MetricLoss, teacher_share: float = 0.0):
         super().__init__(name="siamese")
         _silence_retracing()
-        self.tower, self.metric_loss = tower, loss
+        self.tower, self.metric_loss, self.teacher_share = tower, loss, teacher_share
         loss.build((None,), (None, tower.output_shape[-1]))
         self.built = True
 
@@ -317,7 +320,11 @@ class Siamese(keras.Model):
         return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return sum(self.losses, self.metric_loss(y, y_pred))  # self.losses: regularization
+        loss = self.metric_loss(y, y_pred)
+        if sample_weight is not None:
+            of_teacher = distillation_loss(y_pred, sample_weight)
+            loss = (1 - self.teacher_share) * loss + self.teacher_share * of_teacher
+        return sum(self.losses, loss)  # self.losses: regularization
 
 
 def resized(tower: keras.Model, image_size: int | None) -> keras.Model:

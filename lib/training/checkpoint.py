@@ -37,7 +37,11 @@ class TrainingError(RuntimeError):
 
 
 def describe_training(
-    tower: keras.Model, handler: DatasetHandler, validation: np.ndarray, settings
+    tower: keras.Model,
+    handler: DatasetHandler,
+    validation: np.ndarray,
+    settings,
+    teacher: np.ndarray | None = None,
 ) -> dict:
     """Return the identity of a training as JSON values: its settings, and digests of the rest.
 
@@ -55,6 +59,7 @@ def describe_training(
         "start": _digest(*tower.get_weights()),
         "training pictures": _digest(*images[chosen], landmarks, *images[handler.triplets].ravel()),
         "validation pictures": _digest(validation),
+        "teacher's descriptors": "" if teacher is None else _digest(teacher[chosen]),
     }
 
 
@@ -147,8 +152,11 @@ class Checkpoint:
             differences.append("another network")
         elif identity["start"] not in (self.identity["start"], best):
             differences.append("other start weights")
-        parts = ("training pictures", "validation pictures")
-        return differences + [f"other {x}" for x in parts if self.identity[x] != identity[x]]
+        # Earlier checkpoints had no teacher.
+        parts = ("training pictures", "validation pictures", "teacher's descriptors")
+        return differences + [
+            f"other {x}" for x in parts if self.identity.get(x, "") != identity[x]
+        ]
 
 
 def _read(path: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:

@@ -30,9 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.data.catalogue import UNKNOWN
-from lib.data.dataset import DatasetHandler
+from lib.data.dataset import DatasetHandler, PlannedBatches
 from lib.data.sampling import SamplingError
-from lib.data_parallel import own_rows
 from lib.files import (
     checksum,
     only_writer,
@@ -179,24 +178,15 @@ class FeatureCache:
         return FeatureBatches(self, self.handler.training_batches(epoch, steps).plan, epoch)
 
 
-class FeatureBatches(keras.utils.PyDataset):
-    """The batches of one epoch as feature maps, see :class:`lib.data.dataset.Batches`."""
+class FeatureBatches(PlannedBatches):
+    """Batches of feature maps, float16 (..., h, w, c), of which each variant is drawn."""
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
-        # Threads: copying releases Python's global lock. A batch of 64 triplets takes 12 MB.
-        super().__init__(workers=_THREADS, max_queue_size=min(2 * _THREADS, 16))
-        self._cache, self.plan, self._epoch = cache, plan, epoch
+        super().__init__(cache.handler, plan, epoch)
+        self._cache = cache
         self._group = cache.handler.catalogue.pictures["group"].to_numpy(np.int32)
-        self._rows = own_rows(plan.shape[1])
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a batch: maps, float16 (..., h, w, c), and groups, int32 (...)."""
-        pictures = self.plan[step]
-        seed = [self._cache.handler.settings.seed, self._epoch, int(step)]
-        rng = np.random.default_rng(seed)
+    def _make(self, pictures: np.ndarray, rng: np.random.Generator) -> tuple:
         variants = rng.integers(self._cache.variants, size=pictures.shape)
         pictures, variants = pictures[self._rows], variants[self._rows]
         return self._cache.maps(pictures, variants), self._group[pictures]

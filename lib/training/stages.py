@@ -99,6 +99,8 @@ class TrainingSettings:
         clip_norm, ema_momentum: see :func:`make_optimizer`. A moving average is validated and saved
             in place of the weights; training continues with the weights.
         patience: a stage ends after this many epochs without a better validation mAP.
+        teacher_share: of the distillation in the loss, from 0 to 1, if :func:`train` has a teacher;
+            the rest is that of ``loss``.
         jit: compile the training step with XLA (TensorFlow, JAX) or TorchInductor (PyTorch): True,
             False, or "auto", Keras' choice (JAX, and TensorFlow on a GPU).
 
@@ -113,6 +115,7 @@ class TrainingSettings:
     clip_norm: float | None = 1.0
     ema_momentum: float | None = None
     patience: int = 5
+    teacher_share: float = 0.5
     jit: bool | str = "auto"
 
     def __post_init__(self):
@@ -121,6 +124,8 @@ class TrainingSettings:
         if self.batch_norm not in BATCH_NORMS:
             names = ", ".join(BATCH_NORMS)
             raise ValueError(f"batch_norm must be one of {names}, got {self.batch_norm!r}")
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must be from 0 to 1, got {self.teacher_share}")
 
 
 def make_optimizer(
@@ -195,6 +200,7 @@ def train(
     settings: TrainingSettings,
     run: Path,
     cache: FeatureCache | None = None,
+    teacher: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Train, or resume an interrupted training; the tower ends with the best epoch's weights.
 
@@ -205,6 +211,9 @@ def train(
         run: folder for checkpoint, history, model and log; only one process may train in it.
         cache: from :func:`lib.training.features.build_cache`. Stages that train the head use its
             maps in place of the trunk until a stage changes the trunk.
+        teacher: float32 (pictures, d), a stronger network's descriptors of the catalogue's
+            pictures, d that of the tower; only the rows of training pictures are read. The tower
+            learns them as well, see :class:`lib.network.tower.Siamese`.
 
     Returns:
         the history, a row for each epoch: stage (from 1); over the training batches loss,
@@ -225,7 +234,7 @@ def train(
     (run / TENSORBOARD).mkdir(parents=True, exist_ok=True)
     with only_writer(run / TENSORBOARD, TrainingError(busy)):
         try:
-            training = _Training(tower, handler, validation, settings, run, cache)
+            training = _Training(tower, handler, validation, settings, run, cache, teacher)
             for number in range(1, len(settings.stages) + 1):
                 if not training.is_over(number):
                     training.run_stage(number)
@@ -245,12 +254,17 @@ def train(
 class _Training:
     """The state of a call of :func:`train`; opens the run's checkpoint or begins a new one."""
 
-    def __init__(self, tower, handler, validation, settings, run, cache):
+    def __init__(self, tower, handler, validation, settings, run, cache, teacher):
         self.tower, self.handler, self.validation = tower, handler, validation
-        self.settings, self.run, self.cache = settings, run, cache
+        self.settings, self.run, self.cache, self.teacher = settings, run, cache, teacher
         self._batch_size = handler.settings.batch_size
         remove_half_written(run, subfolders=True)
-        identity = describe_training(tower, handler, validation, settings)
+        if teacher is not None and teacher.shape[1] != tower.output_shape[-1]:
+            raise TrainingError(
+                f"the teacher's descriptors have {teacher.shape[1]} dimensions, the tower's "
+                f"embeddings {tower.output_shape[-1]}: reduce them by PCA, or set embedding_size"
+            )
+        identity = describe_training(tower, handler, validation, settings, teacher)
         if (run / CHECKPOINT).is_file():
             self.checkpoint = Checkpoint.load(run / CHECKPOINT, tower, identity)
         else:
@@ -282,7 +296,7 @@ class _Training:
         model = tower.get_layer("head") if cached else tower
         batches_of = self.cache.batches if cached else self.handler.training_batches
         loss = self._new_loss()
-        siamese = Siamese(model, loss)
+        siamese = Siamese(model, loss, self.settings.teacher_share)
         compile_siamese(siamese, self.settings, stage)
         done = sum(row["stage"] == number for row in checkpoint.history) * stage.steps_per_epoch
         checkpoint.restore(tower, loss, siamese.optimizer if done else None)
@@ -294,6 +308,7 @@ class _Training:
             while not self.is_over(number):
                 epochs = len(checkpoint.history)
                 batches = batches_of(epochs, stage.steps_per_epoch)
+                batches.teacher = self.teacher
                 row, weights = _train_epoch(siamese, batches, epochs + 1, self.log)
                 # Until ``weights`` are set below, the model holds their moving average, if any.
                 with by_itself(model) as local:

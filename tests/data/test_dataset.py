@@ -59,16 +59,22 @@ def test_batches_have_shapes_types_and_groups(catalogue, k):
         assert (groups[:, 0] == groups[:, 1]).all() and (groups[:, 0] != groups[:, 2]).all()
 
 
+@pytest.mark.parametrize("has_teacher", [False, True])
 @pytest.mark.parametrize("k", [0, 2])
-def test_tf_data_and_pydataset_give_the_same_batches(catalogue, k):
+def test_tf_data_and_pydataset_give_the_same_batches(catalogue, rng, k, has_teacher):
     handler = DatasetHandler(catalogue, replace(SETTINGS, pictures_per_landmark=k))
     batches = handler.training_batches(epoch=3, steps=12)
+    if has_teacher:
+        batches.teacher = rng.normal(size=(len(catalogue.pictures), 5)).astype(np.float32)
+        np.testing.assert_array_equal(batches[4][2], batches.teacher[batches.plan[4]])
+    given = batches.as_tf_data()
+    # Known before they run, as fit wants it.
+    assert [part.shape for part in given.element_spec] == [part.shape for part in batches[0]]
     count = 0
-    for step, (photos, groups) in enumerate(batches.as_tf_data()):
-        expected = batches[step]
-        assert photos.shape == expected[0].shape  # known before it runs, as fit wants it
-        np.testing.assert_array_equal(photos, expected[0])
-        np.testing.assert_array_equal(groups, expected[1])
+    for step, parts in enumerate(given):
+        assert len(parts) == 2 + has_teacher
+        for part, expected in zip(parts, batches[step], strict=True):
+            np.testing.assert_array_equal(part, expected)
         count += 1
     assert count == len(batches) == 12
 

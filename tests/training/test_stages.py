@@ -14,7 +14,7 @@ import pytest
 
 import lib.training.stages
 from lib.data.catalogue import build_catalogue
-from lib.data.dataset import DatasetHandler, DataSettings
+from lib.data.dataset import DatasetHandler, DataSettings, PlannedBatches
 from lib.data.records import read_triplets, write_shard
 from lib.data.sampling import SamplingError
 from lib.network.losses import ArcFace, InfoNCE, MetricLoss, TripletLoss
@@ -31,6 +31,7 @@ from lib.training.stages import (
     set_trainable,
     train,
 )
+from tests.conftest import unit
 
 SETTINGS = TrainingSettings(
     stages=(Stage("all", epochs=3, steps_per_epoch=3, learning_rate=1e-3),),
@@ -56,18 +57,15 @@ def tiny_tower() -> keras.Model:
     return keras.Model(photos, head(trunk(photos)), name="tower")
 
 
-class Maps(keras.utils.PyDataset):
+class Maps(PlannedBatches):
     """The feature maps of each batch's pictures."""
 
-    def __init__(self, plan, maps, group):
-        super().__init__()
-        self.plan, self.maps, self.group = plan, maps, group
+    def __init__(self, handler, plan, epoch, maps):
+        super().__init__(handler, plan, epoch)
+        self.maps, self.group = maps, handler.catalogue.pictures["group"].to_numpy(np.int32)
 
-    def __len__(self):
-        return len(self.plan)
-
-    def __getitem__(self, step):
-        return self.maps[self.plan[step]], self.group[self.plan[step]]
+    def _make(self, pictures, rng):
+        return self.maps[pictures], self.group[pictures]
 
 
 class Cache:
@@ -75,11 +73,11 @@ class Cache:
 
     def __init__(self, handler, maps):
         self.handler, self.maps, self.epochs = handler, maps, []
-        self.group = handler.catalogue.pictures["group"].to_numpy(np.int32)
 
     def batches(self, epoch, steps):
         self.epochs.append(epoch)
-        return Maps(self.handler.training_batches(epoch, steps).plan, self.maps, self.group)
+        plan = self.handler.training_batches(epoch, steps).plan
+        return Maps(self.handler, plan, epoch, self.maps)
 
 
 @pytest.fixture
@@ -461,3 +459,68 @@ def test_evaluate_triplets_by_hand():
     assert result["val_accuracy"] == 0.5
     # Red finds its positive first; for blue both positives are equally far, and ties keep order.
     assert result["val_map"] == pytest.approx((1 + 1 / 2) / 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# A teacher
+# --------------------------------------------------------------------------------------------------
+
+
+def teacher_of(handler) -> np.ndarray:
+    """Descriptors that the tiny tower can learn: a projection of each photo's mean colours."""
+    photos = handler.photos(np.arange(len(handler.catalogue.pictures)))
+    colours = photos.mean(axis=(1, 2)) - photos.mean(axis=(0, 1, 2))
+    return unit(colours @ np.random.default_rng(0).normal(size=(3, 8))).astype(np.float32)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_tower_learns_its_teachers_descriptors(handler, validation, tmp_path, measured, cached):
+    teacher, photos = teacher_of(handler), handler.photos(handler.triplets[:, 0])
+    stage = Stage("head" if cached else "all", epochs=4, steps_per_epoch=20, learning_rate=1e-2)
+    nearness = {}
+    measured(*np.tile([0.1, 0.2, 0.3, 0.4], 2))  # so the last epoch is the best
+    for share in (0.0, 1.0):
+        tower = tiny_tower()
+        every = handler.photos(np.arange(len(teacher)))
+        cache = Cache(handler, embed(tower.get_layer("trunk"), every)) if cached else None
+        settings = replace(SETTINGS, stages=(stage,), teacher_share=share)
+        train(tower, handler, validation, settings, tmp_path / str(share), cache, teacher)
+        nearness[share] = (embed(tower, photos) * teacher[handler.triplets[:, 0]]).sum(1).mean()
+    assert nearness[1.0] > nearness[0.0] + 0.2
+
+
+def test_the_loss_is_shared_with_the_teacher(rng):
+    embeddings, teacher = unit(rng.normal(size=(2, 4, 3, 8))).astype(np.float32)
+    groups = np.arange(12).reshape(4, 3) // 2
+    loss = MetricLoss(InfoNCE())
+    of_teacher = 2 - 2 * (embeddings * teacher).sum(-1).mean()
+    expected = 0.75 * float(loss(groups, embeddings)) + 0.25 * of_teacher
+    siamese = Siamese(tiny_tower(), loss, teacher_share=0.25)
+    found = siamese.compute_loss(None, groups, embeddings, 3 * teacher)  # of any length
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert float(siamese.compute_loss(None, groups, embeddings)) == float(loss(groups, embeddings))
+
+
+def test_a_share_of_nothing_trains_as_without_a_teacher(handler, validation, tmp_path):
+    settings, weights = replace(SETTINGS, teacher_share=0.0), []
+    for teacher in (None, teacher_of(handler)):
+        tower = tiny_tower()
+        run = tmp_path / str(teacher is None)
+        train(tower, handler, validation, settings, run, teacher=teacher)
+        weights.append(tower.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(handler, validation, tmp_path):
+    teacher = teacher_of(handler)
+    with pytest.raises(TrainingError, match="have 7 dimensions, the tower's embeddings 8: reduce"):
+        train(tiny_tower(), handler, validation, SETTINGS, tmp_path, teacher=teacher[:, :7])
+    with pytest.raises(ValueError, match="teacher_share must be from 0 to 1, got 2"):
+        replace(SETTINGS, teacher_share=2)
+    train(tiny_tower(), handler, validation, SETTINGS, tmp_path, teacher=teacher)
+    for other in (None, teacher[::-1]):
+        with pytest.raises(
+            TrainingError, match=r"checkpoint\.npz is of other teacher's descriptors"
+        ):
+            train(tiny_tower(), handler, validation, SETTINGS, tmp_path, teacher=other)
