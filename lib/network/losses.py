@@ -26,6 +26,7 @@ from lib.network.mining import (
     Miner,
     Pairs,
     SemiHard,
+    Stored,
     Tensor,
     compare,
     root,
@@ -220,25 +221,44 @@ def make_loss(
     return makers[name]()
 
 
+def check_memory(loss: Loss, memory: int) -> None:
+    """Raise a ValueError if the loss can't compare with a memory of so many photos."""
+    if memory < 0:
+        raise ValueError(f"memory must be at least 0 photos, got {memory}")
+    if memory and (isinstance(loss, ArcFace) or isinstance(getattr(loss, "mining", None), Stored)):
+        raise ValueError(
+            'ArcFace and mining "stored" compare no photo with those of other batches: set '
+            "memory=0, or choose another loss or mining"
+        )
+
+
 class MetricLoss(keras.layers.Layer):
     """A loss as a layer, called with groups and embeddings as ``compare`` takes them.
 
     It keeps ArcFace's centres, a trainable weight (n_groups, d), or the random state of
     distance-weighted mining, both reproducible by ``keras.utils.set_random_seed``.
 
+    With a memory, a call with ``training=True`` compares the batch also with the photos of the
+    calls before, as they were embedded then and without a gradient: Wang et al., "Cross-Batch
+    Memory for Embedding Learning", CVPR 2020. Here they are negatives only, the photos of the batch
+    join them after the comparison, and the memory fills up from the first step on.
+
     Args:
         n_groups: number of ArcFace's classes; groups then go from 0 to n_groups - 1.
+        memory: how many photos to keep, the latest, in non-trainable weights; 0: none.
 
     Raises:
-        ValueError: ArcFace without n_groups; what the miner or ``compare`` refuses.
+        ValueError: ArcFace without n_groups; what the miner, ``compare`` or :func:`check_memory`
+            refuses.
     """
 
-    def __init__(self, loss: Loss, n_groups: int | None = None):
+    def __init__(self, loss: Loss, n_groups: int | None = None, memory: int = 0):
         super().__init__(dtype="float32")  # half precision is too coarse for cosines
         if isinstance(loss, ArcFace) and not n_groups:
             raise ValueError("ArcFace has a centre for each group: give MetricLoss n_groups")
-        self.settings, self.n_groups = loss, n_groups
-        self.centres = self.seed_generator = None
+        check_memory(loss, memory)
+        self.settings, self.n_groups, self.memory_size = loss, n_groups, memory
+        self.centres = self.seed_generator = self.memory = None
         if isinstance(getattr(loss, "mining", None), DistanceWeighted):
             self.seed_generator = keras.random.SeedGenerator()
 
@@ -250,10 +270,24 @@ class MetricLoss(keras.layers.Layer):
                 shape=(self.n_groups, dimension),
                 initializer=keras.initializers.RandomNormal(stddev=dimension**-0.5),
             )
+        if size := self.memory_size:
+            none = {"initializer": keras.initializers.Constant(-1), "trainable": False}
+            self.memory = (
+                self.add_weight((size,), dtype="int", name="memory_groups", **none),
+                self.add_weight((size, embeddings_shape[-1]), name="memory_photos", **none),
+            )
 
-    def call(self, groups, embeddings):
+    def call(self, groups, embeddings, training=False):
         state = self.seed_generator if self.centres is None else self.centres
-        return self.settings(compare(groups, embeddings), state)
+        memory = self.memory if training else None
+        pairs = compare(groups, embeddings, memory)
+        value = self.settings(pairs, state)
+        if memory:
+            for kept, new in zip(memory, (pairs.group, pairs.photos), strict=True):
+                new = ops.stop_gradient(ops.cast(new, kept.dtype))
+                latest = ops.concatenate([new, ops.convert_to_tensor(kept)])
+                kept.assign(ops.slice(latest, [0] * len(kept.shape), kept.shape))
+        return value
 
 
 def _check_positive(loss: Loss, *names: str) -> None:

@@ -13,6 +13,9 @@ A batch has one of two arrangements. Photos of different groups show different l
 Both become the same (m, m) matrices. Stored triplets give m = 3n photos: photo 3i + r has role r in
 row i, and both photos of a positive pair serve as anchors. Embeddings are compared as unit vectors,
 in float32: |a - b|^2 = 2 - 2 cos(a, b), from 0 (equal) through 2 (orthogonal) to 4 (opposite).
+
+A memory of r photos of former batches makes the matrices (m, m + r), with further negatives only:
+photos of one group in different batches may or may not match.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ Tensor = Any  # of Keras' backend, or anything it converts
 
 
 class Pairs(NamedTuple):
-    """A compared batch; matrices are (m, m) with the anchors in the rows."""
+    """A compared batch; matrices are (m, m), or (m, m + r), with the anchors in the rows."""
 
     distances: Tensor  # float32, squared Euclidean
     is_positive: Tensor  # bool: known to show one landmark, and not the same photo
@@ -44,9 +47,9 @@ class Pairs(NamedTuple):
     group: Tensor  # (m,)
 
     def at_positives(self, matrix: Tensor) -> Tensor:
-        """The columns that may hold positives, (m, m) -> (m, p): all, or 1 for stored triplets."""
+        """The columns that may hold positives: (m, p), p = m, or 1 for stored triplets."""
         if self.partner is None:
-            return matrix
+            return matrix[:, : ops.shape(self.photos)[0]]
         return ops.take_along_axis(matrix, self.partner[:, None], axis=1)
 
     @property
@@ -71,12 +74,15 @@ class Triplets(NamedTuple):
     exists: Tensor  # bool; where False, the distances mean nothing
 
 
-def compare(groups: Tensor, embeddings: Tensor) -> Pairs:
+def compare(
+    groups: Tensor, embeddings: Tensor, memory: tuple[Tensor, Tensor] | None = None
+) -> Pairs:
     """Compare all photos of a batch.
 
     Args:
         groups: numbers (n, 3) or (m,), see the module's docstring.
         embeddings: float (n, 3, d) or (m, d), of any precision and length.
+        memory: groups (r,), -1 where there is no photo, and their unit vectors, float32 (r, d).
 
     Raises:
         ValueError: shapes that are neither arrangement.
@@ -104,8 +110,15 @@ def compare(groups: Tensor, embeddings: Tensor) -> Pairs:
         is_positive = is_other & ops.equal(partner[:, None], number[None, :])
     else:
         partner, is_positive = None, is_other & ops.logical_not(is_negative)
+    others = photos
+    if memory is not None:
+        known, vectors = (ops.convert_to_tensor(kept) for kept in memory)
+        differs = ops.not_equal(group[:, None], known[None, :]) & (known >= 0)[None, :]
+        is_negative = ops.concatenate([is_negative, differs], axis=1)
+        is_positive = ops.concatenate([is_positive, ops.zeros_like(differs)], axis=1)
+        others = ops.concatenate([photos, vectors])
     # Rounding may push 2 - 2 cos below 0.
-    distances = ops.maximum(2.0 - 2.0 * ops.matmul(photos, ops.transpose(photos)), 0.0)
+    distances = ops.maximum(2.0 - 2.0 * ops.matmul(photos, ops.transpose(others)), 0.0)
     return Pairs(distances, is_positive, is_negative, partner, photos, group)
 
 
@@ -237,7 +250,7 @@ class DistanceWeighted:
         return pairs.with_negatives(keras.random.categorical(log_weights, draws, seed=state))
 
     def log_weights(self, pairs: Pairs) -> Tensor:
-        """Logarithms of the weights, float32 (m, m), not normalized; alike without negatives."""
+        """Logarithms of the weights, float32, not normalized; alike without negatives."""
         dimension = pairs.photos.shape[-1]
         distances = root(ops.stop_gradient(pairs.distances))
         d = ops.clip(distances, self.nearest, self.farthest)

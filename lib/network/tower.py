@@ -300,7 +300,7 @@ class Siamese(keras.Model):
 
     Stored triplets uint8 (n, 3, h, w, 3) become float32 (n, 3, d), in the order anchor, positive,
     negative; P x K batches (m, h, w, 3) become (m, d). A head as the tower takes feature maps. The
-    loss's weights (ArcFace's centres) and random state are trained and saved with the model.
+    loss's weights (ArcFace's centres, a memory) and random state are saved with the model.
 
     Where batches have a teacher's descriptors, in the place of Keras' sample weights, distillation
     takes ``teacher_share`` of the loss, from 0 to 1.
@@ -320,7 +320,7 @@ class Siamese(keras.Model):
         return ops.reshape(embeddings, (-1, *photos.shape[1 : -len(shape)], embeddings.shape[-1]))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        loss = self.metric_loss(y, y_pred)
+        loss = self.metric_loss(y, y_pred, training=training)
         if sample_weight is not None:
             of_teacher = distillation_loss(y_pred, sample_weight)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * of_teacher

@@ -137,11 +137,15 @@ def every_loss(choose=lambda x: True):
 # --------------------------------------------------------------------------------------------------
 
 
-def pairs_by_loops(groups, embeddings):
-    """Squared distances, and for each photo the lists of its positives and of its negatives."""
+def pairs_by_loops(groups, embeddings, memory=()):
+    """Squared distances, and for each photo the lists of its positives and of its negatives.
+
+    The memory's photos, (group, vector) each, are further columns.
+    """
     photos = unit(np.float64(embeddings).reshape(-1, embeddings.shape[-1]))
     group, m = groups.ravel(), len(photos)
-    distances = np.array([[((a - b) ** 2).sum() for b in photos] for a in photos])
+    others = [*photos, *(np.float64(vector) for _, vector in memory)]
+    distances = np.array([[((a - b) ** 2).sum() for b in others] for a in photos])
     positives, negatives = [[] for _ in range(m)], [[] for _ in range(m)]
     for a in range(m):
         for b in range(m):
@@ -149,11 +153,12 @@ def pairs_by_loops(groups, embeddings):
                 negatives[a].append(b)
             elif a != b and (groups.ndim == 1 or (a // 3 == b // 3 and a % 3 < 2 and b % 3 < 2)):
                 positives[a].append(b)
+        negatives[a] += [m + i for i, (of_kept, _) in enumerate(memory) if of_kept != group[a]]
     return distances, positives, negatives
 
 
-def triplets_by_loops(x, groups, embeddings):
-    distances, positives, negatives = pairs_by_loops(groups, embeddings)
+def triplets_by_loops(x, groups, embeddings, memory=()):
+    distances, positives, negatives = pairs_by_loops(groups, embeddings, memory)
     d = distances if x.squared else np.sqrt(distances)
     for a in range(len(d)):
         if x.mining.name == "stored":
@@ -173,18 +178,18 @@ def triplets_by_loops(x, groups, embeddings):
                 yield from ((positive, negative) for negative in to_negatives)
 
 
-def loss_by_loops(x, groups, embeddings) -> float:
+def loss_by_loops(x, groups, embeddings, memory=()) -> float:
     if x.name == "triplet":
         values = [
             math.log1p(math.exp(p - n)) if x.margin is None else max(0, p - n + x.margin)
-            for p, n in triplets_by_loops(x, groups, embeddings)
+            for p, n in triplets_by_loops(x, groups, embeddings, memory)
         ]
         if x.mining.name == "batch-all":
             values = [v for v in values if v > 0]
         return np.mean(values) if values else 0.0
     if x.name == "arcface":
         return np.mean(arcface_by_loops(x, groups, embeddings))
-    distances, positives, negatives = pairs_by_loops(groups, embeddings)
+    distances, positives, negatives = pairs_by_loops(groups, embeddings, memory)
     cos, values = 1 - distances / 2, []
     for a in range(len(cos)):
         if not positives[a] or not negatives[a]:
@@ -327,6 +332,31 @@ def test_losses_compile_for_batches_of_any_size(batch):
             else:
                 expected = float(layer(groups[:n], embeddings[:n]))
                 assert float(value) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [25, 7])  # it fills up in the third step; less than a batch
+def test_a_memory_adds_the_photos_of_former_batches_as_negatives(batch, size, rng):
+    groups, embeddings = batch
+    losses = [x for x in EVERY_LOSS if x.name != "arcface" and mining_of(x) != "stored"]
+    for x in losses:
+        layer = MetricLoss(x, memory=size)
+        layer.build(groups.shape, embeddings.shape)
+        kept = []
+        for step in range(4):
+            vectors = embeddings + 0.5 * rng.normal(size=embeddings.shape).astype(np.float32)
+            of_step = groups + step  # so that some landmarks come again
+            if not is_random(x):
+                alone, expected = (loss_by_loops(x, of_step, vectors, m) for m in ((), kept))
+                assert float(layer(of_step, vectors)) == pytest.approx(alone, rel=1e-3)
+                value = float(layer(of_step, vectors, training=True))
+                assert value == pytest.approx(expected, rel=1e-3), (x, step)
+            else:
+                assert np.isfinite(layer(of_step, vectors, training=True))
+            photos = unit(vectors.reshape(-1, 5))
+            kept = [*zip(of_step.ravel(), photos, strict=True), *kept][:size]
+            of_memory, memory = map(as_numpy, layer.memory)
+            assert of_memory.tolist() == [group for group, _ in kept] + [-1] * (size - len(kept))
+            np.testing.assert_allclose(memory[: len(kept)], [v for _, v in kept], atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -795,6 +825,9 @@ def test_the_signs_of_life_name_a_collapse(batch):
         (lambda: ArcFace(margin=28.6), "angle from 0 to pi in radians, got 28.6"),
         (lambda: ArcFace(scale=0.0), "scale must be above 0"),
         (lambda: DistanceWeighted(farthest=2.0), "nearest < farthest < 2"),
+        (lambda: MetricLoss(InfoNCE(), memory=-1), "memory must be at least 0 photos, got -1"),
+        (lambda: MetricLoss(ArcFace(), 3, memory=8), "set memory=0, or choose another loss"),
+        (lambda: MetricLoss(TripletLoss(mining=Stored()), memory=8), 'mining "stored" compare no'),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message):
