@@ -5,14 +5,21 @@
     landmark_batches(catalogue, chosen, steps=100, p=16, k=4, rng=rng)       # int (100, 64)
 
 Plans contain rows of ``catalogue.pictures``. An epoch is planned before it begins, so the same seed
-gives the same batches in every process and after every restart.
+gives the same batches in every process and after every restart; with :func:`hard_negatives`, the
+same seed and embeddings do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lib.data.catalogue import UNKNOWN, Catalogue
+
+HARDEST = 5  # negatives that are mined for an anchor, as in the paper
+
+_BLOCK = 2**23  # similarities in memory at a time
 
 
 class SamplingError(ValueError):
@@ -81,6 +88,56 @@ def draw_triplets(landmark: np.ndarray, rng: np.random.Generator) -> np.ndarray:
                 negative = anchors[rng.integers(len(anchors))]
             triplets.append((anchor, positive, negative))
     return np.array(triplets)
+
+
+def hard_negatives(
+    anchors: np.ndarray,
+    pool: np.ndarray,
+    group: np.ndarray,
+    embed: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Mine a negative for each use of an anchor from a pool of pictures.
+
+    For each anchor the nearest picture of each other group is found in the pool; each use of the
+    anchor draws one of the ``HARDEST`` nearest of these, or of as many as there are. Radenović,
+    Tolias, Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018.
+
+    Args:
+        anchors: int (...), pictures, each maybe several times.
+        pool: int (p,), different pictures.
+        group: int (pictures,); those of different groups certainly show different landmarks.
+        embed: pictures, int (n,) -> float32 (n, d) of unit norm.
+
+    Returns:
+        int64 (...), a picture of the pool for each of ``anchors``.
+
+    Raises:
+        SamplingError: the pool shows an anchor's landmark alone.
+    """
+    queries, query_of_use = np.unique(anchors, return_inverse=True)
+    of_pool, of_queries = group[pool], group[queries]
+    vectors, points = embed(pool), embed(queries)
+    found = np.empty((len(queries), HARDEST), np.int64)
+    exists = np.empty(found.shape, bool)
+    step = max(_BLOCK // len(pool), 1)
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        similarity = points[rows] @ vectors.T
+        similarity[of_queries[rows, None] == of_pool] = -np.inf
+        for rank in range(HARDEST):
+            best = similarity.argmax(axis=1)
+            exists[rows, rank] = similarity[np.arange(len(best)), best] > -np.inf
+            found[rows, rank] = pool[best]
+            similarity[of_pool[best][:, None] == of_pool] = -np.inf
+    count = exists.sum(axis=1)
+    if not count.all():
+        raise SamplingError(
+            f"a pool of {len(pool)} pictures shows no other landmark than an anchor's: set a "
+            "larger pool, or pool=0"
+        )
+    drawn = rng.integers(count[query_of_use])
+    return found[query_of_use, drawn].reshape(np.shape(anchors))
 
 
 def shuffled_passes(n: int, needed: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,10 +8,12 @@ from lib.data.catalogue import UNKNOWN, Catalogue, build_catalogue, split_landma
 from lib.data.sampling import (
     SamplingError,
     draw_triplets,
+    hard_negatives,
     landmark_batches,
     triplet_batches,
     usable_triplets,
 )
+from tests.conftest import unit
 
 
 def catalogue_of(landmarks, triplets=((0, 1, 2),), groups=None) -> Catalogue:
@@ -59,6 +61,30 @@ def test_a_pass_uses_every_triplet_once_and_then_begins_again(world, training, r
             one_pass[np.lexsort(one_pass.T)], usable[np.lexsort(usable.T)]
         )
     assert not np.array_equal(flat[: len(usable)], flat[len(usable) :])
+
+
+@pytest.mark.parametrize("block", [1, 2**23])
+def test_negatives_are_the_nearest_pictures_of_other_groups(rng, monkeypatch, block):
+    monkeypatch.setattr("lib.data.sampling._BLOCK", block)
+    vectors = unit(rng.normal(size=(60, 8))).astype(np.float32)
+    group = rng.permutation(np.arange(60) // 4)
+    pool, anchors = rng.permutation(60)[:40], np.tile(rng.permutation(60)[:10], (20, 5, 1))
+    found = hard_negatives(anchors, pool, group, lambda pictures: vectors[pictures], rng)
+    assert found.shape == anchors.shape and found.dtype == np.int64
+    for anchor in anchors[0, 0]:
+        hardest = {}  # the nearest picture of each other group, the nearest of all first
+        for picture in sorted(pool, key=lambda one: -(vectors[one] @ vectors[anchor])):
+            if group[picture] != group[anchor]:
+                hardest.setdefault(group[picture], picture)
+        assert {*found[anchors == anchor]} == {*list(hardest.values())[:5]}
+
+
+def test_a_pool_of_few_landmarks_gives_what_it_has(rng):
+    group, vectors = np.array([0, 0, 1, 1]), np.eye(4, dtype=np.float32)
+    arguments = (np.arange(4), group, vectors.__getitem__, rng)
+    assert {*hard_negatives(np.zeros(9, int), *arguments)} == {2}  # a tie: the first
+    with pytest.raises(SamplingError, match=r"pool of 2 .* set a larger pool, or pool=0"):
+        hard_negatives(np.array([0, 3]), np.array([2, 3]), *arguments[1:])
 
 
 def test_nothing_held_back_is_seen(world, training, rng):
