@@ -15,6 +15,7 @@ import contextlib
 import json
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -66,8 +67,8 @@ def own_rows(rows: int) -> slice:
     return slice(number * each, (number + 1) * each)
 
 
-def as_the_first(values: dict[str, float]) -> dict[str, float]:
-    """Return the first process's values in every process.
+def as_the_first(values: Any) -> Any:
+    """Return the first process's values, such as JSON can hold, in every process.
 
     Metrics can differ in the last bit; decisions based on them would diverge between processes.
     """

@@ -30,6 +30,11 @@ CHECKPOINT = "checkpoint.npz"
 _FORMAT = 2  # format 1 had neither a number nor an identity
 _PARTS = ("tower", "loss", "optimizer", "best")
 _CURE = "choose another run_dir, or delete the file to begin again"
+_BEFORE = {
+    "pool": 0,
+    "memory": 0,
+    "teacher_share": 0.5,
+}  # of checkpoints that were written before these settings existed
 
 
 class TrainingError(RuntimeError):
@@ -144,7 +149,7 @@ class Checkpoint:
 
     def _differences(self, identity: dict, weights: int) -> list[str]:
         """Describe what differs from ``identity``; ``weights`` is how many the tower has."""
-        found, asked = self.identity["settings"], identity["settings"]
+        found, asked = _BEFORE | self.identity["settings"], identity["settings"]
         changed = [name for name in asked if name not in found or found[name] != asked[name]]
         differences = [f"other settings ({', '.join(changed)})"] if changed else []
         best = _digest(*self.values["best"][:weights])

@@ -32,6 +32,8 @@ class RunSettings:
         cached_variants: of each picture in the feature cache that the head learns from.
         ema_momentum: of a moving average of the weights; 0: none.
         patience: epochs without a better validation mAP before a stage ends.
+        pool: pictures that each epoch mines its negatives from; 0: it takes the stored ones.
+        memory: photos of former batches that the loss takes as further negatives; 0: none.
         random_stages: the stages in place of the others if there are only random weights.
         compared_epochs: of the heads that compare the losses; 0: leave that out.
         photographs_result: file of results on photographs to print; "": none.
@@ -50,6 +52,8 @@ class RunSettings:
     cached_variants: int = 1
     ema_momentum: float = 0.0
     patience: int = 4
+    pool: int = 0
+    memory: int = 0
     random_stages: list = (("all", 8, 4e-3),)
     compared_epochs: int = 2
     photographs_result: str = "benchmarks/results/real_training.json"

@@ -16,6 +16,7 @@ of them does no harm.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import warnings
@@ -28,7 +29,8 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from lib.data.dataset import DatasetHandler
+from lib.data.dataset import Batches, DatasetHandler
+from lib.data.sampling import hard_negatives
 from lib.data_parallel import as_the_first, by_itself
 from lib.evaluation.metrics import average_precision, pair_hits
 from lib.files import only_writer, remove_half_written, show_path
@@ -38,20 +40,22 @@ from lib.network.losses import (
     Loss,
     MetricLoss,
     active_share_of,
+    check_memory,
     embedding_spread,
     negative_distance,
     positive_distance,
 )
-from lib.network.mining import compare
+from lib.network.mining import ANCHOR, NEGATIVE, compare
 from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, layers_of, save_tower
 from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, describe_training
-from lib.training.features import FeatureCache
+from lib.training.features import FeatureBatches, FeatureCache
 from lib.training.log import TENSORBOARD, TrainingLog
 
 MODEL = "model.keras"
 
 PARTS = ("head", "last-block", "all")
 BATCH_NORMS = ("frozen", "live")
+_READ = 1024  # pictures in memory at a time: 50 MB of photos of 128 pixels
 COLLAPSED_SPREAD = 0.02  # embeddings with less are nearly a single point (see embedding_spread)
 
 
@@ -99,13 +103,19 @@ class TrainingSettings:
         clip_norm, ema_momentum: see :func:`make_optimizer`. A moving average is validated and saved
             in place of the weights; training continues with the weights.
         patience: a stage ends after this many epochs without a better validation mAP.
+        pool: pictures, drawn and embedded before each epoch, among which the negatives of its
+            stored triplets are mined, see :func:`lib.data.sampling.hard_negatives`. They and the
+            anchors are embedded by the weights that train, not by their average. 0: the stored
+            negatives.
+        memory: of :class:`lib.network.losses.MetricLoss`; 0: none. A stage begins with that of the
+            best epoch. Of the history, only ``loss`` takes it into account.
         teacher_share: of the distillation in the loss, from 0 to 1, if :func:`train` has a teacher;
             the rest is that of ``loss``.
         jit: compile the training step with XLA (TensorFlow, JAX) or TorchInductor (PyTorch): True,
             False, or "auto", Keras' choice (JAX, and TensorFlow on a GPU).
 
     Raises:
-        ValueError: no stages, or an unknown choice.
+        ValueError: no stages, an unknown choice, or what :func:`check_memory` refuses.
     """
 
     stages: tuple[Stage, ...]
@@ -115,6 +125,8 @@ class TrainingSettings:
     clip_norm: float | None = 1.0
     ema_momentum: float | None = None
     patience: int = 5
+    pool: int = 0
+    memory: int = 0
     teacher_share: float = 0.5
     jit: bool | str = "auto"
 
@@ -124,6 +136,9 @@ class TrainingSettings:
         if self.batch_norm not in BATCH_NORMS:
             names = ", ".join(BATCH_NORMS)
             raise ValueError(f"batch_norm must be one of {names}, got {self.batch_norm!r}")
+        if self.pool < 0:
+            raise ValueError(f"pool must be at least 0 pictures, got {self.pool}")
+        check_memory(self.loss, self.memory)
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be from 0 to 1, got {self.teacher_share}")
 
@@ -225,8 +240,8 @@ def train(
     Raises:
         TrainingError: another process trains in ``run``; its checkpoint is damaged, or of other
             settings, pictures, start weights or another network; the loss is not finite; ``run``
-            can't be written; see also :func:`set_trainable`.
-        SamplingError: too few usable pictures.
+            can't be written; a pool for P x K batches; see also :func:`set_trainable`.
+        SamplingError: too few usable pictures, or too small a pool.
     """
     busy = f"another process trains in {show_path(run)}: wait for its end or choose another run_dir"
     before = tower.get_weights()
@@ -258,6 +273,11 @@ class _Training:
         self.tower, self.handler, self.validation = tower, handler, validation
         self.settings, self.run, self.cache, self.teacher = settings, run, cache, teacher
         self._batch_size = handler.settings.batch_size
+        if settings.pool and handler.settings.pictures_per_landmark:
+            raise TrainingError(
+                "a pool has negatives for stored triplets, not for P x K batches: set "
+                "pictures_per_landmark=0 in DataSettings, or pool=0"
+            )
         remove_half_written(run, subfolders=True)
         if teacher is not None and teacher.shape[1] != tower.output_shape[-1]:
             raise TrainingError(
@@ -279,7 +299,7 @@ class _Training:
 
     def _new_loss(self) -> MetricLoss:
         groups = int(self.handler.catalogue.pictures["group"].max()) + 1
-        return MetricLoss(self.settings.loss, groups)
+        return MetricLoss(self.settings.loss, groups, self.settings.memory)
 
     def is_over(self, number: int) -> bool:
         """Tell whether a stage has had all its epochs or has run out of patience."""
@@ -308,6 +328,8 @@ class _Training:
             while not self.is_over(number):
                 epochs = len(checkpoint.history)
                 batches = batches_of(epochs, stage.steps_per_epoch)
+                if self.settings.pool:
+                    self._mine(batches, epochs, model, cached)
                 batches.teacher = self.teacher
                 row, weights = _train_epoch(siamese, batches, epochs + 1, self.log)
                 # Until ``weights`` are set below, the model holds their moving average, if any.
@@ -325,6 +347,25 @@ class _Training:
                         save_tower(tower, self.run / MODEL)
                     siamese.set_weights(weights)
                     checkpoint.save(tower, loss, siamese.optimizer)
+
+    def _mine(
+        self, batches: Batches | FeatureBatches, epoch: int, model: keras.Model, cached: bool
+    ) -> None:
+        """Replace the stored negatives of an epoch by the hardest of a pool, see ``pool``."""
+        handler, plan = self.handler, batches.plan
+        read = functools.partial(self.cache.maps, variant=0) if cached else handler.photos
+        # The batches' generators have the numbers of the steps.
+        rng = np.random.default_rng([handler.settings.seed, epoch, len(plan)])
+        pool = rng.permutation(np.unique(handler.triplets))[: self.settings.pool]
+        group = handler.catalogue.pictures["group"].to_numpy()
+        with by_itself(model) as local:
+
+            def embed_pictures(pictures: np.ndarray) -> np.ndarray:
+                starts = range(0, len(pictures), _READ)
+                return np.concatenate([embed(local, read(pictures[i : i + _READ])) for i in starts])
+
+            found = hard_negatives(plan[..., ANCHOR], pool, group, embed_pictures, rng)
+        plan[..., NEGATIVE] = as_the_first(found.tolist())
 
 
 def _epochs_since_best(history: list[dict]) -> int:

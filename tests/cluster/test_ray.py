@@ -62,6 +62,8 @@ SETTINGS = TrainingSettings(
     batch_norm="live",
     ema_momentum=0.5,
 )
+# Pictures per landmark, pool and memory: P x K batches, or mined triplets.
+KINDS = {"P x K": (2, 0, 0), "mined": (0, 20, 40)}
 JAX = {
     "KERAS_BACKEND": "jax",
     "JAX_PLATFORMS": "cpu",
@@ -74,13 +76,15 @@ JAX = {
 ROUNDING = 2e-6
 
 
-def data_of(shards) -> tuple[DatasetHandler, np.ndarray]:
+def task_of(shards, kind: str = "P x K") -> tuple[DatasetHandler, np.ndarray, TrainingSettings]:
+    k, pool, memory = KINDS[kind]
     catalogue = build_catalogue([Path(shard) for shard in shards])
     part = split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0)
-    data = DataSettings(image_size=16, batch_size=8, pictures_per_landmark=2, seed=1)
+    data = DataSettings(image_size=16, batch_size=8, pictures_per_landmark=k, seed=1)
     held_back = DatasetHandler(catalogue, data, part == "validation")
     validation = held_back.photos(held_back.validation_triplets(20))
-    return DatasetHandler(catalogue, data, part == "train"), validation
+    settings = replace(SETTINGS, pool=pool, memory=memory)
+    return DatasetHandler(catalogue, data, part == "train"), validation, settings
 
 
 def program(*arguments: object, **variables: str) -> subprocess.Popen:
@@ -140,10 +144,10 @@ def start(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(start, shards) -> Path:
-    """The run of a single process on the same backend."""
-    run = start.parent / "one"
-    process = program("train", start, run, 0, 1, 0, *shards, **JAX)
+def one_process(request, start, shards) -> Path:
+    """The run of a single process on the same backend; the parameter is of ``KINDS``."""
+    run = start.parent / f"one, {request.param}"
+    process = program("train", start, run, 0, 1, 0, request.param, *shards, **JAX)
     assert process.wait(300) == 0, process.stderr.read()[-3000:]
     before = load_tower(start).get_weights()
     moved = [np.abs(a - b).max() for a, b in zip(arrays_of(run).values(), before, strict=False)]
@@ -151,11 +155,13 @@ def one_process(start, shards) -> Path:
     return run
 
 
-def test_two_processes_train_as_one(start, shards, one_process):
-    port = 20_000 + os.getpid() % 10_000
-    runs = [start.parent / f"two-{rank}" for rank in (0, 1)]
+@pytest.mark.parametrize("one_process", KINDS, indirect=True)
+def test_two_processes_train_as_one(request, start, shards, one_process):
+    port, kind = 20_000 + os.getpid() % 10_000, request.node.callspec.params["one_process"]
+    runs = [start.parent / f"two-{rank}, {kind}" for rank in (0, 1)]
     processes = [
-        program("train", start, run, rank, 2, port, *shards, **JAX) for rank, run in enumerate(runs)
+        program("train", start, run, rank, 2, port, kind, *shards, **JAX)
+        for rank, run in enumerate(runs)
     ]
     for process in processes:
         assert process.wait(400) == 0, process.stderr.read()[-3000:]
@@ -163,10 +169,11 @@ def test_two_processes_train_as_one(start, shards, one_process):
     assert_same_training(runs[0], one_process, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("one_process", ["mined"], indirect=True)
 def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one_process, tmp_path):
     from lib.cluster.ray import train as train_on_cluster
 
-    handler, validation = data_of(shards)
+    handler, validation, training = task_of(shards, "mined")
     run, killed = tmp_path / "run", []
 
     def kill_one() -> None:
@@ -181,7 +188,7 @@ def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one
     thread.start()
     tower = load_tower(start)
     settings = ClusterSettings(workers=2, restarts=1)
-    history = train_on_cluster(tower, handler, validation, SETTINGS, run, cluster=settings)
+    history = train_on_cluster(tower, handler, validation, training, run, cluster=settings)
     thread.join()
     assert len(killed) == 1 and len(history) == 4
     # Workers compare their weights at the end, and fail if they differ.
@@ -195,8 +202,7 @@ def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one
 def test_a_batch_that_can_not_be_divided_is_refused_at_once(start, shards, tmp_path):
     from lib.cluster.ray import train as train_on_cluster
 
-    handler, validation = data_of(shards)
-    task = (load_tower(start), handler, validation, SETTINGS, tmp_path, None)
+    task = (load_tower(start), *task_of(shards), tmp_path, None)
     with pytest.raises(ClusterError, match="16 can't be divided evenly among 3 workers"):
         train_on_cluster(*task, ClusterSettings(workers=3))
 
@@ -438,7 +444,9 @@ with emulated_cluster(nodes=1):
 # --------------------------------------------------------------------------------------------------
 
 
-def train_as(start: str, run: str, rank: str, count: str, port: str, *shards: str) -> None:
+def train_as(
+    start: str, run: str, rank: str, count: str, port: str, kind: str, *shards: str
+) -> None:
     """One of the processes that train together."""
     import jax
 
@@ -447,9 +455,8 @@ def train_as(start: str, run: str, rank: str, count: str, port: str, *shards: st
     alone = int(count) == 1
     if not alone:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(rank))
-    handler, validation = data_of(shards)
     with contextlib.nullcontext() if alone else together(seed=1):
-        train(load_tower(Path(start)), handler, validation, SETTINGS, Path(run))
+        train(load_tower(Path(start)), *task_of(shards, kind), Path(run))
 
 
 def embed_on(address: str, engine: str, folder: str, *shards: str) -> None:

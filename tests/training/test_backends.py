@@ -34,6 +34,8 @@ SETTINGS = TrainingSettings(
     ),
     batch_norm="live",
     ema_momentum=0.5,
+    pool=20,
+    memory=40,
 )
 
 

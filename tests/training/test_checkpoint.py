@@ -86,6 +86,20 @@ def test_neither_resumed_nor_handed_back_as_the_training_of_something_else(
     assert files_of(tmp_path) == trained[2]
 
 
+def test_a_checkpoint_without_settings_that_came_later_is_read_as_theirs_were_off(
+    handler, validation, trained, tmp_path
+):
+    with np.load(tmp_path / CHECKPOINT) as arrays:
+        values = dict(arrays)
+    facts = json.loads(str(values["facts"]))
+    for name in ("pool", "memory"):
+        assert facts["identity"]["settings"].pop(name) == 0
+    np.savez(tmp_path / CHECKPOINT, **values | {"facts": np.array(json.dumps(facts))})
+    assert train(pooled_by("average"), handler, validation, SHORT, tmp_path).equals(trained[1])
+    with pytest.raises(TrainingError, match=r"other settings \(pool\)"):
+        train(pooled_by("average"), handler, validation, replace(SHORT, pool=9), tmp_path)
+
+
 def test_the_same_training_is_handed_back_also_to_the_tower_it_left(
     handler,
     validation,

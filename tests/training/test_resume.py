@@ -43,13 +43,16 @@ SEEDS = (1, 2)
 # checkpoint does not fit; the epoch's log; the checkpoint or the model, of some 50 and 80 kB.
 FULL_DISKS = {0: 1_000, 2: 5_000, 4: 30_000}
 
-# Everything that has a state: optimizer, moving average, random draw, early stop.
+# Everything that has a state: optimizer, moving average, random draw, memory, early stop. The
+# negatives follow from the weights that an epoch begins with.
 SETTINGS = TrainingSettings(
     stages=tuple(Stage(part, 4, 2, 1e-2) for part in ("head", "last-block", "all")),
     loss=TripletLoss(mining=DistanceWeighted()),
     ema_momentum=0.8,
     batch_norm="live",
     patience=2,
+    pool=10,
+    memory=20,
 )
 
 

@@ -72,12 +72,16 @@ class Cache:
     """A feature cache in memory, of one variant: float16 (pictures, h, w, c)."""
 
     def __init__(self, handler, maps):
-        self.handler, self.maps, self.epochs = handler, maps, []
+        self.handler, self.of_pictures, self.epochs = handler, maps, []
 
     def batches(self, epoch, steps):
         self.epochs.append(epoch)
         plan = self.handler.training_batches(epoch, steps).plan
-        return Maps(self.handler, plan, epoch, self.maps)
+        return Maps(self.handler, plan, epoch, self.of_pictures)
+
+    def maps(self, pictures, variant):
+        assert variant == 0
+        return self.of_pictures[pictures]
 
 
 @pytest.fixture
@@ -278,6 +282,50 @@ def test_a_head_learns_the_same_from_cached_maps_until_the_trunk_has_changed(
     first, second = map(values_of, towers)
     for path in first:
         np.testing.assert_allclose(first[path], second[path], atol=2e-3, err_msg=path)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_epoch_trains_on_the_hardest_negatives_of_its_pool(
+    handler, validation, tmp_path, monkeypatch, cached
+):
+    """By the weights that it begins with; each stored negative gives way to a mined one."""
+    tower, pictures = tiny_tower(), np.unique(handler.triplets)
+    group = handler.catalogue.pictures["group"].to_numpy()
+    photos = handler.photos(np.arange(len(group)))
+    maps = tower.get_layer("trunk").predict(photos, verbose=0).astype(np.float16)
+    train_epoch, pools = lib.training.stages._train_epoch, []
+
+    def check(siamese, batches, epoch, log):
+        vectors = embed(tower, photos)
+        stored = handler.training_batches(epoch - 1, len(batches)).plan
+        np.testing.assert_array_equal(batches.plan[..., :2], stored[..., :2])
+        nearer = [
+            len({*group[pictures[vectors[pictures] @ vectors[a] > vectors[n] @ vectors[a] + 1e-3]]})
+            for a, _, n in batches.plan.reshape(-1, 3)
+        ]
+        # All pictures are in the pool: nearer are its own group and four others.
+        anchors, negatives = group[batches.plan[..., [0, 2]]].T
+        assert max(nearer) <= 5 and (anchors != negatives).all()
+        pools.append(batches.plan[..., 2])
+        return train_epoch(siamese, batches, epoch, log)
+
+    monkeypatch.setattr(lib.training.stages, "_train_epoch", check)
+    stages = (Stage("head" if cached else "all", 2, 3, 1e-2),)
+    settings = replace(SETTINGS, stages=stages, pool=len(pictures), batch_norm="frozen")
+    cache = Cache(handler, maps) if cached else None
+    train(tower, handler, validation, settings, tmp_path, cache)
+    assert len(pools) == 2 and not np.array_equal(*pools)
+
+
+def test_a_pool_for_p_x_k_batches_and_numbers_below_0_are_refused(handler, validation, tmp_path):
+    data = replace(handler.settings, pictures_per_landmark=2)
+    other = DatasetHandler(handler.catalogue, data, handler.chosen)
+    with pytest.raises(TrainingError, match="pictures_per_landmark=0 in DataSettings, or pool=0"):
+        train(tiny_tower(), other, validation, replace(SETTINGS, pool=8), tmp_path)
+    with pytest.raises(ValueError, match="pool must be at least 0 pictures, got -1"):
+        replace(SETTINGS, pool=-1)
+    with pytest.raises(ValueError, match="set memory=0, or choose another loss"):
+        replace(SETTINGS, memory=8, loss=ArcFace())
 
 
 @pytest.mark.long
