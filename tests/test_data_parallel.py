@@ -51,12 +51,17 @@ def test_the_shares_of_a_cached_batch_are_the_batch(catalogue, monkeypatch, tmp_
     np.save(tmp_path / "maps0000.npy", maps)
     cache = FeatureCache(handler, tmp_path, pictures, 2, (1, 1, 4))
     plan = handler.training_batches(0, 1).plan
-    whole = FeatureBatches(cache, plan, 0)[0]
-    shares = []
+
+    def batch():
+        batches = FeatureBatches(cache, plan, 0)
+        batches.teacher = np.eye(len(catalogue.pictures), dtype=np.float32)
+        return batches[0]
+
+    whole, shares = batch(), []
     for rows in SHARES:
-        monkeypatch.setattr(lib.training.features, "own_rows", lambda n, rows=rows: rows)
-        shares.append(FeatureBatches(cache, plan, 0)[0])
-    for kind in (0, 1):
+        monkeypatch.setattr(lib.data.dataset, "own_rows", lambda n, rows=rows: rows)
+        shares.append(batch())
+    for kind in (0, 1, 2):
         parts = [share[kind] for share in shares]
         np.testing.assert_array_equal(np.concatenate(parts), whole[kind])
 
