@@ -11,12 +11,17 @@ costs one pass of its size: sizes of 0.7, 1 and 1.4 times the tower's, mirrored 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import keras
 import numpy as np
 
+from lib.data.dataset import DatasetHandler
+from lib.network.engine import Engine
 from lib.network.pooling import GeM
 from lib.network.tower import embed, resized
+from lib.network.whitening import learn_pca_whitening
+from lib.search.embedding import embed_job, photos_in_shards
 
 
 def describe_views(
@@ -87,3 +92,32 @@ def aggregate(views: np.ndarray, p: float = 1.0) -> np.ndarray:
         mean = ((views - lowest) ** p).mean(axis=0) ** (1 / p) + lowest
     norms = np.linalg.norm(mean, axis=1, keepdims=True)
     return np.divide(mean, norms, out=mean, where=norms > 0).astype(np.float32)
+
+
+def teacher_descriptors(
+    teacher: Engine, handler: DatasetHandler, dimension: int, folder: Path
+) -> np.ndarray:
+    """What a tower can learn from a stronger network, for :func:`lib.training.stages.train`.
+
+    Args:
+        teacher: may have views, as they cost nothing later.
+        handler: its chosen pictures are embedded, and a PCA whitening is learned from them.
+        dimension: of the tower's embeddings, at most that of the teacher's.
+        folder: of the job, which resumes there, see :func:`lib.search.embedding.embed_job`.
+
+    Returns:
+        float32 (pictures, dimension), of unit norm for the chosen pictures that can be read, else
+        zeros, which teach nothing.
+
+    Raises:
+        ValueError: the teacher has fewer dimensions, or too few pictures are chosen.
+        EmbeddingJobError: as :func:`lib.search.embedding.embed_job`.
+    """
+    chosen = np.flatnonzero(handler.chosen)
+    source = photos_in_shards(handler.catalogue, chosen)
+    found = embed_job(teacher, source, folder)
+    whitening = learn_pca_whitening(found.embeddings, dimension)
+    row = dict(zip(source.names, chosen, strict=True))
+    descriptors = np.zeros((len(handler.catalogue.pictures), dimension), np.float32)
+    descriptors[[row[name] for name in found.names]] = whitening.apply(found.embeddings)
+    return descriptors

@@ -34,6 +34,10 @@ class RunSettings:
         patience: epochs without a better validation mAP before a stage ends.
         pool: pictures that each epoch mines its negatives from; 0: it takes the stored ones.
         memory: photos of former batches that the loss takes as further negatives; 0: none.
+        teacher: file of an exported tower, such as another run's ``tower.engine``, whose
+            descriptors this one learns too, see :func:`lib.search.descriptors.teacher_descriptors`;
+            "": none.
+        teacher_share: of that in the loss, from 0 to 1.
         random_stages: the stages in place of the others if there are only random weights.
         compared_epochs: of the heads that compare the losses; 0: leave that out.
         photographs_result: file of results on photographs to print; "": none.
@@ -54,6 +58,8 @@ class RunSettings:
     patience: int = 4
     pool: int = 0
     memory: int = 0
+    teacher: str = ""
+    teacher_share: float = 0.5
     random_stages: list = (("all", 8, 4e-3),)
     compared_epochs: int = 2
     photographs_result: str = "benchmarks/results/real_training.json"

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.data.catalogue import build_catalogue, split_landmarks
+from lib.data.dataset import DatasetHandler, DataSettings
+from lib.network.engine import keras_engine
 from lib.network.tower import TowerSettings, build_tower, embed, resized
-from lib.search.descriptors import aggregate, describe_views
+from lib.network.whitening import learn_pca_whitening
+from lib.search import embedding
+from lib.search.descriptors import aggregate, describe_views, teacher_descriptors
 from tests.conftest import unit
 
 
@@ -70,3 +75,31 @@ def test_aggregate_has_unit_norm_whatever_the_order_and_number_of_equal_views(se
     np.testing.assert_allclose(aggregate(views[::-1], p), result, atol=1e-6)
     np.testing.assert_allclose(aggregate(np.concatenate([views, views]), p), result, atol=1e-6)
     np.testing.assert_allclose(aggregate(views[:1].repeat(2, axis=0), p), views[0], atol=1e-5)
+
+
+def test_a_teachers_descriptors_of_the_chosen_pictures(shards, tmp_path, monkeypatch):
+    photos = keras.Input((8, 8, 3), dtype="uint8")
+    means = keras.layers.AveragePooling2D(4)(keras.layers.Rescaling(1 / 255)(photos))
+    flat = keras.layers.UnitNormalization()(keras.layers.Flatten()(means))
+    teacher = keras.Model(photos, flat)
+    catalogue = build_catalogue(shards)
+    chosen = split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0) == "train"
+    handler = DatasetHandler(catalogue, DataSettings(16), chosen.copy())
+    broken = catalogue.places[np.flatnonzero(chosen)[5]]
+    read = embedding.read_picture
+
+    def read_most(place):
+        if place == broken:
+            raise ValueError("damaged")
+        return read(place)
+
+    monkeypatch.setattr("lib.search.embedding.read_picture", read_most)
+    found = teacher_descriptors(keras_engine(teacher), handler, 5, tmp_path)
+    assert found.shape == (len(catalogue.pictures), 5) and found.dtype == np.float32
+    chosen[np.flatnonzero(chosen)[5]] = False
+    assert not found[~chosen].any()
+    plain = embed(teacher, handler.photos(np.flatnonzero(chosen), 8))
+    expected = learn_pca_whitening(plain, 5).apply(plain)
+    np.testing.assert_allclose(found[chosen], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="dimension"):
+        teacher_descriptors(keras_engine(teacher), handler, 13, tmp_path)
