@@ -8,7 +8,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo course app test test-style test-lib test-notebooks test-long backends cluster
-.PHONY: test-cluster browser notebooks screenshots lab tensorboard report lint lock clean
+.PHONY: hub test-cluster browser notebooks screenshots lab tensorboard report lint lock clean
 .PHONY: active-conda rehearse book
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
@@ -167,17 +167,26 @@ cluster: .venv/.added-cluster ## Add Ray, JAX and Milvus to .venv: training, emb
 .venv/.added-cluster: EXTRAS = cluster,milvus
 .venv/.added-cluster: MODULES = ray, jax, pymilvus, milvus_lite
 
+# keras-hub asks for tensorflow-text as well, for its networks of texts, and that for the package
+# tensorflow, whose files overwrite those of tensorflow-cpu. So the extra names all that is needed.
+hub: .venv/.added-hub ## Add keras-hub to .venv: DINOv2, DINOv3, CLIP and SigLIP 2 as backbones
+.venv/.added-hub: WANTED = --no-deps `$(PY) -c '$(LIST_EXTRA)' hub`
+.venv/.added-hub: MODULES = keras_hub
+LIST_EXTRA := import sys, tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
+
 book: .venv/.added-book ## Build the course's website into site/: notebooks, texts, a reference of lib
 	$(PY) -m tools.book $(if $(REPOSITORY),--repository $(REPOSITORY))
 .venv/.added-book: EXTRAS = book
 .venv/.added-book: MODULES = sphinx, myst_nb, sphinx_book_theme
 
 # The constraint keeps every locked package at its version.
-.venv/.added-backends .venv/.added-cluster .venv/.added-book: pyproject.toml | setup
+WANTED = --constraint $(LOCK) --editable '.[$(EXTRAS)]'
+.venv/.added-backends .venv/.added-cluster .venv/.added-hub .venv/.added-book: pyproject.toml | setup
 	@[ "$(CONDA_ACTIVE)" != yes ] || { \
 	  echo "make $(subst .venv/.added-,,$@) is for .venv only: run 'conda deactivate' first." >&2; \
 	  exit 1; }
-	@$(call INSTALL,--constraint $(LOCK) --editable '.[$(EXTRAS)]')
+	@$(call INSTALL,$(WANTED))
 	$(PY) -c 'import $(MODULES)'
 	@touch $@
 

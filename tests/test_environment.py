@@ -260,11 +260,22 @@ def test_installed_versions_are_the_locked_ones():
     assert {package: installed.get(package) for package in expected} == expected
     assert len({"tensorflow", "tensorflow-cpu"} & set(installed)) == 1
     commands = {"backends": "make backends", "cluster": "make cluster", "milvus": "make cluster"}
-    commands["book"] = "make book"
+    commands |= {"book": "make book", "hub": "make hub"}
     for optional, command in commands.items():
         of_extra = {name(r): r for r in declared_in(optional)}
         for package in of_extra.keys() & installed.keys():
             assert installed[package] in of_extra[package].specifier, command
+
+
+def test_keras_hub_lacks_nothing_but_what_is_for_texts():
+    # It is installed without its dependencies, of which one would bring a second TensorFlow.
+    try:
+        asked = requirements(metadata.requires("keras-hub"))
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs keras-hub: make hub")
+    needed = {name(r) for r in applicable(asked, default_environment() | {"extra": ""})}
+    there = pins("cpu", default_environment()).keys() | {name(r) for r in declared_in("hub")}
+    assert needed - there == {"sentencepiece", "tensorflow-text"}
 
 
 # ---- imports
@@ -302,6 +313,7 @@ def is_import(node):
 BACKENDS = {name(r) for r in declared_in("backends")}
 RIVALS = {name(r) for r in declared_in("rivals")}
 BOOK = {name(r) for r in declared_in("book")}
+HUB = {name(r) for r in declared_in("hub")}
 CLUSTER = {name(r) for extra in ("cluster", "milvus") for r in declared_in(extra)}
 LOCAL_MODULES = {"lib", "tools", "tests", "benchmarks"} | {p.stem for p in ROOT.glob("tests/*.py")}
 IMPORTS = {path: set(imported(tree)) for path, tree in sources()}
@@ -336,15 +348,15 @@ def test_every_imported_package_is_declared():
     packages = metadata.packages_distributions()
     for path, modules in IMPORTS.items():
         extra = {"tests": BACKENDS, "benchmarks": RIVALS, "tools": BOOK}
-        allowed = direct | CLUSTER | extra.get(path.partition("/")[0], set())
+        allowed = direct | CLUSTER | HUB | extra.get(path.partition("/")[0], set())
         for module in modules - set(sys.stdlib_module_names) - LOCAL_MODULES:
             # What is not installed (the extra `backends`) is called as its module is.
             owners = {canonicalize_name(owner) for owner in packages.get(module, [module])}
             assert owners & allowed, f"{path} imports {module}, which pyproject.toml does not list"
 
 
-def test_ray_jax_and_milvus_are_imported_only_when_needed():
-    places = {"pymilvus": {"lib/cluster/milvus.py"}}
+def test_ray_jax_milvus_and_keras_hub_are_imported_only_when_needed():
+    places = {"pymilvus": {"lib/cluster/milvus.py"}, "keras_hub": {"lib/network/hub.py"}}
     places["ray"] = {"lib/cluster/emulated.py", "lib/cluster/ray.py"}
     places["jax"] = {"lib/data_parallel.py", "lib/cluster/ray.py"}
     for module, allowed in places.items():

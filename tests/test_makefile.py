@@ -5,6 +5,7 @@ nothing but the shell's own tools and a made-up python3. Nothing is installed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def test_help_lists_the_commands(tmp_path):
         "test-solutions",
         "backends",
         "cluster",
+        "hub",
         "book",
         "test-cluster",
         "browser",
@@ -73,6 +75,17 @@ def test_help_lists_the_commands(tmp_path):
         "lock",
         "clean",
     ]
+
+
+def test_keras_hub_is_installed_without_what_it_asks_for(tmp_path):
+    # tensorflow-text would bring the package tensorflow, beside tensorflow-cpu.
+    result = make(tmp_path, "--dry-run", "hub", "EXTRA=cpu", python3=REAL)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if "--no-deps `" in line)
+    program = re.search(r"python -c '(.*?)' hub`", line)[1]
+    command = [sys.executable, "-c", program, "hub"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [name.split("==")[0] for name in found.split()] == ["keras-hub", "regex", "tokenizers"]
 
 
 def test_setup_names_the_pythons_that_are_too_old(tmp_path):

@@ -29,8 +29,9 @@ import numpy as np
 from keras import ops
 
 from lib.files import check_stored, replacing, show_error, show_path
-from lib.network import efficientnet_lite
+from lib.network import efficientnet_lite, hub
 from lib.network.efficientnet_lite import PACKAGES
+from lib.network.hub import WeightsUnavailableError
 from lib.network.losses import MetricLoss, distillation_loss
 from lib.network.openvino import fast_precision
 from lib.network.pooling import GeM, make_pooling
@@ -52,10 +53,6 @@ _REFERENCES = {"keras_history", "input_layers", "output_layers"}  # to layers, b
 POLICIES = ("float32", "mixed_bfloat16")
 
 
-class WeightsUnavailableError(OSError):
-    """Pre-trained weights can't be fetched or read."""
-
-
 @functools.cache  # adds the filter once
 def _silence_retracing() -> None:
     """TensorFlow mistakes several networks, each traced once, for one traced again and again."""
@@ -72,16 +69,17 @@ class TowerSettings:
         image_size: side of the square input photo in pixels.
         embedding_size: dimension of the embedding. 0: no projection; the embedding is the pooled
             feature map at unit norm, which needs no training.
-        pooling: "gem", "gem-per-channel", "average", "max" or "rmac".
+        pooling: "gem", "gem-per-channel", "average", "max" or "rmac"; of a vision transformer, also
+            "class", its class token, and no GeM.
         gem_p, gem_p_trainable, gem_p_rate: GeM's initial exponent, whether it is learned, and at
             which multiple of the learning rate.
         backbone: one of ``BACKBONES``, the networks of ``keras.applications`` and
-            :mod:`lib.network.efficientnet_lite`.
+            :mod:`lib.network.efficientnet_lite`; or "hub:" and a preset of :mod:`lib.network.hub`.
         width: multiple of a MobileNet's usual number of channels (its ``alpha``).
         last_stage: the stage of ResNet50 whose feature map is pooled, 3 to 5 (the whole backbone).
         weights: pre-trained on ImageNet, "imagenet" (fetched once by Keras) or, for an
-            EfficientNet-Lite, "packaged" (from a Python package); the path of a Keras weights file;
-            or "" for random weights.
+            EfficientNet-Lite, "packaged" (from a Python package); of a preset, "hub"; the path of a
+            Keras weights file; or "" for random weights.
         precision: of the backbone: "float32", or "mixed_bfloat16", which computes in bfloat16 and
             keeps the weights in float32. The head computes in float32 either way.
     """
@@ -99,19 +97,29 @@ class TowerSettings:
     precision: str = "float32"
 
     def __post_init__(self):
-        if self.backbone not in BACKBONES:
+        if self.backbone not in BACKBONES and not self.of_hub:
             raise ValueError(
-                f"there is no backbone {self.backbone!r}; choose one of {', '.join(BACKBONES)}"
+                f"there is no backbone {self.backbone!r}; choose one of {', '.join(BACKBONES)}, or "
+                "a preset of keras-hub, such as hub:dinov2_small"
             )
-        own = "packaged" if self.backbone in PACKAGES else "imagenet"
-        if self.weights in {"packaged", "imagenet"} - {own}:
+        own = "packaged" if self.backbone in PACKAGES else "hub" if self.of_hub else "imagenet"
+        if self.weights in {"packaged", "imagenet", "hub"} - {own} or (
+            self.of_hub and self.weights not in ("", own)
+        ):
             raise ValueError(
                 f'the pre-trained weights of {self.backbone} are weights="{own}", '
                 f"not {self.weights!r}"
             )
-        constructor = BACKBONES[self.backbone]
-        if self.width != 1 and "alpha" not in inspect.signature(constructor).parameters:
+        options = {} if self.of_hub else inspect.signature(BACKBONES[self.backbone]).parameters
+        if self.width != 1 and "alpha" not in options:
             raise ValueError(f"{self.backbone} has one width only: leave width at 1")
+        if self.pooling == "class" and not self.of_hub:
+            raise ValueError(f'{self.backbone} has no class token: pooling="class" is not for it')
+        if self.pooling.startswith("gem") and self.of_hub:
+            raise ValueError(
+                f"the tokens of {self.backbone} are signed, and GeM counts negative values as "
+                'zero: choose pooling="class" or "average"'
+            )
         if self.backbone != "ResNet50" and self.last_stage != 5:
             raise ValueError(f"{self.backbone} is taken whole: leave last_stage at 5")
         if self.embedding_size < 0:
@@ -125,18 +133,25 @@ class TowerSettings:
                 f"image_size must be at least {2**self.last_stage}, got {self.image_size}"
             )
 
+    @property
+    def of_hub(self) -> bool:
+        """Whether the backbone is one of :mod:`lib.network.hub`."""
+        return self.backbone.startswith(hub.PREFIX)
+
 
 def other_weights(settings: TowerSettings) -> TowerSettings:
     """The settings to go on with where a tower's weights can't be had.
 
-    In place of ImageNet weights from a download, EfficientNet-Lite0 with those of its package; else
-    (or for photos below 32 pixels, which are too small for it) random weights.
+    In place of weights from a download, EfficientNet-Lite0 with those of its package (pooled by GeM
+    where there is no class token any more); else (or for photos below 32 pixels, which are too
+    small for it) random weights.
     """
-    if settings.weights != "imagenet" or settings.image_size < 32:
+    if settings.weights not in ("imagenet", "hub") or settings.image_size < 32:
         return replace(settings, weights="")
-    return replace(
-        settings, backbone="EfficientNetLite0", width=1.0, last_stage=5, weights="packaged"
-    )
+    packaged = {"backbone": "EfficientNetLite0", "weights": "packaged"}
+    if settings.pooling == "class":
+        packaged["pooling"] = "gem"
+    return replace(settings, width=1.0, last_stage=5, **packaged)
 
 
 @keras.saving.register_keras_serializable(package="image_retrieval")
@@ -168,11 +183,14 @@ def build_tower(settings: TowerSettings) -> keras.Model:
 
     Raises:
         WeightsUnavailableError: the weights can't be fetched or read.
-        ValueError: GeM pooling of a backbone with signed maps; photos too small for the backbone.
+        ImportError: keras-hub is not installed, for a backbone from there.
+        ValueError: GeM pooling of a backbone with signed maps; photos of a size that does not fit
+            the backbone.
     """
     with computing_in(settings.precision):
         backbone = build_backbone(settings)
-        trunk = _build_trunk(settings.image_size, Preprocessing(settings.backbone), backbone)
+        own = hub.preprocessing if settings.of_hub else Preprocessing
+        trunk = _build_trunk(settings.image_size, own(settings.backbone), backbone)
     # ConvNeXt ends with it. Other backbones end with activations, which go no lower than -0.375.
     is_signed = isinstance(backbone.layers[-1], keras.layers.LayerNormalization)
     if is_signed and settings.pooling.startswith("gem"):
@@ -184,7 +202,9 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
 
 
-def _build_trunk(image_size: int | None, preprocessing: Preprocessing, backbone: keras.Model):
+def _build_trunk(
+    image_size: int | None, preprocessing: keras.layers.Layer, backbone: keras.Model
+) -> keras.Model:
     photos = keras.Input((image_size, image_size, 3), dtype="uint8", name="photos")
     return keras.Model(photos, backbone(preprocessing(photos)), name="trunk")
 
@@ -214,7 +234,9 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
     _silence_retracing()
     maps = keras.Input(map_shape, name="feature_maps")
     exponent = (settings.gem_p, settings.gem_p_trainable, settings.gem_p_rate)
-    x = make_pooling(settings.pooling, *exponent)(maps)
+    # The map of a class token has one place.
+    pooling = "average" if settings.pooling == "class" else settings.pooling
+    x = make_pooling(pooling, *exponent)(maps)
     if size := settings.embedding_size:
         x = keras.layers.Dense(size, use_bias=False, name="projection")(x)
         # ReLU maps are positive, so all embeddings would point the same way. Batch normalization
@@ -229,15 +251,20 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
 def frozen_trunk(tower: keras.Model, gem_p: float = 3.0) -> keras.Model:
     """The tower's trunk under GeM and L2 normalization alone: what is there without a trained head.
 
-    uint8 (n, s, s, 3) -> float32 (n, c). Every training should beat it.
+    uint8 (n, s, s, 3) -> float32 (n, c). Every training should beat it. A transformer's signed
+    tokens are averaged in place of GeM.
     """
     trunk = tower.get_layer("trunk")
-    settings = TowerSettings(embedding_size=0, gem_p=gem_p, gem_p_trainable=False)
+    pooling = "average" if hub.has_tokens(trunk) else "gem"
+    settings = TowerSettings(embedding_size=0, pooling=pooling, gem_p=gem_p, gem_p_trainable=False)
     return keras.Sequential([trunk, build_head(trunk.output_shape[1:], settings)], name="frozen")
 
 
 def build_backbone(settings: TowerSettings) -> keras.Model:
     """Build the backbone, from preprocessed photos to maps; errors as in :func:`build_tower`."""
+    if settings.of_hub:
+        one_token, load_weights = settings.pooling == "class", settings.weights == "hub"
+        return hub.build(settings.backbone, settings.image_size, one_token, load_weights)
     size, options = settings.image_size, {} if settings.width == 1 else {"alpha": settings.width}
     build = functools.partial(
         BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
@@ -328,16 +355,23 @@ class Siamese(keras.Model):
 
 
 def resized(tower: keras.Model, image_size: int | None) -> keras.Model:
-    """A tower for photos of another size (None: any), with a copy of the weights."""
+    """A tower for photos of another size (None: any), with a copy of the weights.
+
+    Raises:
+        ValueError: the backbone is a transformer, and the size None or no multiple of its patches.
+    """
     old = tower.get_layer("trunk")
-    pixels = keras.Input((image_size, image_size, 3))
-    backbone = keras.models.clone_model(old.get_layer("backbone"), input_tensors=pixels)
+    if hub.has_tokens(old):
+        backbone = hub.resized(old.get_layer("backbone"), image_size)
+    else:
+        pixels = keras.Input((image_size, image_size, 3))
+        backbone = keras.models.clone_model(old.get_layer("backbone"), input_tensors=pixels)
+        backbone.set_weights(old.get_layer("backbone").get_weights())
     trunk = _build_trunk(image_size, old.get_layer("preprocessing"), backbone)
     maps = keras.Input(trunk.output_shape[1:], name="feature_maps")
     head = keras.models.clone_model(tower.get_layer("head"), input_tensors=maps)
-    copy = keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
-    copy.set_weights(tower.get_weights())
-    return copy
+    head.set_weights(tower.get_layer("head").get_weights())
+    return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
 
 
 def embed(tower: keras.Model, photos: np.ndarray) -> np.ndarray:
@@ -434,6 +468,7 @@ def load_tower(path: Path) -> keras.Model:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: keras-hub is not installed, for a tower with a backbone from there.
         ValueError: the file is not a tower of this project.
     """
     if not Path(path).is_file():
@@ -447,6 +482,8 @@ def load_tower(path: Path) -> keras.Model:
             check_stored(archive)
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # of zipfile, h5py, json or Keras
+        if "parent module keras_hub" in str(error):
+            hub.import_keras_hub()
         raise ValueError(
             f"{show_path(path)} is not a saved tower of this project: {show_error(error)}"
         ) from error

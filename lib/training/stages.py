@@ -34,6 +34,7 @@ from lib.data.sampling import hard_negatives
 from lib.data_parallel import as_the_first, by_itself
 from lib.evaluation.metrics import average_precision, pair_hits
 from lib.files import only_writer, remove_half_written, show_path
+from lib.network.hub import stays_fixed
 from lib.network.losses import (
     ArcFace,
     InfoNCE,
@@ -205,7 +206,8 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
         moves = train == "all" or (train == "last-block" and match and int(match[1]) == last)
         # A frozen batch normalization uses its moving statistics in training as well.
         is_norm = isinstance(layer, keras.layers.BatchNormalization)
-        layer.trainable = bool(moves) and not (is_norm and batch_norm == "frozen")
+        fixed = (is_norm and batch_norm == "frozen") or stays_fixed(layer)
+        layer.trainable = bool(moves) and not fixed
 
 
 def train(
