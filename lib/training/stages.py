@@ -201,13 +201,15 @@ def set_trainable(tower: keras.Model, train: str, batch_norm: str) -> None:
         raise TrainingError(
             'the backbone has no layers conv2_..., conv3_... and so no last block: use train="all"'
         )
-    # Layer by layer: on TensorFlow, a model whose own flag does not change does not set its layers.
+    # Layer by layer, and changed twice: on TensorFlow, a model or layer whose own flag does not
+    # change does not set its layers.
     for layer, match in blocks.items():
         moves = train == "all" or (train == "last-block" and match and int(match[1]) == last)
         # A frozen batch normalization uses its moving statistics in training as well.
         is_norm = isinstance(layer, keras.layers.BatchNormalization)
         fixed = (is_norm and batch_norm == "frozen") or stays_fixed(layer)
-        layer.trainable = bool(moves) and not fixed
+        layer.trainable = bool(fixed or not moves)
+        layer.trainable = not layer.trainable
 
 
 def train(

@@ -30,6 +30,7 @@ from lib.network.tower import (
     feature_maps,
     fingerprint,
     frozen_trunk,
+    layers_of,
     load_tower,
     other_weights,
     resized,
@@ -37,7 +38,7 @@ from lib.network.tower import (
 )
 from lib.training.checkpoint import TrainingError
 from lib.training.features import build_cache
-from lib.training.stages import MODEL, Stage, TrainingSettings, train
+from lib.training.stages import MODEL, Stage, TrainingSettings, set_trainable, train
 
 needs_keras_hub = pytest.mark.skipif(
     importlib.util.find_spec("keras_hub") is None, reason="needs keras-hub: make hub"
@@ -328,7 +329,14 @@ def test_a_head_is_trained_on_cached_tokens_and_then_the_whole(presets, shards, 
     train(tower, handler, validation, TrainingSettings(stages), tmp_path / "all", cache)
     assert fingerprint(load_tower(tmp_path / "all" / MODEL)) == fingerprint(tower)
     backbone = tower.get_layer("trunk").get_layer("backbone")
-    assert not backbone.layers[1].trainable and backbone.layers[2].trainable
+    assert not backbone.layers[1].trainable_weights and backbone.layers[2].trainable
+    # Of a loaded tower, whose layers know that they are fixed, parts of them were trained.
+    for part, trained in (("all", True), ("head", False)):
+        loaded = load_tower(tmp_path / "all" / MODEL)
+        set_trainable(loaded, part, "live")
+        weights = {layer.name: layer.weights for layer in layers_of(loaded.get_layer("trunk"))}
+        names = {name for name, of in weights.items() if any(w.trainable for w in of)}
+        assert bool(names) == trained and not any("embedding" in name for name in names)
     stages = (replace(stages[1], train="last-block"),)
     with pytest.raises(TrainingError, match="no last block"):
         train(tower, handler, validation, TrainingSettings(stages), tmp_path / "last-block")
