@@ -20,9 +20,10 @@ import pytest
 
 from lib.data.catalogue import build_catalogue, split_landmarks
 from lib.data.dataset import DatasetHandler, DataSettings
-from lib.network.tower import embed, load_tower, save_tower
+from lib.network.tower import TowerSettings, build_tower, embed, load_tower, save_tower
 from lib.training.checkpoint import CHECKPOINT
 from lib.training.stages import Stage, TrainingSettings, train
+from tests.network.test_hub import save_preset
 from tests.training.test_stages import Cache, tiny_tower, watching
 
 pytestmark = pytest.mark.long
@@ -39,11 +40,12 @@ SETTINGS = TrainingSettings(
 )
 
 
-@pytest.fixture(scope="module")
-def started(shards, tmp_path_factory):
+@pytest.fixture(scope="module", params=["convolutions", "transformer"])
+def started(request, shards, tmp_path_factory):
     """The process of each backend, and its folder; all run at once."""
     folder = tmp_path_factory.mktemp("backends")
-    save_tower(tiny_tower(), folder / "start.keras")
+    is_plain = request.param == "convolutions"
+    save_tower(tiny_tower() if is_plain else tiny_transformer(folder), folder / "start.keras")
     backends = ["tensorflow", "jax"] + ["torch"] * (importlib.util.find_spec("torch") is not None)
     processes = {
         backend: subprocess.Popen(
@@ -58,6 +60,13 @@ def started(shards, tmp_path_factory):
     yield processes, folder
     for process in processes.values():
         process.kill()
+
+
+def tiny_transformer(folder: Path):
+    if not importlib.util.find_spec("keras_hub"):
+        pytest.skip("needs keras-hub: make hub")
+    backbone = save_preset(folder / "preset", "dinov2_with_registers")
+    return build_tower(TowerSettings(32, 8, "average", backbone=backbone, weights="hub"))
 
 
 def results(started, backend: str) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -90,11 +99,11 @@ def test_training_is_the_same_as_with_tensorflow(started, reference, backend):
 def main(start: str, run: str, *shards: str) -> None:
     catalogue = build_catalogue([Path(shard) for shard in shards])
     part = split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0)
-    data = DataSettings(image_size=16, batch_size=8, seed=1)
+    tower = load_tower(Path(start))
+    data = DataSettings(image_size=tower.input_shape[1], batch_size=8, seed=1)
     handler = DatasetHandler(catalogue, data, part == "train")
     held_back = DatasetHandler(catalogue, data, part == "validation")
     validation = held_back.photos(held_back.validation_triplets(20))
-    tower = load_tower(Path(start))
     photos = handler.photos(np.arange(len(catalogue.pictures)))
     maps = tower.get_layer("trunk").predict(photos, verbose=0).astype(np.float16)
     np.save(f"{run}-before.npy", embed(tower, photos))
