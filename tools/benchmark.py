@@ -71,8 +71,9 @@ def open_network(name: str, out: Path, scales: tuple[float, ...]) -> Engine:
 
     Args:
         name: "packaged"; a backbone of lib.network.tower.BACKBONES, with ImageNet's weights, pooled
-            by GeM; a run's folder, or a model file, for a trained tower.
-        scales: see lib.network.engine.
+            by GeM; a preset of lib.network.hub, "hub:...", by its class token; a run's folder, or a
+            model file, for a trained tower.
+        scales: see lib.network.engine. A vision transformer embeds squares in place of them.
 
     Raises:
         UsageError: there is no such network.
@@ -82,7 +83,8 @@ def open_network(name: str, out: Path, scales: tuple[float, ...]) -> Engine:
     origin = f"{checksum(path) if path.is_file() else name} {scales}"
     file = out / f"{hashlib.sha256(origin.encode()).hexdigest()[:16]}.engine"
     if not file.is_file():
-        from lib.network import tower as towers  # loads Keras
+        from lib.network import hub  # loads Keras
+        from lib.network import tower as towers
 
         if path.is_file():
             tower = towers.load_tower(path)
@@ -91,13 +93,17 @@ def open_network(name: str, out: Path, scales: tuple[float, ...]) -> Engine:
         elif name in towers.BACKBONES:
             chosen = {"backbone": name, "weights": "imagenet", "embedding_size": 0}
             tower = towers.build_tower(towers.TowerSettings(image_size=224, **chosen))
+        elif name.startswith(hub.PREFIX):
+            chosen = {"backbone": name, "weights": "hub", "pooling": "class", "embedding_size": 0}
+            tower = towers.build_tower(towers.TowerSettings(image_size=224, **chosen))
         else:
             raise UsageError(
-                f"--network {name}: it is neither packaged, nor a backbone such as ResNet50, nor a "
-                "run's folder or a model file"
+                f"--network {name}: it is neither packaged, nor a backbone such as ResNet50 or "
+                "hub:dinov2_small, nor a run's folder or a model file"
             )
         print(f"exporting {name}", file=sys.stderr)
-        export_engine(tower, file, origin, scales)
+        views = () if hub.has_tokens(tower.get_layer("trunk")) else scales
+        export_engine(tower, file, origin, views)
     return load_engine(file)
 
 
@@ -300,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help=", ".join([*official.OPENERS, "folder:PATH"]))
     sets = {"type": as_path, "default": project_root() / "Dataset" / "benchmarks"}
     parser.add_argument("--data", **sets, help="folder of the sets; default: Dataset/benchmarks")
-    help_ = "packaged (default), a backbone with ImageNet's weights, a run's folder, a model file"
+    help_ = "packaged (default), a backbone with ImageNet's weights, hub:PRESET of keras-hub, "
+    help_ += "a run's folder, a model file"
     parser.add_argument("--network", default="packaged", help=help_)
     parser.add_argument("--size", type=int, default=1024, help="longest side in pixels")
     scales = {"type": float, "nargs": "+", "default": SCALES, "metavar": "SCALE"}
@@ -355,7 +362,7 @@ def summarize(options, task: official.Task, engine: Engine, described: Described
         "settings": {
             "network": options.network,
             "size": options.size,
-            "scales": list(options.scales),
+            "scales": list(engine.views),
             "whitened by": options.whiten or "nothing",
             "dimension": described.gallery.shape[1],
             "rerank": options.rerank,

@@ -18,7 +18,16 @@ from typing import Any
 from lib.files import project_root, read_json, write_json
 
 ENVIRONMENT = "environment.json"
-PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "faiss-cpu", "numpy")
+PACKAGES = (
+    "keras",
+    "keras-hub",
+    "tensorflow",
+    "tensorflow-cpu",
+    "jax",
+    "torch",
+    "faiss-cpu",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:

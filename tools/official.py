@@ -230,7 +230,8 @@ def photos_at(
 
     def read(number: int, image_size: int, squash: bool) -> np.ndarray:
         crop = None if boxes is None else tuple(boxes[number])
-        return read_photo(paths[number], min(image_size, longest), squash, crop)
+        side = image_size if squash else min(image_size, longest)
+        return read_photo(paths[number], side, squash, crop)
 
     states = {name: f"{size} {time}" for name, size, time in states} if folder else {}
     digest = hashlib.sha256(identity).hexdigest()

@@ -15,6 +15,7 @@ from lib.evaluation.ground_truth import read_revisited
 from lib.files import project_root, read_json
 from lib.network.engine import Engine
 from tests.kaggle import serving
+from tests.network.test_hub import needs_keras_hub, save_preset
 from tools import benchmark, fetch, official
 from tools.official import OfficialError, Remote, open_set
 
@@ -386,6 +387,16 @@ def test_a_whitening_comes_from_other_photos(folder, measured, tmp_path):
     assert result["settings"]["dimension"] == 5 and result["settings"]["whitened by"] == name
     line = measured(f"folder:{folder}", "--whiten", f"folder:{folder}", status=2)
     assert "must not be learned on what is measured" in line
+
+
+@needs_keras_hub
+@pytest.mark.long
+def test_a_vision_transformer_embeds_squares(folder, tmp_path, capsys):
+    network = save_preset(tmp_path / "preset", "dinov2")
+    options = ["--network", network, "--size", "64", "--out", str(tmp_path / "out")]
+    assert benchmark.main([f"folder:{folder}", *options]) == 0, capsys.readouterr().err
+    found = read_json(tmp_path / "out" / "metrics.json")["benchmark"]["settings"]
+    assert (found["scales"], found["dimension"]) == ([], 16)
 
 
 def test_wrong_names_are_refused_in_one_line(measured, tmp_path):
