@@ -417,9 +417,10 @@ def saved(presets, tmp_path_factory) -> Path:
 def test_other_backends_build_and_load_the_same_towers(presets, saved, backend):
     if backend == "torch":
         pytest.importorskip("torch", reason="needs PyTorch: make backends")
-    command = [sys.executable, "-c", FRESH_PROCESS, saved, json.dumps(presets)]
+    some = {name: presets[name] for name in ("dinov2_with_registers", "siglip")}
+    command = [sys.executable, "-c", FRESH_PROCESS, saved, json.dumps(some)]
     subprocess.run(command, check=True, env=os.environ | {"KERAS_BACKEND": backend})
-    for name in NAMES:
+    for name in some:
         expected = embed(load_tower(saved / f"{name}.keras"), np.load(saved / "photos.npy"))
         np.testing.assert_allclose(np.load(saved / f"{name}.npy"), expected, atol=1e-4)
 

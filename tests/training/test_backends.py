@@ -26,7 +26,7 @@ from lib.training.stages import Stage, TrainingSettings, train
 from tests.network.test_hub import save_preset
 from tests.training.test_stages import Cache, tiny_tower, watching
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("backends")]
 
 SETTINGS = TrainingSettings(
     stages=(
@@ -37,6 +37,7 @@ SETTINGS = TrainingSettings(
     ema_momentum=0.5,
     pool=20,
     memory=40,
+    teacher_share=0.3,
 )
 
 
@@ -108,16 +109,18 @@ def main(start: str, run: str, *shards: str) -> None:
     maps = tower.get_layer("trunk").predict(photos, verbose=0).astype(np.float16)
     np.save(f"{run}-before.npy", embed(tower, photos))
     resumed = Path(f"{run}-resumed")
+    teacher = np.random.default_rng(0).normal(size=(len(photos), 8)).astype(np.float32)
 
     def watch(epoch):
         if epoch == 3:  # in the middle of the second stage
             shutil.copytree(run, resumed)
 
-    train(tower, watching(handler, watch), validation, SETTINGS, Path(run), Cache(handler, maps))
+    cache, watched = Cache(handler, maps), watching(handler, watch)
+    train(tower, watched, validation, SETTINGS, Path(run), cache, teacher)
     np.save(f"{run}-after.npy", embed(tower, photos))
 
     other = load_tower(Path(start))
-    train(other, handler, validation, SETTINGS, resumed)
+    train(other, handler, validation, SETTINGS, resumed, teacher=teacher)
     of_runs = [np.load(folder / CHECKPOINT) for folder in (Path(run), resumed)]
     for name in of_runs[0].files[1:]:
         np.testing.assert_allclose(of_runs[0][name], of_runs[1][name], atol=1e-6, err_msg=name)

