@@ -16,6 +16,8 @@ with the values of ``profiles/gldv2.yaml``:
 * features: the feature cache. Its rate does not change, so it is the difference between building it
   for a fifth of ``--cached`` pictures and for all of them; for 10,000 pictures and for the whole
   set that is extrapolated;
+* training: a short epoch of each of the profile's stages, of ``--triplets`` triplets, in the
+  profile's batches, without a feature cache;
 * evaluation: photos of up to 2,000 triplets read, embedded by a ResNet50 with random weights, and
   ranked.
 
@@ -64,6 +66,8 @@ from lib.workers import process_pool
 
 RECORDS, FULL_SHARDS, SIZE, QUALITY = 162_626, 15, 128, 94
 CACHED = 2560  # pictures whose feature maps are computed
+TRAINED = 512  # triplets of an epoch
+VALIDATED = 64  # triplets after each epoch; the evaluation has a stage of its own
 UNIT = 10_000  # pictures that the time of the feature cache is given for
 FEWEST = 100  # records
 BYTES_PER_RECORD = 34_000  # 33,184 were measured
@@ -230,6 +234,30 @@ def build_features(folder: Path, profile: dict, cached: int) -> dict[str, Any]:
     }
 
 
+def train_stages(folder: Path, profile: dict, trained: int) -> dict[str, Any]:
+    """Train a short epoch of each stage, each in a run of its own, which is compiled first."""
+    from lib.data.dataset import DatasetHandler, DataSettings
+    from lib.training.stages import Stage, TrainingSettings, train
+
+    catalogue, parts = _open(folder, profile)
+    tower = _tower(profile)
+    held_back = DatasetHandler(catalogue, DataSettings(SIZE), parts.validation)
+    validation = held_back.photos(held_back.validation_triplets(VALIDATED))
+    batch = min(profile["batch_size"], trained)
+    handler = DatasetHandler(catalogue, DataSettings(SIZE, batch), parts.train)
+    seconds = {}
+    for part, _, rate in profile["stages"]:
+        start = time.perf_counter()
+        average = profile["settings"]["ema_momentum"]
+        settings = TrainingSettings((Stage(part, 1, trained // batch, rate),), ema_momentum=average)
+        train(tower, handler, validation, settings, folder / part)
+        seconds[f"{part}_seconds"] = time.perf_counter() - start
+    runs = [folder / part for part, *_ in profile["stages"]]
+    written = sum(path.stat().st_size for run in runs for path in run.rglob("*") if path.is_file())
+    steps = {"batch": batch, "steps": trained // batch}
+    return {"seconds": sum(seconds.values()), "bytes": written} | steps | seconds
+
+
 def evaluate(folder: Path, profile: dict) -> dict[str, Any]:
     """Read, embed and rank the photos of the held back triplets."""
     from lib.data.dataset import DatasetHandler, DataSettings
@@ -281,7 +309,9 @@ def new_folder(inside: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def measure(folder: Path, profile: dict, records: int, cached: int) -> dict[str, dict[str, Any]]:
+def measure(
+    folder: Path, profile: dict, records: int, cached: int, trained: int
+) -> dict[str, dict[str, Any]]:
     """Write the set, run all stages; the results by the stage's name in the table."""
     start = time.perf_counter()
     write_set(folder, records)
@@ -294,6 +324,7 @@ def measure(folder: Path, profile: dict, records: int, cached: int) -> dict[str,
         "split": (split,),
         "plan of an epoch": (plan_epoch,),
         f"feature cache, {UNIT:,} pictures": (build_features, cached),
+        "a short epoch of each stage": (train_stages, trained),
         "evaluation": (evaluate,),
     }
     for name, (stage, *more) in stages.items():
@@ -311,7 +342,8 @@ def show(results: dict[str, dict[str, Any]], records: int) -> None:
     print(
         f"\n{records:,} records, {results['catalogue, made']['pictures']:,} different pictures, "
         f"{os.cpu_count()} cores; the feature cache ({features['engine']}) extrapolated from "
-        f"{features['measured_on']:,} pictures, evaluation of "
+        f"{features['measured_on']:,} pictures, epochs of "
+        f"{results['a short epoch of each stage']['steps']:,} steps, evaluation of "
         f"{results['evaluation']['triplets']:,} triplets\n\n"
         f"{'':<32}{'seconds':>9}{'MB':>11}{'memory':>12}{'without files':>16}"
     )
@@ -327,12 +359,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kaggle_size")
     parser.add_argument("--records", type=int, default=RECORDS, help="a landmark has two")
     parser.add_argument("--cached", type=int, default=CACHED, help="pictures to measure with")
+    parser.add_argument("--triplets", type=int, default=TRAINED, help="of an epoch that is trained")
     parser.add_argument("--folder", type=as_path, help="the set's new folder is made in this one")
     options = parser.parse_args()
     if options.records < FEWEST:
         parser.error(f"--records must be at least {FEWEST}, not {options.records}")
     if options.cached < 100:
         parser.error(f"--cached must be at least 100, not {options.cached}")
+    if options.triplets < 1:
+        parser.error(f"--triplets must be at least 1, not {options.triplets}")
     inside = options.folder or Path(tempfile.gettempdir())
     if not inside.is_dir():
         parser.error(f"--folder {inside} is no folder: make it first")
@@ -346,7 +381,7 @@ def main() -> None:
     profile = yaml.safe_load((project_root() / "profiles" / "gldv2.yaml").read_text("utf-8"))
     with new_folder(options.folder) as folder:
         print(f"{folder} is deleted at the end", flush=True)
-        results = measure(folder, profile, options.records, options.cached)
+        results = measure(folder, profile, options.records, options.cached, options.triplets)
     show(results, options.records)
     rounded = {
         stage: {key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}

@@ -88,7 +88,7 @@ def measure(
         labels.append(landmark[pictures])
         for way, head, teacher in heads:
             described = {way: embed(head, maps)}
-            if teacher is not None:
+            if teacher is not None and fold not in found.get("the teacher", {}):
                 described["the teacher"] = teacher[pictures]
             for name, x in described.items():
                 of_folds = found.setdefault(name, {})
@@ -154,7 +154,7 @@ def run(
     if arguments.write:
         settings |= {"batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "rate": RATE}
         result = {
-            "command": f"python -m benchmarks.{name} {' '.join([*sets][1:]).upper()} --write",
+            "command": " ".join([f"python -m benchmarks.{name}", *map(str.upper, [*sets][1:])]),
             "settings": settings | {"variants": VARIANTS, "folds": FOLDS},
             "versions": {"keras": keras.__version__, "numpy": np.__version__},
             "sets": sets,

@@ -361,7 +361,7 @@ def summarize(options, task: official.Task, engine: Engine, described: Described
         "distractors": len(described.gallery) - len(described.names),
         "settings": {
             "network": options.network,
-            "size": options.size,
+            "size": engine.image_size if engine.squashes else options.size,
             "scales": list(engine.views),
             "whitened by": options.whiten or "nothing",
             "dimension": described.gallery.shape[1],

@@ -73,12 +73,17 @@ def draw_triplets(landmark: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     landmark, including the anchor; the negative from the anchors of all other landmarks.
 
     Args:
-        landmark: number of each photo's landmark, int (n,), at least two different ones.
+        landmark: number of each photo's landmark, int (n,).
 
     Returns:
         int64 (t, 3), photos: anchor, positive and negative, in the order of the landmarks.
+
+    Raises:
+        SamplingError: there are fewer than two landmarks.
     """
     photos = [np.flatnonzero(landmark == number) for number in np.unique(landmark)]
+    if len(photos) < 2:
+        raise SamplingError(f"{len(photos)} landmarks make no triplet: at least two are needed")
     anchors = np.concatenate([of_landmark[:2] for of_landmark in photos])
     triplets = []
     for of_landmark in photos:

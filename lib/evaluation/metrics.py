@@ -325,9 +325,11 @@ def compare(
     sums, _ = _sums(b - a, groups)
     if len(sums) == 1:  # either sign is as far: it can't tell anything
         return Comparison(difference, 1.0)
+    # Of a total of 1, so that sums that differ only by rounding can be made equal.
+    sums = sums / (np.abs(sums).sum() or 1.0)
     test = permutation_test(
         (sums,),
-        lambda x, axis: np.abs(x.sum(axis)),
+        lambda x, axis: np.abs(x.sum(axis)).round(12),
         permutation_type="samples",  # of a single sample: signs change
         alternative="greater",
         n_resamples=resamples,

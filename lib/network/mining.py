@@ -204,7 +204,7 @@ class BatchHard:
 
 @dataclass(frozen=True)
 class BatchAll:
-    """Every anchor with each of its positives and each of its negatives; shape (m, p, m).
+    """Every anchor with each of its positives and each of its negatives; shape (m, p, m + r).
 
     Hermans et al. 2017, equation 6. Most triplets soon satisfy the margin, so the loss averages
     over the others (the paper's "batch all, non-zero").

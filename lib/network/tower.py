@@ -142,13 +142,14 @@ class TowerSettings:
 def other_weights(settings: TowerSettings) -> TowerSettings:
     """The settings to go on with where a tower's weights can't be had.
 
-    In place of weights from a download, EfficientNet-Lite0 with those of its package (pooled by GeM
-    where there is no class token any more); else (or for photos below 32 pixels, which are too
-    small for it) random weights.
+    In place of a download, EfficientNet-Lite0 with the weights of its package (pooled by GeM where
+    there is no class token any more) or, for photos below 32 pixels, which are too small for them,
+    random ones; else random weights.
     """
-    if settings.weights not in ("imagenet", "hub") or settings.image_size < 32:
+    small = settings.image_size < 32
+    if not settings.of_hub and (settings.weights != "imagenet" or small):
         return replace(settings, weights="")
-    packaged = {"backbone": "EfficientNetLite0", "weights": "packaged"}
+    packaged = {"backbone": "EfficientNetLite0", "weights": "" if small else "packaged"}
     if settings.pooling == "class":
         packaged["pooling"] = "gem"
     return replace(settings, width=1.0, last_stage=5, **packaged)

@@ -1,4 +1,4 @@
-"""Descriptors from several views of a photo: sizes, mirror images, pooling exponents.
+"""Descriptors from several views of a photo, and those that a tower learns from a teacher.
 
     views = np.concatenate([describe_views(tower, photos_at[size]) for size in (24, 32, 48)])
     descriptors = aggregate(views)                     # float32 (n, d) of unit norm
@@ -22,6 +22,8 @@ from lib.network.pooling import GeM
 from lib.network.tower import embed, resized
 from lib.network.whitening import learn_pca_whitening
 from lib.search.embedding import embed_job, photos_in_shards
+
+_MOST_TO_LEARN = 20_000  # descriptors that a whitening is learned from, and applied to at a time
 
 
 def describe_views(
@@ -101,7 +103,8 @@ def teacher_descriptors(
 
     Args:
         teacher: may have views, as they cost nothing later.
-        handler: its chosen pictures are embedded, and a PCA whitening is learned from them.
+        handler: its chosen pictures are embedded, and a PCA whitening is learned from 20,000 of
+            them at most.
         dimension: of the tower's embeddings, at most that of the teacher's.
         folder: of the job, which resumes there, see :func:`lib.search.embedding.embed_job`.
 
@@ -113,11 +116,20 @@ def teacher_descriptors(
         ValueError: the teacher has fewer dimensions, or too few pictures are chosen.
         EmbeddingJobError: as :func:`lib.search.embedding.embed_job`.
     """
+    if dimension > teacher.dimension:
+        raise ValueError(
+            f"the teacher's descriptors have {teacher.dimension} dimensions, fewer than the "
+            f"{dimension} of the embeddings: choose embedding_size={teacher.dimension} at most"
+        )
     chosen = np.flatnonzero(handler.chosen)
     source = photos_in_shards(handler.catalogue, chosen)
-    found = embed_job(teacher, source, folder)
-    whitening = learn_pca_whitening(found.embeddings, dimension)
-    row = dict(zip(source.names, chosen, strict=True))
+    embeddings, names, _ = embed_job(teacher, source, folder)
+    some = np.sort(np.random.default_rng(0).permutation(len(names))[:_MOST_TO_LEARN])
+    whitening = learn_pca_whitening(embeddings[some], dimension)
+    number = dict(zip(source.names, chosen, strict=True))
+    rows = np.array([number[name] for name in names])
     descriptors = np.zeros((len(handler.catalogue.pictures), dimension), np.float32)
-    descriptors[[row[name] for name in found.names]] = whitening.apply(found.embeddings)
+    for start in range(0, len(rows), _MOST_TO_LEARN):  # all at once may exceed the memory
+        part = slice(start, start + _MOST_TO_LEARN)
+        descriptors[rows[part]] = whitening.apply(embeddings[part])
     return descriptors

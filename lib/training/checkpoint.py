@@ -30,11 +30,8 @@ CHECKPOINT = "checkpoint.npz"
 _FORMAT = 2  # format 1 had neither a number nor an identity
 _PARTS = ("tower", "loss", "optimizer", "best")
 _CURE = "choose another run_dir, or delete the file to begin again"
-_BEFORE = {
-    "pool": 0,
-    "memory": 0,
-    "teacher_share": 0.5,
-}  # of checkpoints that were written before these settings existed
+# Of checkpoints that were written before these settings existed.
+_BEFORE = {"pool": 0, "memory": 0, "teacher_share": 0.5}
 
 
 class TrainingError(RuntimeError):

@@ -179,7 +179,7 @@ class FeatureCache:
 
 
 class FeatureBatches(PlannedBatches):
-    """Batches of feature maps, float16 (..., h, w, c), of which each variant is drawn."""
+    """Batches of feature maps, float16 (..., h, w, c), each of a variant drawn at random."""
 
     def __init__(self, cache: FeatureCache, plan: np.ndarray, epoch: int):
         super().__init__(cache.handler, plan, epoch)

@@ -111,7 +111,7 @@ class TrainingSettings:
         memory: of :class:`lib.network.losses.MetricLoss`; 0: none. A stage begins with that of the
             best epoch. Of the history, only ``loss`` takes it into account.
         teacher_share: of the distillation in the loss, from 0 to 1, if :func:`train` has a teacher;
-            the rest is that of ``loss``.
+            the rest is that of ``loss``. Of the history, only ``loss`` has both.
         jit: compile the training step with XLA (TensorFlow, JAX) or TorchInductor (PyTorch): True,
             False, or "auto", Keras' choice (JAX, and TensorFlow on a GPU).
 
@@ -237,14 +237,15 @@ def train(
     Returns:
         the history, a row for each epoch: stage (from 1); over the training batches loss,
         active_share, positive_distance, negative_distance, embedding_spread; val_loss, the same
-        loss over batches of validation triplets, without augmentation (NaN for ArcFace, whose
-        classes they do not have); val_accuracy and val_map, see :func:`evaluate_triplets`; p (GeM's
-        exponent); learning_rate (at its end).
+        loss over batches of validation triplets, without augmentation, memory and teacher (NaN for
+        ArcFace, whose classes they do not have); val_accuracy and val_map, see
+        :func:`evaluate_triplets`; p (GeM's exponent); learning_rate (at its end).
 
     Raises:
         TrainingError: another process trains in ``run``; its checkpoint is damaged, or of other
             settings, pictures, start weights or another network; the loss is not finite; ``run``
-            can't be written; a pool for P x K batches; see also :func:`set_trainable`.
+            can't be written; a pool for P x K batches; a teacher of another dimension than the
+            tower; see also :func:`set_trainable`.
         SamplingError: too few usable pictures, or too small a pool.
     """
     busy = f"another process trains in {show_path(run)}: wait for its end or choose another run_dir"

@@ -151,3 +151,5 @@ def test_triplets_are_drawn_as_kaggles_were():
     # The anchor itself is as likely a positive as any other photo of its landmark.
     degenerate = np.mean([triplets[:, 0] == triplets[:, 1] for triplets in draws], axis=0)
     np.testing.assert_allclose(degenerate, [1 / 2, 1 / 2, 1 / 4, 1 / 4, 1], atol=0.08)
+    with pytest.raises(SamplingError, match="1 landmarks make no triplet"):
+        draw_triplets(labels[:1], np.random.default_rng(0))

@@ -510,6 +510,8 @@ def test_compare_depends_on_neither_direction_nor_queries_without_positives(rng)
     assert with_nan == forth
     assert compare(a, a).p_value == 1
     assert compare([0.5], [0.7]).p_value == 1  # one query can't tell anything
+    for cancelling in ([0.1, 0.2, -0.3] * 8, [0.1, 0.2, 0.3, -0.6] * 4):  # but for rounding
+        assert compare(np.zeros(len(cancelling)), np.array(cancelling)).p_value == 1
     assert compare(a, a + 0.1).p_value == pytest.approx(1 / 10000)
 
 

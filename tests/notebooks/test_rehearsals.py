@@ -248,6 +248,14 @@ def answers(address):
         return urllib.request.urlopen(address, timeout=60).status == 200
 
 
+# A network to learn from.
+EXPORT = """
+from pathlib import Path
+from lib.network.engine import packaged_engine
+packaged_engine(Path("stronger"))
+"""
+
+
 @pytest.mark.parametrize(
     ("counts", "weights"),
     [
@@ -264,7 +272,9 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     if "." in weights:
         save_weights(project / weights)
     python(project, "-m", "tools.convert", "photos/", "Dataset/own", "--size", 256)
+    python(project, "-c", EXPORT)
     short = SHORT | {"image_size": 64, "view_sizes": [[64, 96]], "weights": weights}
+    short |= {"settings": SHORT["settings"] | {"teacher": "stronger/tower.engine"}}
     del short["steps_per_epoch"]  # the plan's
     names = ["02_triplet_training", "05_faiss_evaluation", "06_post_processing"]
     names += ["07_index_at_scale"]
@@ -273,6 +283,8 @@ def test_a_few_photos_of_ones_own_go_through(tmp_path, counts, weights):
     printed = {name: papermill(project, name, "own", "runs/own", **short) for name in names}
     assert "triplets to train on" in printed["02_triplet_training"]
     metrics = metrics_of(project / "runs" / "own")
+    assert metrics["training"]["settings"]["teacher"] == "stronger/tower.engine"
+    assert (project / "runs" / "own" / "teacher" / "embeddings.npy").is_file()
     assert metrics["unseen"]["landmarks"] >= 2
     assert not metrics["post_processing"] and metrics["test_set"]["ground_truth"]
     assert metrics["same_place"]["photos"] == metrics["same_place"]["queries"] == sum(counts)

@@ -11,7 +11,7 @@ from lib.data.dataset import DatasetHandler, DataSettings
 from lib.network.engine import keras_engine
 from lib.network.tower import TowerSettings, build_tower, embed, resized
 from lib.network.whitening import learn_pca_whitening
-from lib.search import embedding
+from lib.search import descriptors, embedding
 from lib.search.descriptors import aggregate, describe_views, teacher_descriptors
 from tests.conftest import unit
 
@@ -101,5 +101,8 @@ def test_a_teachers_descriptors_of_the_chosen_pictures(shards, tmp_path, monkeyp
     plain = embed(teacher, handler.photos(np.flatnonzero(chosen), 8))
     expected = learn_pca_whitening(plain, 5).apply(plain)
     np.testing.assert_allclose(found[chosen], expected, atol=1e-4)
-    with pytest.raises(ValueError, match="dimension"):
+    monkeypatch.setattr(descriptors, "_MOST_TO_LEARN", 100)  # in parts, learned from some
+    of_parts = teacher_descriptors(keras_engine(teacher), handler, 5, tmp_path)
+    assert (of_parts.any(axis=1) == found.any(axis=1)).all() and (of_parts != found).any()
+    with pytest.raises(ValueError, match="have 12 dimensions, fewer than the 13"):
         teacher_descriptors(keras_engine(teacher), handler, 13, tmp_path)

@@ -63,13 +63,16 @@ def start(folder, *options):
 
 @pytest.mark.long
 def test_the_program_measures_every_stage_and_leaves_nothing(tmp_path):
-    program = start(tmp_path, "--records", 600, "--cached", 100)
+    program = start(tmp_path, "--records", 600, "--cached", 100, "--triplets", 8)
     printed = program.communicate()[0]
     assert program.returncode == 0, printed[-3000:]
     result = json.loads(re.search(r"^{.*}$", printed, re.MULTILINE)[0])
     stages = [value for value in result.values() if isinstance(value, dict)]
-    assert len(stages) == 7 and all(stage["bytes"] > 0 for stage in stages)
+    assert len(stages) == 8 and all(stage["bytes"] > 0 for stage in stages)
     assert all(stage["memory_gb"] >= stage["own_memory_gb"] > 0 for stage in stages[1:])
+    trained = result["a short epoch of each stage"]
+    assert (trained["batch"], trained["steps"]) == (8, 1)
+    assert min(trained[f"{part}_seconds"] for part in ("head", "last-block", "all")) > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,6 +98,7 @@ def test_an_interrupted_program_deletes_the_set(tmp_path, moment, number):
     [
         (("--records", "5"), "--records must be at least 100"),
         (("--cached", "5"), "--cached must be at least 100"),
+        (("--triplets", "0"), "--triplets must be at least 1"),
         (("--folder", "nowhere"), "--folder nowhere is no folder"),
         (("--records", "1000000000000"), "choose another --folder or fewer --records"),
     ],
