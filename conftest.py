@@ -33,9 +33,7 @@ def pytest_cmdline_main(config):
     if whole and option.numprocesses is None and not option.usepdb:
         option.numprocesses = "auto"
     if option.numprocesses and option.dist == "no":
-        # What the tests of a file share is made once. The long ones are few: there, the tests of an
-        # xdist_group share a process.
-        option.dist = "loadgroup" if option.markexpr == "long" else "loadfile"
+        option.dist = "loadfile"  # what the tests of a file share is made once
 
 
 def reach_kernels_by_files():

@@ -248,6 +248,7 @@ def checkpoint(folder: Path) -> Case:
     optimizer = keras.optimizers.Adam()
     optimizer.build(tower.trainable_variables)
     parts = ("network", "start", "training pictures", "validation pictures")
+    parts += ("teacher's descriptors",)
     identity = {"settings": {"seed": 3, "stages": [["all", 2]]}} | dict.fromkeys(parts, MODEL)
     history = [{"epoch": i, "stage": "all", "val_map": 0.5, "loss": 0.25} for i in range(3)]
     saved = Checkpoint(folder / "checkpoint.npz", identity, history)

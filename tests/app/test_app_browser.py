@@ -31,7 +31,7 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 from tests.notebooks.test_browser import run_all, start_lab  # noqa: E402
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.long
 
 LANDMARKS, PHOTOS = 10, 6
 NOTEBOOK = project_root() / "notebooks" / "10_search_app.ipynb"

@@ -30,7 +30,7 @@ from tests.conftest import be_a_project, end_server, free_port, wait_for
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.long
 
 PHOTOS = 30  # two pages of the widget
 LANDMARKS = 5

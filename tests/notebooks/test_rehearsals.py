@@ -140,7 +140,7 @@ def real_data(kaggle):
     # python -m tests.interrupted does so in all notebooks.
     moments = {
         "Ctrl-C": ("01_data_exploration", "import"),
-        "machine": ("02_triplet_training", "history ="),
+        "machine": ("02_triplet_training", "teacher ="),
     }
     for way, (name, source) in moments.items() if sys.platform.startswith("linux") else ():
         moment = run / f"{name}.ipynb", place_of(name, source)

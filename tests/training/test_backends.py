@@ -26,7 +26,7 @@ from lib.training.stages import Stage, TrainingSettings, train
 from tests.network.test_hub import save_preset
 from tests.training.test_stages import Cache, tiny_tower, watching
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("backends")]
+pytestmark = pytest.mark.long
 
 SETTINGS = TrainingSettings(
     stages=(
