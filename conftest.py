@@ -34,6 +34,8 @@ def pytest_cmdline_main(config):
         option.numprocesses = "auto"
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"  # what the tests of a file share is made once
+        # Files in the order below, not by their number of tests.
+        option.loadscopereorder = option.loadscopereorder and option.markexpr != "long"
 
 
 def reach_kernels_by_files():
