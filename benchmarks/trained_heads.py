@@ -154,7 +154,9 @@ def run(
     if arguments.write:
         settings |= {"batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "rate": RATE}
         result = {
-            "command": " ".join([f"python -m benchmarks.{name}", *map(str.upper, [*sets][1:])]),
+            "command": " ".join(
+                [f"python -m benchmarks.{name}", *map(str.upper, [*sets][1:]), "--write"]
+            ),
             "settings": settings | {"variants": VARIANTS, "folds": FOLDS},
             "versions": {"keras": keras.__version__, "numpy": np.__version__},
             "sets": sets,

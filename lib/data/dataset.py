@@ -208,10 +208,9 @@ class PlannedBatches(keras.utils.PyDataset):
         """Photos or maps, float or uint8 (..., h, w, c), groups, int32 (...), and descriptors."""
         # Each batch has its own generator, so the order in which threads make them is irrelevant.
         rng = np.random.default_rng([self._handler.settings.seed, self._epoch, int(step)])
-        batch = self._make(self.plan[step], rng)
-        return (
-            batch if self.teacher is None else (*batch, self.teacher[self.plan[step][self._rows]])
-        )
+        pictures = self.plan[step]
+        batch = self._make(pictures, rng)
+        return batch if self.teacher is None else (*batch, self.teacher[pictures[self._rows]])
 
 
 class Batches(PlannedBatches):

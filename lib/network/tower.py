@@ -51,6 +51,7 @@ _NO_STRUCTURE = {"name", "module", "registered_name", "build_config", "dtype", "
 _REFERENCES = {"keras_history", "input_layers", "output_layers"}  # to layers, by name
 
 POLICIES = ("float32", "mixed_bfloat16")
+PRETRAINED = ("imagenet", "packaged", "hub")  # what ``weights`` may name besides a file
 
 
 @functools.cache  # adds the filter once
@@ -103,9 +104,8 @@ class TowerSettings:
                 "a preset of keras-hub, such as hub:dinov2_small"
             )
         own = "packaged" if self.backbone in PACKAGES else "hub" if self.of_hub else "imagenet"
-        if self.weights in {"packaged", "imagenet", "hub"} - {own} or (
-            self.of_hub and self.weights not in ("", own)
-        ):
+        is_file = self.weights not in ("", *PRETRAINED)
+        if self.weights in {*PRETRAINED} - {own} or (self.of_hub and is_file):
             raise ValueError(
                 f'the pre-trained weights of {self.backbone} are weights="{own}", '
                 f"not {self.weights!r}"
@@ -270,7 +270,7 @@ def build_backbone(settings: TowerSettings) -> keras.Model:
     build = functools.partial(
         BACKBONES[settings.backbone], include_top=False, input_shape=(size, size, 3), **options
     )
-    own_file = settings.weights not in ("", "imagenet", "packaged")
+    own_file = settings.weights not in ("", *PRETRAINED)
     if own_file and not Path(settings.weights).is_file():
         name = show_path(Path(settings.weights))
         raise WeightsUnavailableError(f"there is no weights file {name}")

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from lib.data.dataset import Batches, DatasetHandler
+from lib.data.dataset import DatasetHandler, PlannedBatches
 from lib.data.sampling import hard_negatives
 from lib.data_parallel import as_the_first, by_itself
 from lib.evaluation.metrics import average_precision, pair_hits
@@ -49,7 +49,7 @@ from lib.network.losses import (
 from lib.network.mining import ANCHOR, NEGATIVE, compare
 from lib.network.tower import Siamese, embed, feature_maps, gem_exponent, layers_of, save_tower
 from lib.training.checkpoint import CHECKPOINT, Checkpoint, TrainingError, describe_training
-from lib.training.features import FeatureBatches, FeatureCache
+from lib.training.features import FeatureCache
 from lib.training.log import TENSORBOARD, TrainingLog
 
 MODEL = "model.keras"
@@ -353,9 +353,7 @@ class _Training:
                     siamese.set_weights(weights)
                     checkpoint.save(tower, loss, siamese.optimizer)
 
-    def _mine(
-        self, batches: Batches | FeatureBatches, epoch: int, model: keras.Model, cached: bool
-    ) -> None:
+    def _mine(self, batches: PlannedBatches, epoch: int, model: keras.Model, cached: bool) -> None:
         """Replace the stored negatives of an epoch by the hardest of a pool, see ``pool``."""
         handler, plan = self.handler, batches.plan
         read = functools.partial(self.cache.maps, variant=0) if cached else handler.photos
