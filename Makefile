@@ -120,8 +120,9 @@ app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pic
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
-test-long: | test-lib # with -j: after what has all cores busy
-test-notebooks test-cluster: | test-lib $(filter test-long,$(MAKECMDGOALS)) # these two side by side
+# With -j: the cluster's tests, which wait much, beside the long ones and the notebooks.
+test-long test-cluster book: | test-lib
+test-notebooks: | test-lib $(filter test-long,$(MAKECMDGOALS))
 endif
 
 # Which module may import which: the contracts are in pyproject.toml.
@@ -141,7 +142,7 @@ test-lib: setup
 
 test-long: setup ## Run the long tests: kills, training, a real browser
 	@echo "== long tests"
-	$(PYTEST) -m long --ignore=tests/cluster --durations=15
+	$(PYTEST) -m long --ignore=tests/cluster --durations=25
 
 rehearse: setup ## Walk the paths of users from end to end: half an hour
 	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py

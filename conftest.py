@@ -4,6 +4,7 @@ The whole suite runs on all cores; named files or tests run in this process, unl
 otherwise. Notebooks run on the kernel of this environment.
 """
 
+import gc
 import itertools
 import os
 import tempfile
@@ -13,6 +14,9 @@ import pytest
 # Before anything imports TensorFlow, OpenMP or NumPy; workers and kernels inherit them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what it says would stand in outputs
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to others
+# What JAX compiles here computes a few steps: code that is made quickly is better than quick code.
+quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", quickly)
 # OpenBLAS' threads spin while they wait: beside another process, eigenvalues took 11 times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -34,6 +38,9 @@ def pytest_cmdline_main(config):
         option.numprocesses = "auto"
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"  # what the tests of a file share is made once
+        # All cores are busy: threads that wait for work would only take turns with those that have.
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+        os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
         # Files in the order below, not by their number of tests.
         option.loadscopereorder = option.loadscopereorder and option.markexpr != "long"
 
@@ -56,3 +63,9 @@ def reach_kernels_by_files():
 def pytest_collection_modifyitems(items):
     # The longest first: begun last, they would keep one process busy while the others wait.
     items.sort(key=lambda item: item.get_closest_marker("rehearsal") is None)
+
+
+def pytest_collection_finish():
+    # TensorFlow has a million objects, which each search for garbage would look at again.
+    gc.collect()
+    gc.freeze()

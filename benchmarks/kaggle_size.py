@@ -199,8 +199,8 @@ def plan_epoch(folder: Path, profile: dict) -> dict[str, Any]:
 def _tower(profile: dict):
     from lib.network.tower import TowerSettings, build_tower, fast_policy
 
-    size = profile["settings"]["embedding_size"]
-    return build_tower(TowerSettings(SIZE, size, weights="", precision=fast_policy()))
+    shape = {name: profile["settings"][name] for name in ("embedding_size", "last_stage")}
+    return build_tower(TowerSettings(SIZE, weights="", precision=fast_policy(), **shape))
 
 
 def build_features(folder: Path, profile: dict, cached: int) -> dict[str, Any]:
@@ -361,6 +361,8 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=CACHED, help="pictures to measure with")
     parser.add_argument("--triplets", type=int, default=TRAINED, help="of an epoch that is trained")
     parser.add_argument("--folder", type=as_path, help="the set's new folder is made in this one")
+    stage = "of ResNet50 whose map is pooled"
+    parser.add_argument("--last-stage", type=int, choices=(3, 4, 5), default=5, help=stage)
     options = parser.parse_args()
     if options.records < FEWEST:
         parser.error(f"--records must be at least {FEWEST}, not {options.records}")
@@ -371,14 +373,17 @@ def main() -> None:
     inside = options.folder or Path(tempfile.gettempdir())
     if not inside.is_dir():
         parser.error(f"--folder {inside} is no folder: make it first")
-    # A map of 4 x 4 x 2048 float16 has 64 KiB; the cache is built twice, the second one is larger.
-    needed = BYTES_PER_RECORD * options.records + 1.2 * 65_536 * options.cached
+    # A map of 4 x 4 x 2048 float16 has 64 KiB, that of the stage before it twice as much. The cache
+    # is built twice, the second one is larger.
+    of_map = 65_536 * 2 ** (5 - options.last_stage)
+    needed = BYTES_PER_RECORD * options.records + 1.2 * of_map * options.cached
     if needed > (free := shutil.disk_usage(inside).free):
         parser.error(
             f"{needed / 1e9:.1f} GB are needed in {inside}, {free / 1e9:.1f} GB are free: choose "
             "another --folder or fewer --records"
         )
     profile = yaml.safe_load((project_root() / "profiles" / "gldv2.yaml").read_text("utf-8"))
+    profile["settings"]["last_stage"] = options.last_stage
     with new_folder(options.folder) as folder:
         print(f"{folder} is deleted at the end", flush=True)
         results = measure(folder, profile, options.records, options.cached, options.triplets)
@@ -387,7 +392,8 @@ def main() -> None:
         stage: {key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}
         for stage, result in results.items()
     }
-    print(json.dumps({"records": options.records} | rounded))
+    chosen = {"records": options.records, "last_stage": options.last_stage}
+    print(json.dumps(chosen | rounded))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def photo_of(landmark):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(one_block, tmp_path_factory):
     """A project's folder with a run, a gallery, and folders of somebody's own photos."""
     root = tmp_path_factory.mktemp("project")
     be_a_project(root)

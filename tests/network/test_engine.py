@@ -32,8 +32,12 @@ def make_tower(**settings):
     return build_tower(TowerSettings(**SETTINGS, weights="", **settings))
 
 
+# What is exported here: one file of ResNet50 as a whole is in the long tests.
+pytestmark = pytest.mark.usefixtures("one_block")
+
+
 @pytest.fixture(scope="module")
-def tower():
+def tower(one_block):
     return make_tower()
 
 

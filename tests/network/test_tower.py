@@ -87,7 +87,8 @@ def test_the_frozen_trunk_is_its_map_pooled(tower, photos):
     assert not frozen.get_layer("head").trainable_variables
 
 
-def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
+def test_siamese_is_one_tower_over_all_three_photos(short_tower, photos):
+    tower = short_tower
     siamese = Siamese(tower, MetricLoss(InfoNCE()))
     triplets = photos.reshape(2, 3, 32, 32, 3)
     stacked = ops.convert_to_numpy(siamese(triplets))
@@ -98,7 +99,8 @@ def test_siamese_is_one_tower_over_all_three_photos(tower, photos):
     assert siamese.count_params() == tower.count_params()
 
 
-def test_siamese_trains_the_weights_of_its_loss(tower, photos):
+def test_siamese_trains_the_weights_of_its_loss(short_tower, photos):
+    tower = short_tower
     siamese = Siamese(tower, MetricLoss(ArcFace(), n_groups=4))
     assert len(siamese.trainable_weights) == len(tower.trainable_weights) + 1
     siamese.compile(keras.optimizers.SGD(0.0))

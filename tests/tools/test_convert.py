@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-import time
 from io import BytesIO
 
 import numpy as np
@@ -747,6 +747,26 @@ def test_two_writers_exclude_each_other(tmp_path, source, monkeypatch):
     assert content_of(tmp_path) == whole
 
 
+# Ends at a moment that is counted, so that a busy machine changes nothing.
+KILLED = """
+import os, signal, sys, threading
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # one between processes would stay locked after a kill
+moments = 0
+
+def hear(event, arguments):
+    global moments
+    if event in ("open", "os.rename"):
+        moments += 1
+        if moments == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hear)
+run()
+"""
+
+
 @pytest.mark.long
 def test_killed_at_any_moment_it_continues(tmp_path, source):
     photos, whole = source
@@ -754,33 +774,22 @@ def test_killed_at_any_moment_it_continues(tmp_path, source):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.convert"])
 
-    # Without a lock between processes for its bar, which a kill would leave behind.
-    code = "import threading, tqdm; tqdm.tqdm.set_lock(threading.RLock()); run()"
-
-    def start(folder):
-        run = functools.partial(convert, photos, folder, SETTINGS)
-        process = context.Process(target=exec, args=(code, {"run": run}))
+    def convert_until(last, code=KILLED):
+        """Whether a process that converts was killed at that opening or renaming of a file."""
+        work = {"run": functools.partial(convert, photos, folder, SETTINGS), "last": last}
+        process = context.Process(target=exec, args=(code, work))
         process.start()
-        return process
-
-    durations = []
-    for number in range(3):  # the first starts the server, too
-        began = time.monotonic()
-        process = start(tmp_path / f"timing{number}")
         process.join()
-        durations.append(time.monotonic() - began)
-        assert process.exitcode == 0
-    duration = min(durations)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
 
-    moments = random.Random(0)
+    folder, count = tmp_path / "whole", tmp_path / "moments"
+    counting = KILLED + f"open({str(count)!r}, 'w').write(str(moments))"
+    assert not convert_until(0, counting)
+    moments, draws = int(count.read_text()), random.Random(0)
     folder, partial, kills = tmp_path / "out", 0, 0
-    while kills < 50:
-        process = start(folder)
-        process.join(moments.uniform(0, duration))
-        if process.exitcode is None:
-            kills += 1
-        process.kill()
-        process.join()
+    while kills < 30:
+        kills += convert_until(draws.randint(1, moments))
         shards = sorted(folder.glob("train*.tfrec"))
         for shard in shards:
             assert shard.read_bytes() == whole[shard.name]

@@ -26,7 +26,7 @@ from tools import search as command
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(one_block, tmp_path_factory):
     """A small network for photos in their own shape, from random weights."""
     path = tmp_path_factory.mktemp("engine") / "tower.engine"
     settings = TowerSettings(image_size=32, last_stage=3, embedding_size=0, weights="")
