@@ -36,11 +36,12 @@ def pytest_cmdline_main(config):
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if whole and option.numprocesses is None and not option.usepdb:
         option.numprocesses = "auto"
-    if option.numprocesses and option.dist == "no":
-        option.dist = "loadfile"  # what the tests of a file share is made once
+    if option.numprocesses:
         # All cores are busy: threads that wait for work would only take turns with those that have.
         os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
         os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"  # what the tests of a file share is made once
         # Files in the order below, not by their number of tests.
         option.loadscopereorder = option.loadscopereorder and option.markexpr != "long"
 

@@ -51,16 +51,6 @@ def be_a_project(root: Path) -> None:
         (root / name).touch()
 
 
-@pytest.fixture(scope="module")
-def one_block():
-    """Towers with ``last_stage=3`` have one block of ResNet50 alone: compiled in a second."""
-    from lib.network.tower import STAGES
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(STAGES, 3, "conv2_block1_out")
-        yield
-
-
 @pytest.fixture(autouse=True)
 def same_draws_each_time():
     """Keras takes seeds that nobody gives it from Python's generator, and shuffles by NumPy's."""
@@ -134,6 +124,16 @@ def end_server(server: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@contextlib.contextmanager
+def one_block():
+    """Towers built with ``last_stage=3`` get one block of ResNet50 alone: compiled in a second."""
+    from lib.network.tower import STAGES
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(STAGES, 3, "conv2_block1_out")
+        yield
 
 
 def textured(seed: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from lib.app.upload import MOST_BYTES
 from lib.files import project_root
 from lib.network.engine import ENGINE, export_engine
 from lib.network.tower import TowerSettings, build_tower
-from tests.conftest import be_a_project, end_server, new_page, wait_for
+from tests.conftest import be_a_project, end_server, new_page, one_block, wait_for
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -57,12 +57,14 @@ def photo_of(landmark):
 
 
 @pytest.fixture(scope="module")
-def root(one_block, tmp_path_factory):
+def root(tmp_path_factory):
     """A project's folder with a run, a gallery, and folders of somebody's own photos."""
     root = tmp_path_factory.mktemp("project")
     be_a_project(root)
     (root / "run").mkdir()
-    tower = build_tower(TowerSettings(image_size=32, last_stage=3, embedding_size=16, weights=""))
+    settings = TowerSettings(image_size=32, last_stage=3, embedding_size=16, weights="")
+    with one_block():
+        tower = build_tower(settings)
     export_engine(tower, root / "run" / ENGINE)
     for landmark in range(LANDMARKS + 2):
         place = "gallery" if landmark < LANDMARKS else "home/Pictures"

@@ -24,6 +24,7 @@ from lib.network.tower import (
     resized,
     save_tower,
 )
+from tests.conftest import one_block
 
 SETTINGS = {"image_size": 32, "last_stage": 3, "embedding_size": 16}
 
@@ -32,13 +33,10 @@ def make_tower(**settings):
     return build_tower(TowerSettings(**SETTINGS, weights="", **settings))
 
 
-# What is exported here: one file of ResNet50 as a whole is in the long tests.
-pytestmark = pytest.mark.usefixtures("one_block")
-
-
 @pytest.fixture(scope="module")
-def tower(one_block):
-    return make_tower()
+def tower():
+    with one_block():
+        return make_tower()
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +256,8 @@ def test_what_makes_no_sense_is_refused(exported, photos, tmp_path):
 def test_a_network_that_computes_something_else_is_not_written(tower, tmp_path, monkeypatch):
     (tmp_path / "a").write_text("an older one")
     right = engines.export_network
-    wrong = make_tower(pooling="max")
+    with one_block():
+        wrong = make_tower(pooling="max")
     monkeypatch.setattr(engines, "export_network", lambda model, folder: right(wrong, folder))
     with pytest.raises(EngineError, match=r"differ from its own \(cosine .*OpenVINO can't run"):
         export_engine(tower, tmp_path / "a")
@@ -293,7 +292,8 @@ def test_a_network_that_was_trained_on_is_exported_again(tmp_path, monkeypatch):
 def test_photos_in_their_own_shape(tmp_path, rng):
     """Each view is embedded by the tower at that size; the mean of all is the descriptor."""
     settings = TowerSettings(image_size=32, last_stage=3, embedding_size=0, weights="")
-    tower = build_tower(settings)
+    with one_block():
+        tower = build_tower(settings)
     export_engine(tower, tmp_path / "a", views=(32, 64))
     engine = load_engine(tmp_path / "a", "float32")
     photos = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((64, 48), (20, 90), (7, 7))]

@@ -16,7 +16,6 @@ from lib.network.losses import ArcFace, InfoNCE, MetricLoss
 from lib.network.pooling import gem
 from lib.network.tower import (
     BACKBONES,
-    STAGES,
     Preprocessing,
     Siamese,
     TowerSettings,
@@ -36,6 +35,7 @@ from lib.network.tower import (
     save_tower,
     to_float16,
 )
+from tests.conftest import one_block
 
 SMALL = TowerSettings(image_size=32, embedding_size=16, last_stage=3, weights="")
 
@@ -47,11 +47,10 @@ def tower() -> keras.Model:
 
 
 @pytest.fixture
-def short_tower(monkeypatch) -> keras.Model:
-    """With one block of ResNet50 alone: what a test compiles, it compiles in seconds."""
-    monkeypatch.setitem(STAGES, 3, "conv2_block1_out")
+def short_tower() -> keras.Model:
     keras.utils.set_random_seed(1)
-    return build_tower(SMALL)
+    with one_block():
+        return build_tower(SMALL)
 
 
 @pytest.fixture

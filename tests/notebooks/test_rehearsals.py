@@ -1,8 +1,8 @@
 """The paths that users walk, with the documented commands and profiles, on small sets.
 
-Only the numbers of records, epochs and steps are reduced, by parameters. Two are long tests as
-well, which `.ci/run` includes: the profile of the real data, and a few photos of one's own.
-`make rehearse` runs all.
+Only numbers are reduced, by parameters: of records, epochs, steps, dimensions, stages of ResNet50.
+Two are long tests as well, which `.ci/run` includes: the profile of the real data, and a few photos
+of one's own. `make rehearse` runs all.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def kaggle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_data(kaggle):
     """The run of the whole profile, by the command of README, which is interrupted twice."""
-    # Three more trainings would write three more checkpoints of a whole ResNet50.
+    # Three more trainings would write three more checkpoints.
     profile = yaml.safe_load((kaggle / "profiles" / "gldv2.yaml").read_text())
     less = {"batch_size": 4, "measured_photos": 20, "most_queries": 10, "looked_at": 40}
     less |= {"image_sizes": [91, 128], "view_sizes": [[128, 181]]}

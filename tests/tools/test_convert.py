@@ -788,7 +788,7 @@ def test_killed_at_any_moment_it_continues(tmp_path, source):
     assert not convert_until(0, counting)
     moments, draws = int(count.read_text()), random.Random(0)
     folder, partial, kills = tmp_path / "out", 0, 0
-    while kills < 30:
+    while kills < 50:
         kills += convert_until(draws.randint(1, moments))
         shards = sorted(folder.glob("train*.tfrec"))
         for shard in shards:

@@ -63,7 +63,7 @@ def start(folder, *options):
 
 @pytest.mark.long
 def test_the_program_measures_every_stage_and_leaves_nothing(tmp_path):
-    few = ["--records", 600, "--cached", 100, "--triplets", 8, "--last-stage", 3]
+    few = "--records", 600, "--cached", 100, "--triplets", 8, "--last-stage", 3
     program = start(tmp_path, *few)
     printed = program.communicate()[0]
     assert program.returncode == 0, printed[-3000:]

@@ -21,16 +21,18 @@ from lib.network.engine import ENGINE, OWN_PHOTOS, export_engine, load_engine
 from lib.network.tower import TowerSettings, build_tower
 from lib.search.embedding import PROGRESS
 from lib.search.same_place import VERDICTS
-from tests.conftest import wait_for
+from tests.conftest import one_block, wait_for
 from tools import search as command
 
 
 @pytest.fixture(scope="module")
-def exported(one_block, tmp_path_factory):
+def exported(tmp_path_factory):
     """A small network for photos in their own shape, from random weights."""
     path = tmp_path_factory.mktemp("engine") / "tower.engine"
     settings = TowerSettings(image_size=32, last_stage=3, embedding_size=0, weights="")
-    export_engine(build_tower(settings), path, views=(32, 64))
+    with one_block():
+        tower = build_tower(settings)
+    export_engine(tower, path, views=(32, 64))
     return path
 
 
