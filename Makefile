@@ -9,7 +9,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo course app test test-style test-lib test-notebooks test-long backends cluster
 .PHONY: hub test-cluster browser notebooks screenshots lab tensorboard report lint lock clean
-.PHONY: active-conda rehearse book
+.PHONY: active-conda rehearse book test-training test-search test-studies test-solutions
 
 # Notebooks run on this environment's kernel, never on one registered under the same name elsewhere.
 unexport JUPYTER_PATH
@@ -120,9 +120,8 @@ app: setup ## Search with a photo in a page for this machine alone; PHOTOS=~/Pic
 PYTEST := $(PY) -m pytest
 test: test-style test-lib test-notebooks ## Check style, run the quick tests and the notebooks
 ifneq ($(filter test,$(MAKECMDGOALS)),)
-# With -j: the cluster's tests, which wait much, beside the long ones and the notebooks.
-test-long test-cluster book: | test-lib
-test-notebooks: | test-lib $(filter test-long,$(MAKECMDGOALS))
+# With -j, all these side by side: each waits now and then.
+test-long test-cluster test-training book: | test-lib
 endif
 
 # Which module may import which: the contracts are in pyproject.toml.
@@ -147,10 +146,24 @@ test-long: setup ## Run the long tests: kills, training, a real browser
 rehearse: setup ## Walk the paths of users from end to end: half an hour
 	$(PYTEST) -m rehearsal tests/notebooks/test_rehearsals.py
 
-test-notebooks: setup
-	@echo "== notebooks 00 to 07, compared with their saved outputs; 08 to 10, run"
-	$(PYTEST) --nbval $(foreach number,00 01 02 03 04 05 06 07,notebooks/$(number)*.ipynb)
-	$(PYTEST) --nbval-lax notebooks/08*.ipynb notebooks/09*.ipynb notebooks/10*.ipynb
+# After 02, two rows that share nothing but its run: with -j, side by side.
+test-notebooks: test-training test-search test-studies
+test-search test-studies: | test-training
+NUMBERED = $(foreach number,$(1),notebooks/$(number)*.ipynb)
+
+test-training: setup
+	@echo "== notebooks 00 to 02, compared with their saved outputs"
+	$(PYTEST) --nbval $(call NUMBERED,00 01 02)
+
+test-search: setup
+	@echo "== notebooks 04, 05 and 07, compared with their saved outputs; 10, run"
+	$(PYTEST) --nbval $(call NUMBERED,04 05 07)
+	$(PYTEST) --nbval-lax $(call NUMBERED,10)
+
+test-studies: setup
+	@echo "== notebooks 03 and 06, compared with their saved outputs; 08 and 09, run"
+	$(PYTEST) --nbval $(call NUMBERED,03 06)
+	$(PYTEST) --nbval-lax $(call NUMBERED,08 09)
 
 # Those of 02, 04 to 07 and 10 read a run of the demo.
 test-solutions: setup ## Run the solutions to the exercises, after make demo: about four minutes
@@ -193,7 +206,7 @@ WANTED = --constraint $(LOCK) --editable '.[$(EXTRAS)]'
 
 test-cluster: cluster ## Run what needs Ray and Milvus: several processes, kills, notebook 11
 	$(PYTEST) -m long tests/cluster --durations=5
-	$(PYTEST) --nbval-lax notebooks/11*.ipynb
+	$(PYTEST) --nbval-lax $(call NUMBERED,11)
 
 # Debian's Chromium brings the libraries that it needs. Elsewhere, or without the rights to install
 # it, Playwright's own goes into the user's cache. The last step says whether one really starts.
