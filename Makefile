@@ -79,13 +79,14 @@ active-conda:
 # uv installs in half a minute what takes pip some minutes. It does not read pip's settings (another
 # index, for instance), so pip has a try where uv fails.
 define INSTALL
-{ command -v uv >/dev/null 2>&1 && \
-  uv pip install --quiet --compile-bytecode --python .venv/bin/python $(1); } || \
+{ command -v uv >/dev/null 2>&1 && uv pip install --quiet --python .venv/bin/python $(1); } || \
 .venv/bin/python -m pip install --quiet $(1)
 endef
 
 # Always built from scratch: the packages of the two lock files must never mix. The stamp comes last,
 # so a set-up that failed or was interrupted starts anew.
+# What is installed is compiled at once, by all cores, and not by the first notebook.
+.venv/.stamp-$(EXTRA): export UV_COMPILE_BYTECODE := 1
 .venv/.stamp-$(EXTRA): $(LOCK)
 	@$(FIND_PYTHON); \
 	echo "setup: building .venv with Python $$version from $(LOCK): about 3 GB (with CUDA more), some minutes"; \

@@ -4,10 +4,10 @@
     python -m benchmarks.distillation [PHOTOS ...] [--write]
 
 The teacher is EfficientNet-Lite2, frozen, with two sizes of a photo and their mirror images, its
-descriptors whitened by PCA; the student the head of an EfficientNet-Lite0
-(:mod:`benchmarks.trained_heads`) that sees photos of half the side. On the demo world and on each
-PHOTOS, a folder of photos for each landmark, students are trained by InfoNCE alone, and with
-distillation as a share of the loss (:class:`lib.network.tower.Siamese`). ``--write`` keeps the
+descriptors whitened by PCA; the student an EfficientNet-Lite0 (:mod:`benchmarks.trained_heads`)
+that sees photos of half the side, its head alone or, after the head, all of it. On the demo world
+and on each PHOTOS, a folder of photos for each landmark, students are trained by InfoNCE alone, and
+with distillation as a share of the loss (:class:`lib.network.tower.Siamese`). ``--write`` keeps the
 result in ``benchmarks/results/distillation.json``, with nothing of the photographs.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.trained_heads import ANY_STAGE, EPOCHS, Way, measure, run
+from benchmarks.trained_heads import EPOCHS, HEAD, WHOLE, Way, measure, run
 from lib.data.catalogue import Catalogue
 from lib.data.dataset import DatasetHandler
 from lib.network.engine import export_engine, load_engine
@@ -30,9 +30,20 @@ from lib.training.stages import TrainingSettings
 
 TEACHER = {"backbone": "EfficientNetLite2", "weights": "packaged", "embedding_size": 0}
 SIZES = (0.7, 1.0)  # of the stored side, for the teacher; the student has 0.5
-SHARES = (0.5, 0.9, 0.99, 1.0)  # of the distillation in the loss
-ALONE = "alone"
-AGAINST = {f"teacher {share:.0%}": ALONE for share in SHARES}
+# By the part that is trained, the shares of the distillation in the loss; 0: without the teacher.
+STUDENTS = {"head": (HEAD, (0.0, 0.5, 0.9, 0.99, 1.0)), "whole": (WHOLE, (0.0, 0.5, 0.9))}
+
+
+def way(part: str, share: float) -> str:
+    return f"{part}, teacher {share:.0%}" if share else f"{part} alone"
+
+
+AGAINST = {
+    way(part, share): way(part, 0)
+    for part, (_, shares) in STUDENTS.items()
+    for share in shares
+    if share
+}
 
 
 def describe(catalogue: Catalogue, side: int, folder: Path) -> np.ndarray:
@@ -50,14 +61,16 @@ def measured(catalogue: Catalogue, scratch: Path) -> dict[str, dict]:
     descriptors = describe(catalogue, side, scratch / "teacher")
 
     def ways_of(handler: DatasetHandler) -> dict[str, Way]:
-        dimension = TowerSettings.embedding_size
-        whitening = learn_pca_whitening(descriptors[handler.chosen], dimension)
+        whitening = learn_pca_whitening(descriptors[handler.chosen], TowerSettings.embedding_size)
         teacher = whitening.apply(descriptors)
-        ways = {ALONE: Way(TrainingSettings(ANY_STAGE, patience=EPOCHS))}
-        for name, share in zip(AGAINST, SHARES, strict=True):
-            settings = TrainingSettings(ANY_STAGE, patience=EPOCHS, teacher_share=share)
-            ways[name] = Way(settings, teacher)
-        return ways
+        return {
+            way(part, share): Way(
+                TrainingSettings(stages, patience=EPOCHS, teacher_share=share),
+                teacher if share else None,
+            )
+            for part, (stages, shares) in STUDENTS.items()
+            for share in shares
+        }
 
     return measure(catalogue, ways_of, AGAINST, side // 2, scratch)
 

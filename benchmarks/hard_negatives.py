@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from benchmarks.trained_heads import ANY_STAGE, EPOCHS, Way, measure, run
+from benchmarks.trained_heads import EPOCHS, HEAD, Way, measure, run
 from lib.network.losses import InfoNCE, TripletLoss
 from lib.network.mining import Stored
 from lib.programs import program
@@ -26,7 +26,7 @@ POOL = MEMORY = 1000
 _BATCH_ALONE = {"InfoNCE": InfoNCE(), "triplet": TripletLoss()}
 _HARDER = {"": {}, " + pool": {"pool": POOL}, " + memory": {"memory": MEMORY}}
 WAYS = {
-    f"{name}{more}": Way(TrainingSettings(ANY_STAGE, loss, patience=EPOCHS, **settings))
+    f"{name}{more}": Way(TrainingSettings(HEAD, loss, patience=EPOCHS, **settings))
     for name, loss in _BATCH_ALONE.items()
     for more, settings in _HARDER.items()
 }

@@ -1,12 +1,12 @@
-"""What benchmarks of trained heads share: sets of photos, folds of landmarks, one start for all.
+"""What benchmarks of short trainings share: sets of photos, folds of landmarks, one start for all.
 
     rows = measure(catalogue, ways_of, {"with a memory": "alone"}, size=96, scratch=folder)
 
-Heads of the packaged EfficientNet-Lite0, frozen, are trained from the feature cache. The landmarks
-are dealt into five folds, each with a seed of its own. A head is trained on three, its best epoch
-is chosen on the fourth, and each photo of the fifth searches among the others of that fold. In
-every fold all ways begin with the same weights and batches. So each photo is a query once, and ways
-are compared query by query.
+Heads of the packaged EfficientNet-Lite0 are trained from the feature cache, and then maybe the
+whole network. The landmarks are dealt into five folds, each with a seed of its own. A network is
+trained on three, its best epoch is chosen on the fourth, and each photo of the fifth searches among
+the others of that fold. In every fold all ways begin with the same weights and batches. So each
+photo is a query once, and ways are compared query by query.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lib.data.plan import fit_batches
 from lib.demo.data import make_demo_data
 from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import project_root, write_json
-from lib.network.tower import TowerSettings, build_head, build_tower, embed
+from lib.network.tower import TowerSettings, build_tower, embed
 from lib.programs import as_path
 from lib.studies.fixes import landmark_folds
 from lib.training.features import FeatureCache, build_cache
@@ -42,11 +42,13 @@ from tools.labelled import read_folder
 BATCH, EPOCHS, STEPS, RATE, VARIANTS, FOLDS = 32, 4, 40, 3e-3, 1, 5
 NETWORK = {"backbone": "EfficientNetLite0", "weights": "packaged"}
 FROZEN = "frozen"
-ANY_STAGE = (Stage("head", 1, 1, RATE),)  # fitted to each set
+# Fewer steps where a set has not so many batches.
+HEAD = (Stage("head", EPOCHS, STEPS, RATE),)
+WHOLE = (*HEAD, Stage("all", EPOCHS, STEPS, RATE / 10))
 
 
 class Way(NamedTuple):
-    """How a head is trained: the settings, and maybe a teacher's descriptors of all pictures."""
+    """How a network is trained: settings, and maybe a teacher's descriptors of all pictures."""
 
     settings: TrainingSettings
     teacher: np.ndarray | None = None
@@ -80,14 +82,14 @@ def measure(
     landmark = catalogue.pictures["landmark"].to_numpy()
     labels, found = [], {}
     for fold, test in enumerate(folds):
-        heads = train_each(
+        towers = train_each(
             cache, ways_of, test, folds[(fold + 1) % FOLDS], fold, scratch / f"fold{fold}"
         )
         pictures = np.intersect1d(np.flatnonzero(test & (landmark != UNKNOWN)), cache.pictures)
-        maps = cache.maps(pictures, 0)
+        photos = handler.photos(pictures)
         labels.append(landmark[pictures])
-        for way, head, teacher in heads:
-            described = {way: embed(head, maps)}
+        for way, tower, teacher in towers:
+            described = {way: embed(tower, photos)}
             if teacher is not None and fold not in found.get("the teacher", {}):
                 described["the teacher"] = teacher[pictures]
             for name, x in described.items():
@@ -111,10 +113,10 @@ def train_each(
     seed: int,
     scratch: Path,
 ) -> Iterator[tuple[str, keras.Model, np.ndarray | None]]:
-    """The frozen network's head, and the head that each way trains, with its teacher."""
+    """The frozen tower, and the one that each way trains, with its teacher; use it at once."""
     catalogue, data = cache.handler.catalogue, replace(cache.handler.settings, seed=seed)
     frozen = TowerSettings(data.image_size, embedding_size=0, gem_p_trainable=False, **NETWORK)
-    yield FROZEN, build_head(cache.map_shape, frozen), None
+    yield FROZEN, build_tower(frozen), None
     chosen = ~(test | validation)
     batch, steps = fit_batches(catalogue, chosen, BATCH, STEPS)
     handler = DatasetHandler(catalogue, replace(data, batch_size=batch), chosen)
@@ -125,10 +127,11 @@ def train_each(
     start = tower.get_weights()
     for number, (way, (settings, teacher)) in enumerate(ways_of(handler).items()):
         tower.set_weights(start)
-        settings = replace(settings, stages=(Stage("head", EPOCHS, steps, RATE),))
+        stages = tuple(replace(stage, steps_per_epoch=steps) for stage in settings.stages)
+        settings = replace(settings, stages=stages)
         of_handler = replace(cache, handler=handler)
         train(tower, handler, triplets, settings, scratch / str(number), of_handler, teacher)
-        yield way, tower.get_layer("head"), teacher
+        yield way, tower, teacher
 
 
 def run(

@@ -192,15 +192,21 @@ def build_tower(settings: TowerSettings) -> keras.Model:
         backbone = build_backbone(settings)
         own = hub.preprocessing if settings.of_hub else Preprocessing
         trunk = _build_trunk(settings.image_size, own(settings.backbone), backbone)
-    # ConvNeXt ends with it. Other backbones end with activations, which go no lower than -0.375.
-    is_signed = isinstance(backbone.layers[-1], keras.layers.LayerNormalization)
-    if is_signed and settings.pooling.startswith("gem"):
+    if _is_signed(backbone) and settings.pooling.startswith("gem"):
         raise ValueError(
             f"the feature maps of {settings.backbone} are signed (about half of the activations "
             'are negative), and GeM counts negative ones as zero: choose pooling="average"'
         )
     head = build_head(trunk.output_shape[1:], settings)
     return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
+
+
+def _is_signed(backbone: keras.Model) -> bool:
+    """Whether about half of its maps' values are negative, as of ConvNeXt and of transformers.
+
+    Other backbones end with activations, which go no lower than -0.375.
+    """
+    return isinstance(backbone.layers[-1], (keras.layers.LayerNormalization, hub.TokenMap))
 
 
 def _build_trunk(
@@ -252,11 +258,11 @@ def build_head(map_shape: tuple[int, int, int], settings: TowerSettings) -> kera
 def frozen_trunk(tower: keras.Model, gem_p: float = 3.0) -> keras.Model:
     """The tower's trunk under GeM and L2 normalization alone: what is there without a trained head.
 
-    uint8 (n, s, s, 3) -> float32 (n, c). Every training should beat it. A transformer's signed
-    tokens are averaged in place of GeM.
+    uint8 (n, s, s, 3) -> float32 (n, c). Every training should beat it. Signed maps are averaged in
+    place of GeM.
     """
     trunk = tower.get_layer("trunk")
-    pooling = "average" if hub.has_tokens(trunk) else "gem"
+    pooling = "average" if _is_signed(trunk.get_layer("backbone")) else "gem"
     settings = TowerSettings(embedding_size=0, pooling=pooling, gem_p=gem_p, gem_p_trainable=False)
     return keras.Sequential([trunk, build_head(trunk.output_shape[1:], settings)], name="frozen")
 

@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
-from lib.plots import WRONG, error_bars, finish
+from lib.plots import LEGEND, WRONG, error_bars, finish
 from lib.studies.index_tuning import Loss
 
 
@@ -61,7 +61,7 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
             xticks=ticks,
             xticklabels=[f"{tick:g}" for tick in ticks],
         )
-        right.legend(fontsize=9)
+        right.legend(**LEGEND)
         left.invert_yaxis()
     finish(save)
 
@@ -158,7 +158,7 @@ def plot_growth(
             axis.plot(n, rows[cost], "o", color=colour, label=name)
             axis.plot(n, line["factor"] * n ** line["exponent"], color=colour, linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="photos", title=label)
-        axis.legend(fontsize=9)
+        axis.legend(**LEGEND)
     finish(save)
 
 
@@ -174,7 +174,7 @@ def plot_probes(table: pd.DataFrame, *, save: Path | None = None) -> None:
     axis.plot(table.index, table["time"], "s--", label="of the time of comparing everything")
     axis.set(xscale="log", xlabel="lists visited", ylabel="share", ylim=(0, None))
     axis.set_xticks(table.index, labels=map(str, table.index), minor=False)
-    axis.legend()
+    axis.legend(**LEGEND)
     finish(save)
 
 

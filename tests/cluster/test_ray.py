@@ -71,9 +71,11 @@ JAX = {
     "TQDM_DISABLE": "1",
 }
 # Sums in another order: some units in the last place of float32 for each of 16 steps, of values
-# around 1. (With Adam, a weight whose gradient is 0 but for rounding, such as a bias before a live
-# batch normalization, would move by up to its learning rate; this tower has none.)
-ROUNDING = 2e-6
+# around 1; of the memory's embeddings more, where little is left to be brought to length 1. All in
+# all, weights move by a hundredth. (With Adam, a weight whose gradient is 0 but for rounding, such
+# as a bias before a live batch normalization, would move by up to its learning rate; this tower has
+# none.)
+ROUNDING = 1e-5
 
 
 def task_of(shards, kind: str = "P x K") -> tuple[DatasetHandler, np.ndarray, TrainingSettings]:

@@ -35,7 +35,7 @@ from lib.network.tower import (
     save_tower,
     to_float16,
 )
-from tests.conftest import one_block
+from tests.conftest import one_block, unit
 
 SMALL = TowerSettings(image_size=32, embedding_size=16, last_stage=3, weights="")
 
@@ -79,8 +79,7 @@ def test_channel_order_matters(tower, photos):
 
 def test_the_frozen_trunk_is_its_map_pooled(tower, photos):
     maps = feature_maps(tower, photos).astype(np.float32)
-    expected = keras.ops.convert_to_numpy(gem(maps, 3.0))
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    expected = unit(keras.ops.convert_to_numpy(gem(maps, 3.0)))
     frozen = frozen_trunk(tower)
     np.testing.assert_allclose(embed(frozen, photos), expected, atol=2e-3)
     assert not frozen.get_layer("head").trainable_variables
@@ -131,6 +130,8 @@ def test_gem_of_signed_maps_is_refused_and_of_relus_or_swishes_is_not(photos):
         build_tower(signed)
     tower = build_tower(replace(signed, pooling="average"))
     assert np.isfinite(embed(tower, photos)).all()
+    means = feature_maps(tower, photos).astype(np.float32).mean(axis=(1, 2))
+    np.testing.assert_allclose(embed(frozen_trunk(tower), photos), unit(means), atol=2e-3)
 
 
 def test_the_regularization_of_layers_is_part_of_the_loss(tower, photos):
