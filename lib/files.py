@@ -21,7 +21,7 @@ import secrets
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,15 @@ def remove_half_written(folder: Path, subfolders: bool = False) -> None:
     """
     import filelock
 
-    found = folder.rglob(f"{_PART}*") if subfolders else folder.glob(f"{_PART}*")
-    for part in {Path(str(path).removesuffix(".lock")) for path in found if path.is_file()}:
+    # Not rglob, which fails where another process removes a folder meanwhile.
+    walked = ((top, files) for top, _, files in os.walk(folder))
+    found = {
+        Path(top) / name.removesuffix(".lock")
+        for top, files in (walked if subfolders else islice(walked, 1))
+        for name in files
+        if name.startswith(_PART)
+    }
+    for part in found:
         # OSError: the folder is read-only, or a reader has the file open on Windows.
         with contextlib.suppress(filelock.Timeout, OSError), _sign_of_life(part):
             part.unlink(missing_ok=True)

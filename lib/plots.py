@@ -30,7 +30,7 @@ RIGHT, WRONG, QUERY, UNKNOWN = "#0072b2", "#d55e00", "#222222", "#9aa0a6"
 MARKS = {RIGHT: "\N{CHECK MARK}", WRONG: "\N{BALLOT X}", QUERY: "?"}
 # Where a legend hides least. Asked for in so many words: where a busy machine is slow to find the
 # place, matplotlib would otherwise warn.
-LEGEND = {"fontsize": 9, "loc": "best"}
+LEGEND = {"loc": "best"}
 
 
 def set_style() -> None:
@@ -211,7 +211,7 @@ def plot_training_curves(
             place = {"transform": top.get_xaxis_transform(), "va": "bottom", "fontsize": 10}
             top.text(first - 0.4, 1.01, names[number], **place)
     for axis in (top, bottom):
-        axis.legend(**LEGEND)
+        axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 
@@ -225,7 +225,7 @@ def plot_distance_histograms(
         axis.hist(positive, bins, alpha=0.65, density=True, color=RIGHT, label="same landmark")
         axis.hist(negative, bins, alpha=0.65, density=True, color=WRONG, label="other landmark")
         axis.set(title=title, xlabel="squared distance", ylabel="density", xlim=(0, 4))
-        axis.legend(**LEGEND)
+        axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 
@@ -239,7 +239,7 @@ def plot_histograms(
         axis.hist(sample, bins, alpha=0.6, label=name)
     axis.set(xlabel=xlabel, ylabel="count")
     if len(values) > 1:
-        axis.legend(**LEGEND)
+        axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 
@@ -332,7 +332,7 @@ def plot_loss_surface(margin: float, temperature: float, *, save: Path | None = 
     axes[1].set(title=f"soft, temperature {temperature}")
     for axis in axes:
         axis.set(xlabel="squared distance of the negative")
-        axis.legend(**LEGEND)
+        axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 
@@ -422,7 +422,7 @@ def plot_curves(
         axis.set(xscale="log")
     else:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(**LEGEND)
+    axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 

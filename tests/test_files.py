@@ -133,6 +133,22 @@ def test_half_written_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path
     remove_half_written(tmp_path / "absent")
 
 
+def test_a_folder_that_another_process_removes_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    left, scan = tmp_path / "z" / ".part-abc-left", os.scandir
+    for folder in ("a", "z"):
+        (tmp_path / folder).mkdir()
+    left.touch()
+
+    def scandir(path):
+        if Path(path).name == "a":
+            Path(path).rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    remove_half_written(tmp_path, subfolders=True)
+    assert not (tmp_path / "a").exists() and not left.exists()
+
+
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path, writer):
     writer.kill()
     writer.wait()

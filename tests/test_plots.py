@@ -1,6 +1,7 @@
 """Figures, beyond what the notebooks show of them."""
 
 import itertools
+import re
 import time
 import warnings
 
@@ -9,8 +10,11 @@ import pandas as pd
 import pytest
 
 from lib import plots
+from lib.files import project_root
 from lib.studies import figures
 
+# The name, a bracket, and what stands in it up to the end of the line.
+LEGEND = re.compile(r"\.legend\((.*)")
 ONE = {"one": {1: 0.5, 2: 0.6}, "other": {1: 0.4, 2: 0.7}}
 PROBES = pd.DataFrame({"recall": [0.5, 1.0], "time": [0.1, 0.4]}, index=[1, 8])
 
@@ -32,3 +36,13 @@ def test_a_busy_machine_is_no_reason_for_a_warning(draw, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_all_legends_have_a_place():
+    root = project_root()
+    texts = {
+        p: p.read_text() for p in (*root.glob("lib/**/*.py"), *root.glob("notebooks/**/*.ipynb"))
+    }
+    calls = [(path.name, call) for path, text in texts.items() for call in LEGEND.findall(text)]
+    assert len(calls) > 10
+    assert [call for call in calls if "loc" not in call[1] and "**" not in call[1]] == []

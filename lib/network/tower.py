@@ -192,7 +192,7 @@ def build_tower(settings: TowerSettings) -> keras.Model:
         backbone = build_backbone(settings)
         own = hub.preprocessing if settings.of_hub else Preprocessing
         trunk = _build_trunk(settings.image_size, own(settings.backbone), backbone)
-    if _is_signed(backbone) and settings.pooling.startswith("gem"):
+    if _is_signed(trunk) and settings.pooling.startswith("gem"):
         raise ValueError(
             f"the feature maps of {settings.backbone} are signed (about half of the activations "
             'are negative), and GeM counts negative ones as zero: choose pooling="average"'
@@ -201,12 +201,13 @@ def build_tower(settings: TowerSettings) -> keras.Model:
     return keras.Model(trunk.input, head(trunk(trunk.input)), name="tower")
 
 
-def _is_signed(backbone: keras.Model) -> bool:
+def _is_signed(trunk: keras.Model) -> bool:
     """Whether about half of its maps' values are negative, as of ConvNeXt and of transformers.
 
     Other backbones end with activations, which go no lower than -0.375.
     """
-    return isinstance(backbone.layers[-1], (keras.layers.LayerNormalization, hub.TokenMap))
+    last = trunk.get_layer("backbone").layers[-1]
+    return hub.has_tokens(trunk) or isinstance(last, keras.layers.LayerNormalization)
 
 
 def _build_trunk(
@@ -262,7 +263,7 @@ def frozen_trunk(tower: keras.Model, gem_p: float = 3.0) -> keras.Model:
     place of GeM.
     """
     trunk = tower.get_layer("trunk")
-    pooling = "average" if _is_signed(trunk.get_layer("backbone")) else "gem"
+    pooling = "average" if _is_signed(trunk) else "gem"
     settings = TowerSettings(embedding_size=0, pooling=pooling, gem_p=gem_p, gem_p_trainable=False)
     return keras.Sequential([trunk, build_head(trunk.output_shape[1:], settings)], name="frozen")
 

@@ -61,7 +61,7 @@ def plot_ladder(summaries: Mapping[str, pd.DataFrame], *, save: Path | None = No
             xticks=ticks,
             xticklabels=[f"{tick:g}" for tick in ticks],
         )
-        right.legend(**LEGEND)
+        right.legend(fontsize=9, **LEGEND)
         left.invert_yaxis()
     finish(save)
 
@@ -158,7 +158,7 @@ def plot_growth(
             axis.plot(n, rows[cost], "o", color=colour, label=name)
             axis.plot(n, line["factor"] * n ** line["exponent"], color=colour, linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="photos", title=label)
-        axis.legend(**LEGEND)
+        axis.legend(fontsize=9, **LEGEND)
     finish(save)
 
 

@@ -2,11 +2,11 @@
 
     rows = measure(catalogue, ways_of, {"with a memory": "alone"}, size=96, scratch=folder)
 
-Heads of the packaged EfficientNet-Lite0 are trained from the feature cache, and then maybe the
-whole network. The landmarks are dealt into five folds, each with a seed of its own. A network is
-trained on three, its best epoch is chosen on the fourth, and each photo of the fifth searches among
-the others of that fold. In every fold all ways begin with the same weights and batches. So each
-photo is a query once, and ways are compared query by query.
+Heads of the packaged EfficientNet-Lite0 are trained from the feature cache, with ``--whole`` the
+whole network after them. The landmarks are dealt into five folds, each with a seed of its own. A
+network is trained on three, its best epoch is chosen on the fourth, and each photo of the fifth
+searches among the others of that fold. In every fold all ways begin with the same weights and
+batches. So each photo is a query once, and ways are compared query by query.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from lib.data.plan import fit_batches
 from lib.demo.data import make_demo_data
 from lib.evaluation.metrics import average_precision, leave_one_out
 from lib.files import project_root, write_json
-from lib.network.tower import TowerSettings, build_tower, embed
+from lib.network.tower import TowerSettings, build_head, build_tower, embed
 from lib.programs import as_path
 from lib.studies.fixes import landmark_folds
 from lib.training.features import FeatureCache, build_cache
@@ -44,7 +44,8 @@ NETWORK = {"backbone": "EfficientNetLite0", "weights": "packaged"}
 FROZEN = "frozen"
 # Fewer steps where a set has not so many batches.
 HEAD = (Stage("head", EPOCHS, STEPS, RATE),)
-WHOLE = (*HEAD, Stage("all", EPOCHS, STEPS, RATE / 10))
+WHOLE = (*HEAD, Stage("all", 1, STEPS, RATE / 10))
+Stages = tuple[Stage, ...]
 
 
 class Way(NamedTuple):
@@ -58,13 +59,13 @@ WaysOf = Callable[[DatasetHandler], Mapping[str, Way]]  # of the landmarks that 
 
 
 def open_sets(folders: list[Path], scratch: Path) -> Iterator[tuple[str, Catalogue]]:
-    """The demo world, and each folder of photos as shards in ``scratch``."""
-    make_demo_data(project_root())
-    yield "demo world", open_catalogue(project_root() / "Dataset" / "demo_world")
+    """Each folder of photos as shards in ``scratch``, and the demo world."""
     for folder in folders:
         name = folder.resolve().name
         print(convert(read_folder(folder), scratch / name))
         yield name, open_catalogue(scratch / name)
+    make_demo_data(project_root())
+    yield "demo world", open_catalogue(project_root() / "Dataset" / "demo_world")
 
 
 def measure(
@@ -82,14 +83,15 @@ def measure(
     landmark = catalogue.pictures["landmark"].to_numpy()
     labels, found = [], {}
     for fold, test in enumerate(folds):
-        towers = train_each(
+        networks = train_each(
             cache, ways_of, test, folds[(fold + 1) % FOLDS], fold, scratch / f"fold{fold}"
         )
         pictures = np.intersect1d(np.flatnonzero(test & (landmark != UNKNOWN)), cache.pictures)
-        photos = handler.photos(pictures)
+        maps, photos = cache.maps(pictures, 0), handler.photos(pictures)
         labels.append(landmark[pictures])
-        for way, tower, teacher in towers:
-            described = {way: embed(tower, photos)}
+        for way, network, teacher in networks:
+            takes_maps = network.input_shape[1:] == cache.map_shape
+            described = {way: embed(network, maps if takes_maps else photos)}
             if teacher is not None and fold not in found.get("the teacher", {}):
                 described["the teacher"] = teacher[pictures]
             for name, x in described.items():
@@ -113,10 +115,10 @@ def train_each(
     seed: int,
     scratch: Path,
 ) -> Iterator[tuple[str, keras.Model, np.ndarray | None]]:
-    """The frozen tower, and the one that each way trains, with its teacher; use it at once."""
+    """The frozen head and what each way trains, head or tower, with its teacher; use it at once."""
     catalogue, data = cache.handler.catalogue, replace(cache.handler.settings, seed=seed)
     frozen = TowerSettings(data.image_size, embedding_size=0, gem_p_trainable=False, **NETWORK)
-    yield FROZEN, build_tower(frozen), None
+    yield FROZEN, build_head(cache.map_shape, frozen), None
     chosen = ~(test | validation)
     batch, steps = fit_batches(catalogue, chosen, BATCH, STEPS)
     handler = DatasetHandler(catalogue, replace(data, batch_size=batch), chosen)
@@ -127,42 +129,48 @@ def train_each(
     start = tower.get_weights()
     for number, (way, (settings, teacher)) in enumerate(ways_of(handler).items()):
         tower.set_weights(start)
-        stages = tuple(replace(stage, steps_per_epoch=steps) for stage in settings.stages)
+        stages = tuple(
+            replace(stage, steps_per_epoch=min(steps, stage.steps_per_epoch))
+            for stage in settings.stages
+        )
         settings = replace(settings, stages=stages)
         of_handler = replace(cache, handler=handler)
         train(tower, handler, triplets, settings, scratch / str(number), of_handler, teacher)
-        yield way, tower, teacher
+        yield way, tower if stages[-1].train == "all" else tower.get_layer("head"), teacher
 
 
 def run(
     name: str,
-    measured: Callable[[Catalogue, Path], dict[str, dict]],
+    measured: Callable[[Catalogue, Path, Stages], dict[str, dict]],
     settings: dict,
     given: list[str] | None,
 ) -> int:
     """Measure, print and write, as a program; ``settings`` stand in the result."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("photos", type=as_path, nargs="*", help="a folder of folders of photos")
+    parser.add_argument("--whole", action="store_true", help="train the whole network, not heads")
     parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     arguments = parser.parse_args(given)
+    stages = WHOLE if arguments.whole else HEAD
     sets, runs = {}, project_root() / "runs"
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=runs) as folder:
         for of, catalogue in open_sets(arguments.photos, Path(folder)):
-            sets[of] = measured(catalogue, Path(folder) / f"{of}-runs")
+            sets[of] = measured(catalogue, Path(folder) / f"{of}-runs", stages)
             for way, row in sets[of].items():
                 print_rows(of, {way: row}, row["against"])
                 low, high = (100 * row["difference"][end] for end in ("low", "high"))
                 print(f"    [{low:+.1f}, {high:+.1f}], p = {row['p_value']:.4f}")
     if arguments.write:
-        settings |= {"batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "rate": RATE}
+        options = ["--whole"] * arguments.whole + ["--write"]
+        command = [f"python -m benchmarks.{name}", *map(str.upper, [*sets][:-1]), *options]
+        settings |= {"batch": BATCH, "stages": [asdict(stage) for stage in stages]}
         result = {
-            "command": " ".join(
-                [f"python -m benchmarks.{name}", *map(str.upper, [*sets][1:]), "--write"]
-            ),
+            "command": " ".join(command),
             "settings": settings | {"variants": VARIANTS, "folds": FOLDS},
             "versions": {"keras": keras.__version__, "numpy": np.__version__},
             "sets": sets,
         }
-        write_json(project_root() / "benchmarks" / "results" / f"{name}.json", result)
+        file = f"{name}_whole.json" if arguments.whole else f"{name}.json"
+        write_json(project_root() / "benchmarks" / "results" / file, result)
     return 0
