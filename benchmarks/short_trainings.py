@@ -87,11 +87,11 @@ def measure(
             cache, ways_of, test, folds[(fold + 1) % FOLDS], fold, scratch / f"fold{fold}"
         )
         pictures = np.intersect1d(np.flatnonzero(test & (landmark != UNKNOWN)), cache.pictures)
-        maps, photos = cache.maps(pictures, 0), handler.photos(pictures)
         labels.append(landmark[pictures])
         for way, network, teacher in networks:
             takes_maps = network.input_shape[1:] == cache.map_shape
-            described = {way: embed(network, maps if takes_maps else photos)}
+            seen = cache.maps(pictures, 0) if takes_maps else handler.photos(pictures)
+            described = {way: embed(network, seen)}
             if teacher is not None and fold not in found.get("the teacher", {}):
                 described["the teacher"] = teacher[pictures]
             for name, x in described.items():
