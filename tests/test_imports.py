@@ -137,6 +137,16 @@ print({{k: v for k, v in changed.items() if v}})
     assert changed == "{}", changed
 
 
+@pytest.mark.long
+def test_what_only_some_need_is_not_loaded_by_all():
+    """Where PyTorch is installed, the writer of TensorBoard's files used to load it: 1.6 s."""
+    code = (
+        "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]; print(*sys.modules)"
+    )
+    loaded = set(run(code, *MODULES).split())
+    assert "keras" in loaded and not loaded & {"torch", "ray", "pymilvus", "keras_hub", "openvino"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_and_its_functions_are_short(module):
     text = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")

@@ -242,10 +242,14 @@ def _checksum(data: bytes) -> int:
 
 def write_shard(path: Path, triplets: Iterable[Triplet]) -> int:
     """Write triplets to a shard, atomically; returns their number."""
+    return write_records(path, map(serialize_triplet, triplets))
+
+
+def write_records(path: Path, messages: Iterable[bytes]) -> int:
+    """Write messages to a TFRecord file, atomically; returns their number."""
     count = 0
     with replacing(path) as part, part.open("wb") as file:
-        for triplet in triplets:
-            message = serialize_triplet(triplet)
+        for message in messages:
             length = struct.pack("<Q", len(message))
             header = _HEADER.pack(len(message), _checksum(length))
             file.write(header + message + _FOOTER.pack(_checksum(message)))

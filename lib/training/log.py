@@ -12,7 +12,7 @@ has its own event file, which is replaced when the epoch is repeated after an in
 
 from __future__ import annotations
 
-import contextlib
+import io
 import math
 import time
 from pathlib import Path
@@ -21,11 +21,12 @@ import keras
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tensorboardX import RecordWriter, summary
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from lib.data.decoding import resize
+from lib.data.records import write_records
 from lib.files import replacing
 
 HISTORY, TENSORBOARD = "history.csv", "tensorboard"
@@ -83,21 +84,21 @@ class TrainingLog(keras.callbacks.Callback):
             self._write_projector(embeddings)
 
     def _write_events(self, row: dict, embeddings: np.ndarray) -> None:
-        summaries = []
+        values = []
         for name, value in row.items():
             if name not in ("epoch", "stage") and np.isfinite(value):
                 tag = f"training/{name}".replace("training/val_", "validation/")
-                summaries.append(summary.scalar(tag, value))
+                values.append(Summary.Value(tag=tag, simple_value=value))
         hardest = self.validation[hardest_triplets(embeddings)[:HARDEST]]
         sheet = _grid(hardest.reshape(-1, *hardest.shape[2:]), len(hardest), 3)
-        summaries.append(summary.image("validation/hardest_triplets", sheet, dataformats="HWC"))
+        values.append(Summary.Value(tag="validation/hardest_triplets", image=_png(sheet)))
         now = time.time()
-        events = [Event(file_version="brain.Event:2", wall_time=now)]
-        events += [Event(summary=s, step=row["epoch"], wall_time=now) for s in summaries]
+        events = [
+            Event(file_version="brain.Event:2", wall_time=now),
+            Event(summary=Summary(value=values), step=row["epoch"], wall_time=now),
+        ]
         path = self.run / TENSORBOARD / f"events.out.tfevents.{row['epoch']:06d}"
-        with replacing(path) as part, contextlib.closing(RecordWriter(str(part))) as writer:
-            for event in events:
-                writer.write(event.SerializeToString())
+        write_records(path, (event.SerializeToString() for event in events))
 
     def _write_projector(self, embeddings: np.ndarray) -> None:
         folder = self.run / TENSORBOARD / "projector"
@@ -132,3 +133,13 @@ def _grid(photos: np.ndarray, rows: int, columns: int) -> np.ndarray:
     grid[: len(photos)] = photos
     grid = grid.reshape(rows, columns, side, side, 3)
     return grid.swapaxes(1, 2).reshape(rows * side, columns * side, 3)
+
+
+def _png(photo: np.ndarray) -> Summary.Image:
+    """Encode a photo, uint8 (h, w, 3), for TensorBoard."""
+    encoded = io.BytesIO()
+    Image.fromarray(photo).save(encoded, format="PNG")
+    height, width, colours = photo.shape
+    return Summary.Image(
+        height=height, width=width, colorspace=colours, encoded_image_string=encoded.getvalue()
+    )
