@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         cpus: cores that each node reports.
 
     Raises:
-        ClusterError: Ray is not installed, or this process is already connected to a cluster.
+        ClusterError: Ray is not installed or does not start, or this process is already connected
+            to a cluster.
     """
     with _local_environment():
         ray = import_ray()  # reads some of the variables
@@ -64,9 +66,15 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         try:
             try:
                 cluster = _start(Cluster, nodes, cpus)
-            except RuntimeError:
+            except Exception:  # Ray has no class of its own for it
                 # Ray forks while threads of its own run: rarely, a new process hangs at its start.
-                cluster = _start(Cluster, nodes, cpus)
+                _end_all()
+                try:
+                    cluster = _start(Cluster, nodes, cpus)
+                except Exception as error:
+                    said = _last_words()
+                    _end_all()
+                    raise ClusterError(f"Ray does not start: {error}{said}") from error
             try:
                 with connected_to(ray, cluster.address, _node_ip_address="127.0.0.1"):
                     yield cluster
@@ -125,13 +133,36 @@ def busy_processes(kind: str) -> list[int]:
     Args:
         kind: Ray's name of the actor: "RayTrainWorker" trains, "MapWorker" embeds.
     """
+    return [pid for pid, title in _processes() if title.startswith(f"ray::{kind}".encode())]
+
+
+def _processes() -> list[tuple[int, bytes]]:
+    """The ids and command lines of all processes of the emulated cluster; none but on Linux."""
     found, home = [], f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR')}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # the process has ended
             title, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-            if title.startswith(f"ray::{kind}".encode()) and home in variables:
-                found.append(int(path.name))
+            if home in variables and int(path.name) != os.getpid():
+                found.append((int(path.name), title))
     return found
+
+
+def _end_all() -> None:
+    """End what a failed start has left: Ray forgets a node whose start fails."""
+    for pid, _ in _processes():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _last_words() -> str:
+    """The last lines of the logs of Ray's own processes, each in a line of its own."""
+    logs = Path(os.environ["RAY_TMPDIR"]) / "ray" / "session_latest" / "logs"
+    lines = []
+    for log in (f"{name}.{kind}" for name in ("gcs_server", "raylet") for kind in ("out", "err")):
+        with contextlib.suppress(OSError):
+            text = (logs / log).read_text(errors="replace").splitlines()
+            lines += [f"\n{log}: {line}" for line in text[-3:]]
+    return "".join(lines)
 
 
 @contextlib.contextmanager

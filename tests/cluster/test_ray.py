@@ -375,7 +375,8 @@ def listening(pids: list[int]) -> set[str]:
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_cluster_that_does_not_start_is_started_once_more(monkeypatch, failures):
-    clusters = []
+    """What the failed start has left is ended; the message says what Ray's own logs say."""
+    clusters, left = [], []
 
     class Fails:
         address, nodes, is_down = "", 0, False
@@ -385,7 +386,11 @@ def test_a_cluster_that_does_not_start_is_started_once_more(monkeypatch, failure
 
         def add_node(self, **settings):
             if len(clusters) <= failures:
-                raise RuntimeError("Timed out waiting for file gcs_server_port")
+                logs = Path(os.environ["RAY_TMPDIR"]) / "ray" / "session_latest" / "logs"
+                logs.mkdir(parents=True, exist_ok=True)
+                (logs / "raylet.err").write_text("it began\nno port was free\n")
+                left.append(subprocess.Popen(["sleep", "60"]))
+                raise Exception("The current node timed out during startup.")
             self.nodes += 1
 
         def shutdown(self):
@@ -397,13 +402,14 @@ def test_a_cluster_that_does_not_start_is_started_once_more(monkeypatch, failure
         lib.cluster.emulated, "connected_to", lambda *_, **__: contextlib.nullcontext()
     )
     fails = (
-        pytest.raises(RuntimeError, match="Timed out")
+        pytest.raises(ClusterError, match=r"(?s)timed out.*raylet\.err: no port was free")
         if failures == 2
         else contextlib.nullcontext()
     )
     with fails, emulated_cluster(nodes=2):
         assert [cluster.nodes for cluster in clusters] == [0, 3]
     assert [cluster.is_down for cluster in clusters] == [True, True]
+    assert [process.wait(10) for process in left] == [-signal.SIGKILL] * failures
 
 
 def test_an_emulated_cluster_is_closed_and_leaves_nothing():
