@@ -52,7 +52,9 @@ needs_ray = pytest.mark.skipif(
 )
 pytestmark = [pytest.mark.long, needs_ray]
 
-# Everything that could differ: negatives mined from the whole batch, live statistics, an average.
+# Everything that could differ: triplets mined from a pool and negatives from the whole batch, a
+# memory, live statistics, an average. That the shares of P x K batches are the batch,
+# tests/test_data_parallel.py shows.
 SETTINGS = TrainingSettings(
     stages=(
         Stage("head", epochs=1, steps_per_epoch=4, learning_rate=1e-2),
@@ -61,9 +63,9 @@ SETTINGS = TrainingSettings(
     loss=TripletLoss(mining=BatchHard()),
     batch_norm="live",
     ema_momentum=0.5,
+    pool=20,
+    memory=40,
 )
-# Pictures per landmark, pool and memory: P x K batches, or mined triplets.
-KINDS = {"P x K": (2, 0, 0), "mined": (0, 20, 40)}
 JAX = {
     "KERAS_BACKEND": "jax",
     "JAX_PLATFORMS": "cpu",
@@ -78,15 +80,13 @@ JAX = {
 ROUNDING = 1e-5
 
 
-def task_of(shards, kind: str = "P x K") -> tuple[DatasetHandler, np.ndarray, TrainingSettings]:
-    k, pool, memory = KINDS[kind]
+def task_of(shards) -> tuple[DatasetHandler, np.ndarray, TrainingSettings]:
     catalogue = build_catalogue([Path(shard) for shard in shards])
     part = split_landmarks(catalogue, {"train": 0.7, "validation": 0.3}, seed=0)
-    data = DataSettings(image_size=16, batch_size=8, pictures_per_landmark=k, seed=1)
+    data = DataSettings(image_size=16, batch_size=8, seed=1)
     held_back = DatasetHandler(catalogue, data, part == "validation")
     validation = held_back.photos(held_back.validation_triplets(20))
-    settings = replace(SETTINGS, pool=pool, memory=memory)
-    return DatasetHandler(catalogue, data, part == "train"), validation, settings
+    return DatasetHandler(catalogue, data, part == "train"), validation, SETTINGS
 
 
 def program(*arguments: object, **variables: str) -> subprocess.Popen:
@@ -146,10 +146,10 @@ def start(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(request, start, shards) -> Path:
-    """The run of a single process on the same backend; the parameter is of ``KINDS``."""
-    run = start.parent / f"one, {request.param}"
-    process = program("train", start, run, 0, 1, 0, request.param, *shards, **JAX)
+def one_process(start, shards) -> Path:
+    """The run of a single process on the same backend."""
+    run = start.parent / "one"
+    process = program("train", start, run, 0, 1, 0, *shards, **JAX)
     assert process.wait(300) == 0, process.stderr.read()[-3000:]
     before = load_tower(start).get_weights()
     moved = [np.abs(a - b).max() for a, b in zip(arrays_of(run).values(), before, strict=False)]
@@ -157,13 +157,11 @@ def one_process(request, start, shards) -> Path:
     return run
 
 
-@pytest.mark.parametrize("one_process", KINDS, indirect=True)
-def test_two_processes_train_as_one(request, start, shards, one_process):
-    port, kind = 20_000 + os.getpid() % 10_000, request.node.callspec.params["one_process"]
-    runs = [start.parent / f"two-{rank}, {kind}" for rank in (0, 1)]
+def test_two_processes_train_as_one(start, shards, one_process):
+    port = 20_000 + os.getpid() % 10_000
+    runs = [start.parent / f"two-{rank}" for rank in (0, 1)]
     processes = [
-        program("train", start, run, rank, 2, port, kind, *shards, **JAX)
-        for rank, run in enumerate(runs)
+        program("train", start, run, rank, 2, port, *shards, **JAX) for rank, run in enumerate(runs)
     ]
     for process in processes:
         assert process.wait(400) == 0, process.stderr.read()[-3000:]
@@ -171,11 +169,10 @@ def test_two_processes_train_as_one(request, start, shards, one_process):
     assert_same_training(runs[0], one_process, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("one_process", ["mined"], indirect=True)
 def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one_process, tmp_path):
     from lib.cluster.ray import train as train_on_cluster
 
-    handler, validation, training = task_of(shards, "mined")
+    handler, validation, training = task_of(shards)
     run, killed = tmp_path / "run", []
 
     def kill_one() -> None:
@@ -204,9 +201,12 @@ def test_a_worker_that_is_killed_makes_no_difference(cluster, start, shards, one
 def test_a_batch_that_can_not_be_divided_is_refused_at_once(start, shards, tmp_path):
     from lib.cluster.ray import train as train_on_cluster
 
-    task = (load_tower(start), *task_of(shards), tmp_path, None)
-    with pytest.raises(ClusterError, match="16 can't be divided evenly among 3 workers"):
-        train_on_cluster(*task, ClusterSettings(workers=3))
+    handler, *others = task_of(shards)
+    pairs = replace(handler.settings, pictures_per_landmark=2)
+    for number, data in ((8, handler.settings), (16, pairs)):
+        task = (load_tower(start), DatasetHandler(handler.catalogue, data), *others, tmp_path, None)
+        with pytest.raises(ClusterError, match=f"{number} can't be divided .* among 3 workers"):
+            train_on_cluster(*task, ClusterSettings(workers=3))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,12 +305,8 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     found = embed(engine, slow_source(shards), tmp_path, 8)
     assert before and before < {path.name for path in parts.iterdir()}
     assert_each_once(found, expected, tmp_path)
-
-
-def test_rows_that_were_written_twice_count_once(engine, shards, expected, tmp_path, cluster):
-    found = embed(engine, slow_source(shards), tmp_path, 8)
-    parts = sorted((tmp_path / PARTS).iterdir())
-    (tmp_path / PARTS / "again.parquet").write_bytes(parts[0].read_bytes())
+    # Rows that were written twice count once.
+    (parts / "again.parquet").write_bytes((parts / min(before)).read_bytes())
     assert_each_once(found, expected, tmp_path)
     assert_each_once(embed(engine, slow_source(shards), tmp_path, 8), expected, tmp_path)
 
@@ -452,9 +448,7 @@ with emulated_cluster(nodes=1):
 # --------------------------------------------------------------------------------------------------
 
 
-def train_as(
-    start: str, run: str, rank: str, count: str, port: str, kind: str, *shards: str
-) -> None:
+def train_as(start: str, run: str, rank: str, count: str, port: str, *shards: str) -> None:
     """One of the processes that train together."""
     import jax
 
@@ -464,7 +458,7 @@ def train_as(
     if not alone:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(rank))
     with contextlib.nullcontext() if alone else together(seed=1):
-        train(load_tower(Path(start)), *task_of(shards, kind), Path(run))
+        train(load_tower(Path(start)), *task_of(shards), Path(run))
 
 
 def embed_on(address: str, engine: str, folder: str, *shards: str) -> None:

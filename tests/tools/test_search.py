@@ -105,7 +105,7 @@ def test_a_folder_that_another_program_reads_is_named(photos, tmp_path, capsys, 
 
 @pytest.mark.long
 def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, exported):
-    run, photos, n = tmp_path / "run", tmp_path / "photos", 160
+    run, photos, n = tmp_path / "run", tmp_path / "photos", 96
     for folder in (run, photos):
         folder.mkdir()
     shutil.copy(exported, run / ENGINE)
