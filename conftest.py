@@ -5,6 +5,7 @@ otherwise. Notebooks run on the kernel of this environment.
 """
 
 import gc
+import importlib
 import itertools
 import os
 import tempfile
@@ -30,6 +31,8 @@ def pytest_cmdline_main(config):
         option.numprocesses = 0  # a notebook's cells belong to one kernel
         option.nbval_current_env = not option.nbval_kernel_name
         reach_kernels_by_files()
+        # Where its cache of fonts is missing, it says in the outputs that it makes one.
+        importlib.import_module("matplotlib.font_manager")
         rules = config.rootpath / "tests" / "nbval_sanitize.cfg"
         option.nbval_sanitize_with = option.nbval_sanitize_with or str(rules)
         return

@@ -139,7 +139,7 @@ print({{k: v for k, v in changed.items() if v}})
 
 @pytest.mark.long
 def test_what_only_some_need_is_not_loaded_by_all():
-    """Where PyTorch is installed, the writer of TensorBoard's files used to load it: 1.6 s."""
+    """Where PyTorch is installed, the writer of TensorBoard's files used to load it, in 1.6 s."""
     code = (
         "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]; print(*sys.modules)"
     )

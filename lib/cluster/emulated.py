@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,9 @@ def emulated_cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Any]:
         try:
             try:
                 cluster = _start(Cluster, nodes, cpus)
-            except Exception:  # Ray has no class of its own for it
+            except ClusterError:
                 # Ray forks while threads of its own run: rarely, a new process hangs at its start.
-                _end_all()
-                try:
-                    cluster = _start(Cluster, nodes, cpus)
-                except Exception as error:
-                    said = _last_words()
-                    _end_all()
-                    raise ClusterError(f"Ray does not start: {error}{said}") from error
+                cluster = _start(Cluster, nodes, cpus)
             try:
                 with connected_to(ray, cluster.address, _node_ip_address="127.0.0.1"):
                     yield cluster
@@ -91,8 +86,14 @@ def _start(cluster_of: type, nodes: int, cpus: int) -> Any:
         cluster.add_node(num_cpus=0, include_dashboard=False, **node)
         for _ in range(nodes):
             cluster.add_node(num_cpus=cpus, **node)
-    except BaseException:
-        cluster.shutdown()
+    except BaseException as error:
+        said = _last_words()  # before the shutdown, of which Ray's servers write as well
+        try:
+            cluster.shutdown()
+        finally:
+            _end_all()
+        if isinstance(error, Exception):  # Ray has no class of its own for a failed start
+            raise ClusterError("\n".join([f"Ray does not start: {error}", *said])) from error
         raise
     return cluster
 
@@ -137,7 +138,10 @@ def busy_processes(kind: str) -> list[int]:
 
 
 def _processes() -> list[tuple[int, bytes]]:
-    """The ids and command lines of all processes of the emulated cluster; none but on Linux."""
+    """The ids and command lines of all processes that were started with this cluster's RAY_TMPDIR.
+
+    That is all of Ray's own and what this process started meanwhile; none but on Linux.
+    """
     found, home = [], f"RAY_TMPDIR={os.environ.get('RAY_TMPDIR')}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # the process has ended
@@ -148,21 +152,23 @@ def _processes() -> list[tuple[int, bytes]]:
 
 
 def _end_all() -> None:
-    """End what a failed start has left: Ray forgets a node whose start fails."""
-    for pid, _ in _processes():
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    """Kill what a failed start has left: Ray keeps no record of a node that failed to start."""
+    deadline = time.monotonic() + 10
+    while (left := _processes()) and time.monotonic() < deadline:
+        for pid, _ in left:  # which may have started others since
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
-def _last_words() -> str:
-    """The last lines of the logs of Ray's own processes, each in a line of its own."""
-    logs = Path(os.environ["RAY_TMPDIR"]) / "ray" / "session_latest" / "logs"
+def _last_words() -> list[str]:
+    """The last lines of the logs of Ray's servers, each after the name of its file."""
     lines = []
-    for log in (f"{name}.{kind}" for name in ("gcs_server", "raylet") for kind in ("out", "err")):
-        with contextlib.suppress(OSError):
-            text = (logs / log).read_text(errors="replace").splitlines()
-            lines += [f"\n{log}: {line}" for line in text[-3:]]
-    return "".join(lines)
+    for log in sorted((Path(os.environ["RAY_TMPDIR"]) / "ray/session_latest/logs").glob("*.[eo]*")):
+        if log.name.startswith(("gcs_server", "raylet")):  # of each node: raylet.1.err, ...
+            text = log.read_text(errors="replace").splitlines()
+            lines += [f"{log.name}: {line}" for line in text[-3:]]
+    return lines
 
 
 @contextlib.contextmanager

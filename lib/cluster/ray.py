@@ -101,8 +101,8 @@ def train(
         run: folder for checkpoint, history, model and log, on a disk that all machines share.
 
     Raises:
-        ClusterError: Ray is not installed; a batch can't be divided evenly among the workers; or
-            workers failed more often than ``restarts``.
+        ClusterError: Ray is not installed or does not start; a batch can't be divided evenly among
+            the workers; or workers failed more often than ``restarts``.
         TrainingError: as :func:`lib.training.stages.train`.
     """
     from lib.network.tower import save_tower
@@ -280,8 +280,8 @@ def embed(
         :func:`embedded_parts`.
 
     Raises:
-        ClusterError: Ray is not installed; the tower is exported but workers have GPUs; a machine
-            does not compute in the precision; or rows are missing at the end.
+        ClusterError: Ray is not installed or does not start; the tower is exported but workers have
+            GPUs; a machine does not compute in the precision; or rows are missing at the end.
         EmbeddingJobError: as :func:`lib.search.embedding.embed_job`.
     """
     folder = Path(out_folder).resolve()

@@ -70,7 +70,6 @@ UNKNOWN = -1  # landmark of a picture that occurs as a negative only
 _FORMAT = 1
 _CHUNK = 256  # records in one task of a worker process
 _FEW = 2_000  # up to so many records, starting processes takes longer than reading them
-_QUICK = 10_000  # up to so many take seconds: no bar, which would stand in a notebook's outputs
 
 
 class CatalogueError(ValueError):
@@ -201,13 +200,7 @@ def build_catalogue(shards: Sequence[Path]) -> Catalogue:
     rows, problems = [], []
     with (
         process_pool() as pool,
-        tqdm(
-            total=total,
-            desc="cataloguing",
-            unit=" records",
-            leave=False,
-            disable=total <= _QUICK,
-        ) as bar,
+        tqdm(total=total, desc="cataloguing", unit=" records", leave=False) as bar,
     ):
         chunks = (
             (number, shards[number], of_shard[start : start + _CHUNK])

@@ -135,11 +135,11 @@ def _grid(photos: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return grid.swapaxes(1, 2).reshape(rows * side, columns * side, 3)
 
 
-def _png(photo: np.ndarray) -> Summary.Image:
-    """Encode a photo, uint8 (h, w, 3), for TensorBoard."""
+def _png(image: np.ndarray) -> Summary.Image:
+    """Encode an image, uint8 (h, w, 3), for TensorBoard."""
     encoded = io.BytesIO()
-    Image.fromarray(photo).save(encoded, format="PNG")
-    height, width, colours = photo.shape
+    Image.fromarray(image).save(encoded, format="PNG")
+    height, width, colours = image.shape
     return Summary.Image(
         height=height, width=width, colorspace=colours, encoded_image_string=encoded.getvalue()
     )

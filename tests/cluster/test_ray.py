@@ -53,8 +53,8 @@ needs_ray = pytest.mark.skipif(
 pytestmark = [pytest.mark.long, needs_ray]
 
 # Everything that could differ: triplets mined from a pool and negatives from the whole batch, a
-# memory, live statistics, an average. That the shares of P x K batches are the batch,
-# tests/test_data_parallel.py shows.
+# memory, live statistics, an average. tests/test_data_parallel.py shows that the shares of a P x K
+# batch together are the batch.
 SETTINGS = TrainingSettings(
     stages=(
         Stage("head", epochs=1, steps_per_epoch=4, learning_rate=1e-2),
@@ -384,7 +384,7 @@ def test_a_cluster_that_does_not_start_is_started_once_more(monkeypatch, failure
             if len(clusters) <= failures:
                 logs = Path(os.environ["RAY_TMPDIR"]) / "ray" / "session_latest" / "logs"
                 logs.mkdir(parents=True, exist_ok=True)
-                (logs / "raylet.err").write_text("it began\nno port was free\n")
+                (logs / "raylet.1.err").write_text("it began\nno port was free\n")
                 left.append(subprocess.Popen(["sleep", "60"]))
                 raise Exception("The current node timed out during startup.")
             self.nodes += 1
@@ -398,7 +398,7 @@ def test_a_cluster_that_does_not_start_is_started_once_more(monkeypatch, failure
         lib.cluster.emulated, "connected_to", lambda *_, **__: contextlib.nullcontext()
     )
     fails = (
-        pytest.raises(ClusterError, match=r"(?s)timed out.*raylet\.err: no port was free")
+        pytest.raises(ClusterError, match=r"(?s)timed out.*raylet\.1\.err: no port was free")
         if failures == 2
         else contextlib.nullcontext()
     )

@@ -417,15 +417,6 @@ def test_the_file_is_read_again_unless_the_shards_change(dataset_dir):
     assert len(open_catalogue(dataset_dir).triplets) == len(first.triplets) + 1
 
 
-def test_only_many_records_have_a_progress_bar(dataset_dir, capsys, monkeypatch):
-    """Else the outputs of a notebook would depend on whether another one ran before."""
-    catalogue = open_catalogue(dataset_dir)
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(lib.data.catalogue, "_QUICK", 0)
-    build_catalogue(catalogue.shards)
-    assert "cataloguing" in capsys.readouterr().err
-
-
 def test_the_command_line_says_what_was_found_and_what_is_wrong(dataset_dir, capsys):
     with (dataset_dir / "train01.tfrec").open("r+b") as file:
         file.truncate(300)

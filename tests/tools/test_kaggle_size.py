@@ -84,7 +84,7 @@ def test_the_program_measures_every_stage_and_leaves_nothing(tmp_path):
     ids=["SIGINT", "SIGTERM"],
 )
 def test_an_interrupted_program_deletes_the_set(tmp_path, moment, number):
-    program = start(tmp_path, "--records", 2000)
+    program = start(tmp_path, "--records", 2400)  # so many that processes draw and read them
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(f"*/{moment}")) and time.monotonic() < deadline:
         time.sleep(0.05)

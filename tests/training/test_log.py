@@ -64,6 +64,7 @@ def test_tensorboard_reads_every_epoch_once_also_one_that_was_done_again(
     for tag, column in (("training/loss", "loss"), ("validation/map", "val_map")):
         points = [(point.step, point.value) for point in found.Scalars(tag)]
         assert points == [(row["epoch"], pytest.approx(row[column])) for row in history]
+    assert found.file_version == 2
     assert [image.step for image in found.Images("validation/hardest_triplets")] == [1, 2, 3, 4]
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / HISTORY), pd.DataFrame(history), check_dtype=False
@@ -77,6 +78,7 @@ def test_the_hardest_triplets_are_drawn_row_by_row(validation, embeddings, tmp_p
     assert hardest_triplets(embeddings).tolist() == worst_first
     image = read(tmp_path).Images("validation/hardest_triplets")[0]
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert (image.width, image.height) == (3 * SIDE, HARDEST * SIDE)
     assert pixels.shape == (HARDEST * SIDE, 3 * SIDE, 3)
     for row, triplet in enumerate(worst_first[:HARDEST]):
         for role in range(3):
