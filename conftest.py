@@ -66,7 +66,13 @@ def reach_kernels_by_files():
 
 def pytest_collection_modifyitems(items):
     # The longest first: begun last, they would keep one process busy while the others wait.
-    items.sort(key=lambda item: item.get_closest_marker("rehearsal") is None)
+    # Milvus last: in a process where its gRPC has threads, Ray, which forks, does not always start.
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("rehearsal") is None,
+            item.path.name == "test_milvus.py",
+        )
+    )
 
 
 def pytest_collection_finish():

@@ -167,7 +167,8 @@ def _last_words() -> list[str]:
     for log in sorted((Path(os.environ["RAY_TMPDIR"]) / "ray/session_latest/logs").glob("*.[eo]*")):
         if log.name.startswith(("gcs_server", "raylet")):  # of each node: raylet.1.err, ...
             text = log.read_text(errors="replace").splitlines()
-            lines += [f"{log.name}: {line}" for line in text[-3:]]
+            said = [line for line in text if line[:1].strip()]  # no tables, which are indented
+            lines += [f"{log.name}: {line}" for line in said[-3:]]
     return lines
 
 
