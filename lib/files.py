@@ -170,10 +170,9 @@ def remove_half_written(folder: Path, subfolders: bool = False) -> None:
     import filelock
 
     # Not rglob, which fails where another process removes a folder meanwhile.
-    walked = ((top, files) for top, _, files in os.walk(folder))
     found = {
         Path(top) / name.removesuffix(".lock")
-        for top, files in (walked if subfolders else islice(walked, 1))
+        for top, _, files in islice(os.walk(folder), None if subfolders else 1)
         for name in files
         if name.startswith(_PART)
     }

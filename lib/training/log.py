@@ -98,7 +98,7 @@ class TrainingLog(keras.callbacks.Callback):
             Event(summary=Summary(value=values), step=row["epoch"], wall_time=now),
         ]
         path = self.run / TENSORBOARD / f"events.out.tfevents.{row['epoch']:06d}"
-        write_records(path, (event.SerializeToString() for event in events))
+        write_records(path, map(Event.SerializeToString, events))
 
     def _write_projector(self, embeddings: np.ndarray) -> None:
         folder = self.run / TENSORBOARD / "projector"
